@@ -1,0 +1,18 @@
+"""Continual model merging as a PyTorch Lightning callback."""
+
+from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
+from lightning_odem.callback import ContinualMergeCallback
+from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AverageMerge",
+    "CalibrationBuffer",
+    "CalibrationOptions",
+    "ContinualMergeCallback",
+    "MergeContext",
+    "MergeMethod",
+    "MergeResult",
+    "ODEMerge",
+]

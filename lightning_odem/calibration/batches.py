@@ -1,0 +1,87 @@
+"""Samples as nested containers of tensors whose first dimension counts them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+# What a labelled sample calls its label when it is a mapping.
+LABEL_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+def count(batch: Any) -> int:
+    """Number of samples in a batch.
+
+    Raises:
+        TypeError: If the batch holds something other than tensors in tuples, lists and dictionaries, which could
+            neither be cut into samples nor stored in a checkpoint.
+        ValueError: If its tensors disagree on the number of samples.
+    """
+    _check_containers(batch)
+    leaves = tree_flatten(batch)[0]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            raise TypeError(
+                f"Calibration batches are tensors with one entry per sample, got {type(leaf).__name__} {leaf!r:.60}. "
+                "Give the task a calibration_dataloader() whose batches hold what calibration_step needs."
+            )
+    sizes = {len(leaf) for leaf in leaves}
+    if len(sizes) != 1:
+        raise ValueError(f"The tensors of a calibration batch disagree on the number of samples: {sorted(sizes)}.")
+    return sizes.pop()
+
+
+def view(batch: Any, index: slice) -> Any:
+    """The samples of a range, sharing the batch's memory."""
+    return tree_map(lambda leaf: leaf[index], batch)
+
+
+def select(batch: Any, index: Tensor | slice) -> Any:
+    """The samples at ``index``, as a copy on the CPU that shares no memory with the batch."""
+    return tree_map(lambda leaf: leaf[index].detach().to("cpu", copy=True), batch)
+
+
+def concatenate(batches: Sequence[Any]) -> Any:
+    """Join batches of one structure.
+
+    Raises:
+        ValueError: If their structures or sample shapes differ.
+    """
+    flattened = [tree_flatten(batch) for batch in batches]
+    structures = {str(structure) for _, structure in flattened}
+    if len(structures) != 1:
+        raise ValueError(f"Calibration batches differ in structure: {' and '.join(sorted(structures))}.")
+    columns = zip(*(leaves for leaves, _ in flattened), strict=True)
+    try:
+        return tree_unflatten([torch.cat(column) for column in columns], flattened[0][1])
+    except RuntimeError as error:
+        raise ValueError(f"Calibration samples differ in shape and cannot be kept together: {error}") from error
+
+
+def labels(batch: Any) -> Tensor | None:
+    """Class labels of a batch, int [n], or None where there are none: ``batch[1]``, or the first of ``LABEL_KEYS``."""
+    found = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and len(batch) > 1:
+        found = batch[1]
+    is_class = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
+    return found if is_class else None
+
+
+def _check_containers(batch: Any) -> None:
+    if isinstance(batch, dict):
+        children: Sequence[Any] = list(batch.values())
+    elif isinstance(batch, (list, tuple)):
+        children = batch
+    else:
+        return
+    if type(batch) not in (dict, list, tuple):
+        raise TypeError(
+            f"Calibration batches are kept in checkpoints, which hold tensors in dict, list and tuple only; got a "
+            f"{type(batch).__name__}. Give the task a calibration_dataloader() with plain containers."
+        )
+    for child in children:
+        _check_containers(child)

@@ -1,0 +1,190 @@
+"""The rolling calibration buffer: a bounded number of labelled samples of every task seen."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lightning_odem.calibration import batches
+from lightning_odem.calibration.quota import allocate, balanced_order
+
+QUOTAS = ("equal", "utility")
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """The samples of one task, in the order in which they would be kept.
+
+    Args:
+        samples: Nested containers of CPU tensors, first dimension n.
+        weight: Utility weight of the task.
+        transferred: Whether the samples were taken after the module's batch-transfer hooks, which must then not be
+            applied to them again.
+    """
+
+    samples: Any
+    weight: float = 1.0
+    transferred: bool = False
+
+    def __len__(self) -> int:
+        return batches.count(self.samples)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of the calibration set that fits on the device; all its samples are of one task.
+
+    Args:
+        samples: As they come out of the task's collate function, on the CPU.
+        task: Name of the task.
+        share: Weight of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
+        transferred: As in :class:`TaskSamples`.
+    """
+
+    samples: Any
+    task: str
+    share: float
+    transferred: bool
+
+
+class CalibrationBuffer:
+    """At most ``capacity`` samples of all tasks seen; quotas shrink as tasks arrive.
+
+    When task k arrives every task keeps floor(N / k) samples or one more, so that the sum is N; places a small task
+    cannot fill go to the others. Older samples are only ever discarded, never drawn again, and what is kept of a task
+    stays class-balanced where its labels are classes. Samples stay on the CPU in their own dtype (uint8 images stay
+    uint8) and are handed out in micro-batches.
+
+    Args:
+        capacity: Samples kept in all, N. 1024 is the paper's; its Table 3 is flat from 512 on.
+        quota: ``"equal"`` gives every task the same share of the places and of the calibration loss, as in the paper;
+            ``"utility"`` shares both in proportion to the utility weights.
+        seed: Seed of the choice among a task's samples; task and seed alone decide it.
+
+    Raises:
+        ValueError: For a capacity below 1 or an unknown quota.
+
+    Example:
+        >>> import torch
+        >>> buffer = CalibrationBuffer(capacity=5)
+        >>> buffer.add("digits", (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 2))
+        >>> buffer.add("letters", (torch.ones(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4))
+        >>> buffer.counts
+        {'digits': 3, 'letters': 2}
+        >>> [(batch.task, batch.share) for batch in buffer.micro_batches(2)]
+        [('digits', 0.3333333333333333), ('digits', 0.16666666666666666), ('letters', 0.5)]
+    """
+
+    def __init__(self, capacity: int = 1024, quota: str = "equal", seed: int = 0) -> None:
+        if capacity < 1:
+            raise ValueError(f"The calibration buffer needs room for at least one sample, got capacity={capacity}.")
+        if quota not in QUOTAS:
+            raise ValueError(f"Unknown quota {quota!r}; the quotas are {', '.join(QUOTAS)}.")
+        self.capacity = capacity
+        self.quota = quota
+        self.seed = seed
+        self._tasks: dict[str, TaskSamples] = {}
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples held per task, in the order of arrival."""
+        return {task: len(held) for task, held in self._tasks.items()}
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator for the next task's choices; depends on the seed and the number of tasks only."""
+        return torch.Generator().manual_seed(self.seed + 7919 * len(self._tasks))
+
+    def room_for_next(self, weight: float = 1.0) -> int:
+        """Places a further task of this utility would get if it had samples enough.
+
+        Raises:
+            ValueError: If the buffer cannot give every task a place.
+        """
+        if len(self._tasks) + 1 > self.capacity:
+            raise ValueError(
+                f"A calibration buffer of {self.capacity} samples has no place for task {len(self._tasks) + 1}; "
+                f"raise the capacity to the number of tasks at least."
+            )
+        held = list(self._tasks.values())
+        return self._allocate([*(task.weight for task in held), weight], [*map(len, held), self.capacity])[-1]
+
+    def add(self, task: str, samples: Any, *, weight: float = 1.0, transferred: bool = False) -> None:
+        """Take in a task's samples and shrink the others to their new quotas.
+
+        Args:
+            task: Name of the task, new to the buffer.
+            samples: Tensors in dict, list or tuple, first dimension the number of samples offered; ``samples[1]`` or
+                an entry named ``label``, ``target`` or ``y`` is taken for class labels if integer and 1-d.
+            weight: Utility weight of the task.
+            transferred: As in :class:`TaskSamples`.
+
+        Raises:
+            ValueError: If the task is there already, has no sample, or there is no place; nothing is changed then.
+            TypeError: If the samples are not tensors in plain containers.
+        """
+        if task in self._tasks:
+            raise ValueError(f"Task {task!r} is in the calibration buffer already; it holds {', '.join(self._tasks)}.")
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ValueError(f"The weight of task {task!r} must be finite and non-negative, got {weight}.")
+        size = batches.count(samples)
+        if size == 0:
+            raise ValueError(f"Task {task!r} offers no calibration sample.")
+        self.room_for_next(weight)
+        tasks = {**self._tasks, task: TaskSamples(samples, weight, transferred)}
+        places = self._allocate([held.weight for held in tasks.values()], [len(held) for held in tasks.values()])
+        order = balanced_order(batches.labels(samples), size, self.generator())
+        kept: dict[str, TaskSamples] = {}
+        for (name, held), room in zip(tasks.items(), places, strict=True):
+            index = order[:room] if name == task else slice(room)
+            unchanged = name != task and room == len(held)
+            kept[name] = held if unchanged else replace(held, samples=batches.select(held.samples, index))
+        self._tasks = kept
+
+    def shares(self) -> dict[str, float]:
+        """Each task's share of the calibration loss; they sum to 1 over the tasks that hold samples."""
+        raw = {task: self._share(held.weight) for task, held in self._tasks.items() if len(held)}
+        total = sum(raw.values())
+        return {task: share / total for task, share in raw.items()}
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """One pass over the buffer, task by task, always in the same order."""
+        for task, share in self.shares().items():
+            held = self._tasks[task]
+            count = len(held)
+            for start in range(0, count, size):
+                piece = batches.view(held.samples, slice(start, start + size))
+                part = (min(start + size, count) - start) / count
+                yield MicroBatch(piece, task, share * part, held.transferred)
+
+    def copy(self) -> "CalibrationBuffer":
+        """A buffer that can be added to without touching this one; the samples are shared, they are never modified."""
+        other = CalibrationBuffer(self.capacity, self.quota, self.seed)
+        other._tasks = dict(self._tasks)
+        return other
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers, loadable with ``weights_only=True``."""
+        return {
+            "capacity": self.capacity,
+            "quota": self.quota,
+            "seed": self.seed,
+            "tasks": {name: dict(vars(held)) for name, held in self._tasks.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the content, and the settings it was chosen under, by those of a :meth:`state_dict`."""
+        self.capacity, self.quota, self.seed = state["capacity"], state["quota"], state["seed"]
+        self._tasks = {name: TaskSamples(**held) for name, held in state["tasks"].items()}
+
+    def _share(self, weight: float) -> float:
+        return weight if self.quota == "utility" else 1.0
+
+    def _allocate(self, weights: list[float], available: list[int]) -> list[int]:
+        shares = [self._share(weight) for weight in weights]
+        # A stream of weightless tasks so far still needs samples to measure a loss on.
+        return allocate(self.capacity, shares if any(shares) else [1.0] * len(shares), available)

@@ -1,0 +1,87 @@
+"""A module's own loss on calibration samples."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lightning_odem.calibration.buffer import MicroBatch
+
+
+class ModuleLoss:
+    """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, else by its ``training_step``.
+
+    Batches go to the device through the module's and datamodule's own transfer hooks and run under the Trainer's
+    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` do nothing.
+
+    Args:
+        module: The module, attached to its Trainer.
+
+    Raises:
+        TypeError: If a module that optimises manually has no ``calibration_step``: its ``training_step`` would change
+            the weights.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        if not hasattr(module, "calibration_step") and not module.automatic_optimization:
+            raise TypeError(
+                f"{type(module).__name__} optimises manually, so its training_step cannot serve as the calibration "
+                "loss. Give it a method calibration_step(batch, task) that returns the mean loss of a batch."
+            )
+        self._module = module
+        self._step = getattr(module, "calibration_step", None)
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of the batch, a scalar.
+
+        Raises:
+            TypeError: If the step returns something other than a scalar tensor or a dictionary with one under "loss".
+        """
+        samples = move_to_device(self._module, batch.samples, batch.transferred)
+        with self._module.trainer.precision_plugin.forward_context():
+            if self._step is not None:
+                result: Any = self._step(samples, batch.task)
+            else:
+                result = _silently(self._module, training_step_on, self._module, samples)
+        loss = result.get("loss") if isinstance(result, dict) else result
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"The calibration loss of {type(self._module).__name__} on task {batch.task!r} must be a scalar "
+                f"tensor, or a dictionary with one under 'loss'; got {type(result).__name__}."
+            )
+        return loss.reshape(())
+
+
+def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = False) -> Any:
+    """Bring a batch to the module's device and precision as Lightning's loops do.
+
+    The batch-transfer hooks of module and datamodule apply, unless the batch went through them before.
+    """
+    trainer = module.trainer
+    batch = trainer.precision_plugin.convert_input(batch)
+    if transferred:
+        return module.transfer_batch_to_device(batch, module.device, 0)
+    return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
+
+
+def training_step_on(module: L.LightningModule, batch: Any) -> Any:
+    """Call ``training_step`` with as many arguments as it takes."""
+    takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+    return module.training_step(batch, 0) if takes_index else module.training_step(batch)
+
+
+def _silently(module: L.LightningModule, function: Callable[..., Any], *arguments: Any) -> Any:
+    # Lightning refuses log() outside its loops; what a calibration pass would log is not a training result anyway.
+    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+    for name in silenced:
+        module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        return function(*arguments)
+    finally:
+        for name, before in silenced.items():
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before

@@ -1,0 +1,84 @@
+"""How the buffer's places are shared among tasks, and which samples of a task go first."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -> list[int]:
+    """Divide ``capacity`` places in proportion to ``shares``, none getting more than it has samples for.
+
+    With equal shares and enough samples each of k tasks gets floor(N / k) or one more, the earlier tasks first, so
+    that the sum is N. Places a task cannot fill go to the others. A task never gets more places when another joins.
+
+    Args:
+        capacity: Places in all, N.
+        shares: Non-negative share of each task, at least one positive.
+        available: Samples each task could put in.
+
+    Returns:
+        Places per task; their sum is min(N, samples available to tasks of positive share).
+
+    Example:
+        >>> allocate(10, [1, 1, 1], [100, 100, 100])
+        [4, 3, 3]
+        >>> allocate(10, [1, 1, 1], [100, 2, 100])
+        [4, 2, 4]
+        >>> allocate(10, [3, 1], [100, 100])
+        [8, 2]
+    """
+    places = [0] * len(shares)
+    open_tasks = [task for task, share in enumerate(shares) if share > 0]
+    left = capacity
+    # Tasks that cannot fill their share are settled first; what they leave is divided again.
+    while open_tasks:
+        total = sum(shares[task] for task in open_tasks)
+        full = [task for task in open_tasks if available[task] <= left * shares[task] / total]
+        if not full:
+            break
+        for task in full:
+            places[task] = available[task]
+        left -= sum(available[task] for task in full)
+        open_tasks = [task for task in open_tasks if task not in full]
+    if open_tasks:
+        total = sum(shares[task] for task in open_tasks)
+        exact = {task: left * shares[task] / total for task in open_tasks}
+        for task in open_tasks:
+            places[task] = int(exact[task] + 1e-9)
+        remainder = left - sum(places[task] for task in open_tasks)
+        by_fraction = sorted(open_tasks, key=lambda task: (places[task] - exact[task], task))
+        for task in by_fraction[:remainder]:
+            places[task] += 1
+    return places
+
+
+def balanced_order(labels: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
+    """A random order of ``size`` samples, every prefix of which is class-balanced.
+
+    The order deals one sample of each class per round, in random order, until the class runs out. Keeping a prefix of
+    it is therefore a balanced choice, and keeping a shorter one later discards samples without choosing new ones.
+
+    Args:
+        labels: Integer class labels, shape [size], or None for a plain random order.
+        size: Number of samples.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        A permutation of ``range(size)``, int64.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> labels[balanced_order(labels, 6, torch.Generator().manual_seed(0))][:4].bincount().tolist()
+        [2, 2]
+    """
+    permutation = torch.randperm(size, generator=generator)
+    if labels is None:
+        return permutation
+    shuffled = labels.cpu()[permutation]
+    by_class = torch.argsort(shuffled, stable=True)
+    _, sizes = torch.unique_consecutive(shuffled[by_class], return_counts=True)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    rounds = torch.empty(size, dtype=torch.long)
+    rounds[by_class] = torch.arange(size) - starts
+    return permutation[torch.argsort(rounds, stable=True)]

@@ -1,0 +1,163 @@
+"""Where a task's calibration samples come from."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+
+from lightning_odem.calibration import batches
+from lightning_odem.calibration.quota import balanced_order
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Samples of a task, drawn for the buffer.
+
+    Args:
+        samples: Nested containers of CPU tensors.
+        origin: Where they come from, for the log.
+        transferred: Whether the batch-transfer hooks were applied to them already.
+    """
+
+    samples: Any
+    origin: str
+    transferred: bool = False
+
+
+class Reservoir:
+    """A uniform sample of bounded size from the batches of a stream of unknown length (Vitter's algorithm R).
+
+    Args:
+        capacity: Samples kept.
+        generator: Source of randomness, on the CPU.
+    """
+
+    def __init__(self, capacity: int, generator: torch.Generator) -> None:
+        self.capacity = capacity
+        self.seen = 0
+        self._generator = generator
+        self._kept: Any = None
+
+    def update(self, batch: Any) -> None:
+        """Consider the samples of a batch; those kept are copied to the CPU."""
+        size = batches.count(batch)
+        rows, slots = [], []
+        for row in range(size):
+            slot = self.seen
+            if self.seen >= self.capacity:
+                slot = int(torch.randint(self.seen + 1, (), generator=self._generator))
+            if slot < self.capacity:
+                rows.append(row)
+                slots.append(slot)
+            self.seen += 1
+        if not rows:
+            return
+        chosen = batches.select(batch, torch.tensor(rows))
+        held = 0 if self._kept is None else batches.count(self._kept)
+        fresh = [index for index, slot in enumerate(slots) if slot >= held]
+        if fresh:
+            grown = batches.select(chosen, torch.tensor(fresh))
+            self._kept = grown if self._kept is None else batches.concatenate([self._kept, grown])
+        kept, structure = tree_flatten(self._kept)
+        for leaf, new in zip(kept, tree_flatten(chosen)[0], strict=True):
+            # One by one and in order: a slot drawn twice keeps the later sample.
+            for index, slot in enumerate(slots):
+                leaf[slot] = new[index]
+        self._kept = tree_unflatten(kept, structure)
+
+    @property
+    def samples(self) -> Any:
+        """The samples kept, or None before the first batch."""
+        return self._kept
+
+
+def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator) -> Offer | None:
+    """Draw up to ``count`` samples of the task a Trainer is fitting, without touching the global random state.
+
+    In this order: what the user gave; the datamodule's ``calibration_dataset()`` or ``calibration_dataloader()``; the
+    training dataset, by index. A dataset is sampled, class-balanced where it has integer ``targets``; batches of a
+    loader are taken as they come until there are enough.
+
+    Returns:
+        The offer, or None where the training data is iterable only and has to be sampled while it is used.
+
+    Raises:
+        ValueError: If the source is empty or there are several training loaders.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    sources = {
+        "calibration data given to the callback": given,
+        "calibration_dataset()": _call(datamodule, "calibration_dataset"),
+        "calibration_dataloader()": _call(datamodule, "calibration_dataloader"),
+    }
+    origin, source = next(((name, found) for name, found in sources.items() if found is not None), ("", None))
+    loader = trainer.train_dataloader
+    collate = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
+    if source is None:
+        if not isinstance(loader, DataLoader):
+            raise ValueError(
+                f"Calibration samples cannot be drawn from training data of type {type(loader).__name__}; give the "
+                "datamodule a calibration_dataset() or calibration_dataloader()."
+            )
+        if isinstance(loader.dataset, IterableDataset):
+            return None
+        origin = "the training dataset (training transforms apply; calibration_dataset() changes that)"
+        source = loader.dataset
+    with isolate_rng():
+        _seed(int(torch.randint(2**31, (), generator=generator)))
+        is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        samples = _sample(source, count, collate, generator) if is_dataset else _take(source, count)
+    if samples is None:
+        raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
+    return Offer(samples, origin)
+
+
+def targets_of(dataset: Any) -> torch.Tensor | None:
+    """Integer class labels of a dataset without loading its samples, or None where it does not tell them."""
+    if isinstance(dataset, Subset):
+        parent = targets_of(dataset.dataset)
+        return None if parent is None else parent[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [part for part in map(targets_of, dataset.datasets) if part is not None]
+        return torch.cat(parts) if len(parts) == len(dataset.datasets) else None
+    found = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
+    if found is None:
+        return None
+    try:
+        labels = torch.as_tensor(np.asarray(found))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return labels if labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset) else None
+
+
+def _call(datamodule: Any, name: str) -> Any:
+    method = getattr(datamodule, name, None)
+    return method() if callable(method) else None
+
+
+def _sample(dataset: Any, count: int, collate: Any, generator: torch.Generator) -> Any:
+    if len(dataset) == 0:
+        return None
+    index = balanced_order(targets_of(dataset), len(dataset), generator)[:count]
+    return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
+
+
+def _take(loader: Any, count: int) -> Any:
+    taken: list[Any] = []
+    for batch in loader:
+        taken.append(batch)
+        if sum(map(batches.count, taken)) >= count:
+            break
+    return batches.select(batches.concatenate(taken), slice(None)) if taken else None
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (user transforms may use the global generator)

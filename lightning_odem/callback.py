@@ -1,0 +1,387 @@
+"""The callback: when things happen in a Trainer's life. What happens is in the other files."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_odem.batch_norm import POLICIES
+from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
+from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.source import Offer, Reservoir, draw
+from lightning_odem.division import Division
+from lightning_odem.evaluation import accuracy, evaluation_data
+from lightning_odem.flow import operating_time
+from lightning_odem.guards import FreshStart, check_trainer
+from lightning_odem.merging import Calibration, merging
+from lightning_odem.methods import MergeMethod, resolve_method
+from lightning_odem.metrics import check_weights
+from lightning_odem.naming import next_task_name, next_task_weight
+from lightning_odem.parameters import ParameterVector
+from lightning_odem.progress import progress
+from lightning_odem.report import MergeRecord, StreamReport, render_summary
+from lightning_odem.report.scalars import latest_scalars
+from lightning_odem.rundir import RunDirectory
+from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.state import StreamState
+
+FINETUNE_FROM = ("base", "merged")
+
+
+class ContinualMergeCallback(L.Callback):
+    r"""Merges each fine-tuned model into one deployed model: one ``fit`` is one task.
+
+    The module's weights when the first fit starts are the base model. Every later fit fine-tunes from them again, and
+    when its training ends the callback moves the merged model towards the fine-tuned one along the ODE-M flow, up to
+    the operating time :math:`t_k = w_k / (w_1 + \dots + w_k)`. The module then holds the merged model; every task seen
+    is evaluated, the numbers go to the loggers (step = number of the task), to ``report`` and to ``dirpath``.
+
+    The module needs nothing but ``training_step`` on batches ``(inputs, targets)`` and ``forward(inputs)`` that gives
+    class scores. It may define
+
+    - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
+      switched off;
+    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``;
+    - ``task_specific``, a tuple of patterns like ``exclude``, for parameters such as the heads of single tasks.
+
+    The datamodule may define ``task_name``, ``task_weight``, and ``calibration_dataset()`` or
+    ``calibration_dataloader()`` for samples without augmentation.
+
+    Note:
+        ``ModelCheckpoint`` writes its files before the merge: they hold fine-tuned, unmerged weights. Test with
+        ``trainer.test(model, datamodule)``, or with ``ckpt_path=callback.last_merged_path``. Strategies that shard
+        parameters are refused.
+
+    Args:
+        method: Name of a merge method (``"ode"``, ``"average"``) or a :class:`~lightning_odem.methods.MergeMethod`.
+        weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
+            ``task_weight``, else 1. Non-negative and finite.
+        calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.
+        finetune_from: ``"base"`` fine-tunes every task from the base model, as model merging assumes; ``"merged"``
+            from the merged model.
+        exclude: Patterns of parameters that are not merged and kept per task: globs over dotted names, or names of
+            modules, for example ``["head", "*.adapter.*"]``.
+        dirpath: Directory for checkpoints, report and figures; by default the next free
+            ``lightning_odem/version_N`` in the Trainer's root directory.
+        batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
+            :class:`~lightning_odem.batch_norm.BatchNormStatistics`.
+        calibration: Further settings of the calibration.
+
+    Attributes:
+        report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
+        calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
+            datamodule's.
+        last_merged_path: The checkpoint with the merged weights, or None.
+
+    Raises:
+        ValueError: For unknown names, weights that are no utilities, or a calibration size below 1.
+
+    Example::
+
+        merge = ContinualMergeCallback()
+        for task in tasks:
+            trainer = L.Trainer(max_epochs=3, callbacks=[merge])
+            trainer.fit(model, datamodule=task)
+        print(merge.table())
+    """
+
+    def __init__(
+        self,
+        method: str | MergeMethod = "ode",
+        weights: dict[str, float] | list[float] | None = None,
+        calibration_size: int = 1024,
+        finetune_from: Literal["base", "merged"] = "base",
+        exclude: Sequence[str] = (),
+        dirpath: str | None = None,
+        batch_norm: Literal["average", "keep", "recalibrate"] = "average",
+        calibration: CalibrationOptions = CalibrationOptions(),
+    ) -> None:
+        if finetune_from not in FINETUNE_FROM:
+            raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
+        if batch_norm not in POLICIES:
+            raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
+        if weights is not None:
+            check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        self.method = resolve_method(method)
+        self.weights = weights
+        self.finetune_from = finetune_from
+        self._division = Division(exclude)
+        self.batch_norm = batch_norm
+        self.calibration = calibration
+        self.calibration_data: dict[str, Iterable] = {}
+        self.last_merged_path: str | None = None
+        self._state = StreamState(CalibrationBuffer(calibration_size, calibration.quota, calibration.seed))
+        self._directory = RunDirectory(dirpath)
+        self._fresh_start = FreshStart()
+        # Where the accuracy of each task is measured; the user's data, so never part of a checkpoint.
+        self._evaluation_data: dict[str, Iterable | None] = {}
+        self._stage: str | None = None
+        self._resumed = False
+        self._trained = False
+        self._measured = False
+        self._offer: Offer | None = None
+        self._reservoir: Reservoir | None = None
+
+    @property
+    def report(self) -> StreamReport:
+        """What was measured so far."""
+        return self._state.report
+
+    def table(self, width: int | None = None) -> str:
+        """The accuracy matrix with ACC and BWT, and the cost of each merge, as text."""
+        return render_summary(self.report, width=width)
+
+    def load_task(self, module: nn.Module, task: str) -> None:
+        """Write the merged weights, and what ``task`` keeps for itself, into a module of the same architecture.
+
+        Raises:
+            ValueError: If the task is unknown, or names or shapes differ.
+        """
+        if task not in self.report.tasks:
+            raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
+        assert self._state.merged is not None, "there is a task, so there was a merge"
+        load_snapshot(module, self._state.merged, self._division.shared(module))
+        _load_task_parameters(module, self._state.task_parameters[task])
+
+    # ------------------------------------------------------------------------------------------- before the training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
+        self._stage = stage
+        if stage == "fit":
+            check_trainer(trainer, self)
+            self._fresh_start.prepare(trainer)
+            self._resumed = self._trained = self._measured = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
+        self._trained = True
+        state = self._state
+        self._directory.claim(trainer, state)
+        if not (self._resumed and state.started):
+            self._begin(trainer, pl_module)
+        task, weight = state.started["task"], state.started["weight"]
+        self._evaluation_data[task] = evaluation_data(trainer)
+        if self._evaluation_data[task] is None:
+            rank_zero_warn(
+                f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
+                "fit, or give the datamodule a test_dataloader()."
+            )
+        self._offer = self._reservoir = None
+        if "calibration" in self.method.needs:
+            self._draw(trainer, task, weight)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first step, when heads are ready: check the calibration loss, measure the models at hand."""
+        if self._measured:
+            return
+        self._measured = True
+        started = self._state.started
+        if self._offer is not None:
+            self._check_loss(pl_module, self._offer, started["task"])
+        if "pretrained" not in started:
+            started["before_training"] = self._accuracy_at(pl_module, self._state.merged)
+            started["pretrained"] = self._accuracy_at(pl_module, self._state.base)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample a stream of batches that cannot be drawn from by index."""
+        if self._reservoir is not None:
+            self._reservoir.update(batch)
+
+    # ---------------------------------------------------------------------------------------------- after the training
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge."""
+        self.merge(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Catch up on a merge that an earlier process did not get to; say so if nothing was trained."""
+        if self._trained:
+            return
+        if self._resumed and self._state.started:
+            pl_module.to(trainer.strategy.root_device)
+            self._directory.claim(trainer, self._state)
+            self._evaluation_data[self._state.started["task"]] = evaluation_data(trainer)
+            if "calibration" in self.method.needs:
+                self._draw(trainer, self._state.started["task"], self._state.started["weight"])
+            self.merge(trainer, pl_module)
+            return
+        rank_zero_warn(
+            "trainer.fit trained nothing, so nothing was merged. Check max_epochs, max_steps and limit_train_batches; "
+            "a resumed checkpoint may have been at the end of its training already."
+        )
+
+    def merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
+        """Merge the module's weights into the stream, evaluate every task seen, and write the results.
+
+        Called at the end of training. If anything fails the module holds the fine-tuned weights and the stream is
+        what it was.
+        """
+        state = self._state
+        task, weight = state.started["task"], state.started["weight"]
+        report = state.report
+        buffer = self._filled_buffer(task, weight)
+        with undisturbed(pl_module):
+            fine_tuned = self._accuracy(pl_module, task)
+        own = take_snapshot(pl_module, self._division.task_specific(pl_module))
+        task_parameters = {**state.task_parameters, task: own}
+        with (
+            progress(trainer, f"merging {task}") as on_step,
+            merging(
+                pl_module,
+                self.method,
+                task=task,
+                t=operating_time([*report.weights, weight]),
+                merged=state.merged,
+                base=state.base or {},
+                calibration=Calibration(buffer, ModuleLoss(pl_module), self.calibration.batch_size) if buffer else None,
+                exclude=self._division.patterns(pl_module),
+                batch_norm=self.batch_norm,
+                on_step=on_step,
+            ) as record,
+        ):
+            row = self._evaluate(trainer, pl_module, task_parameters)
+            merged = take_snapshot(pl_module, self._division.shared(pl_module))
+            method_state = self.method.state_dict()
+        # The merge is done: from here on the stream has one task more.
+        state.merged, state.task_parameters, state.method = merged, task_parameters, method_state
+        state.buffer = buffer if buffer is not None else state.buffer
+        report.tasks.append(task)
+        report.weights.append(weight)
+        report.accuracy.append(row)
+        report.fine_tuned.append(fine_tuned)
+        report.pretrained.append(state.started["pretrained"])
+        report.before_training.append(state.started["before_training"])
+        report.merges.append(record)
+        state.started = {}
+        self._publish(trainer, record)
+        return record
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream, as plain containers and tensors."""
+        return self._state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
+        if self._stage not in (None, "fit") and self.report.tasks:
+            return
+        self._state.load_state_dict(state_dict)
+        self.method.load_state_dict(self._state.method)
+        self._resumed = self._stage == "fit"
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        state = self._state
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        task = next_task_name(datamodule, self.report.tasks)
+        weight = next_task_weight(self.weights, datamodule, self.report.tasks, task)
+        operating_time([*self.report.weights, weight])  # refuses what is no utility
+        self._division.check(module)
+        is_shared = self._division.shared(module)
+        if state.base is None:
+            state.base = take_snapshot(module, is_shared)
+        else:
+            merged = state.merged if self.finetune_from == "merged" else None
+            load_snapshot(module, merged or state.base, is_shared)
+        state.started = {"task": task, "weight": weight}
+
+    def _draw(self, trainer: L.Trainer, task: str, weight: float) -> None:
+        buffer = self._state.buffer
+        room = buffer.room_for_next(weight)
+        self._offer = draw(trainer, self.calibration_data.get(task), room, buffer.generator())
+        if self._offer is None:
+            if trainer.world_size > 1:
+                raise ValueError(
+                    f"The training data of task {task!r} is an IterableDataset, of which each process sees another "
+                    "part. Give the datamodule a calibration_dataset() or calibration_dataloader()."
+                )
+            self._reservoir = Reservoir(room, buffer.generator())
+        origin = self._offer.origin if self._offer else "the training batches as they pass (transforms apply)"
+        rank_zero_info(f"Calibration: up to {room} samples of task {task!r} from {origin}.")
+
+    def _filled_buffer(self, task: str, weight: float) -> CalibrationBuffer | None:
+        offer = self._offer
+        if self._reservoir is not None:
+            if self._reservoir.samples is None:
+                raise ValueError(f"No training batch of task {task!r} was seen, so there are no calibration samples.")
+            offer = Offer(self._reservoir.samples, "the training batches", transferred=True)
+        if offer is None:
+            return None
+        buffer = self._state.buffer.copy()
+        buffer.add(task, offer.samples, weight=weight, transferred=offer.transferred)
+        return buffer
+
+    def _check_loss(self, module: L.LightningModule, offer: Offer, task: str) -> None:
+        """Run the calibration loss once on two samples, so that a module without one is refused before training."""
+        pair = CalibrationBuffer(capacity=2)
+        pair.add(task, offer.samples, transferred=offer.transferred)
+        with undisturbed(module):
+            calibration = Calibration(pair, ModuleLoss(module))
+            vector = ParameterVector(module, self._division.patterns(module))
+            calibration.objective(vector).loss_and_grad(vector.read())
+
+    def _evaluate(
+        self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
+    ) -> list[float]:
+        """Accuracy on every task seen, each with its own parameters; the last task's are left in place."""
+        row = []
+        with progress(trainer, "evaluating") as advance, undisturbed(module):
+            for index, (task, own) in enumerate(task_parameters.items()):
+                advance(index, len(task_parameters))
+                _load_task_parameters(module, own)
+                row.append(self._accuracy(module, task))
+        return row
+
+    def _accuracy_at(self, module: L.LightningModule, weights: Snapshot | None) -> float:
+        """Accuracy on the current task with other shared weights, which are taken out again."""
+        if weights is None:
+            return math.nan
+        is_shared = self._division.shared(module)
+        before = take_snapshot(module, is_shared)
+        try:
+            load_snapshot(module, weights, is_shared)
+            with undisturbed(module):
+                return self._accuracy(module, self._state.started["task"])
+        finally:
+            load_snapshot(module, before, is_shared)
+
+    def _accuracy(self, module: L.LightningModule, task: str) -> float:
+        data = self._evaluation_data.get(task)
+        return math.nan if data is None else accuracy(module, data, task)
+
+    def _publish(self, trainer: L.Trainer, record: MergeRecord) -> None:
+        """Checkpoint, report, loggers and one line for the user."""
+        report = self.report
+        number = len(report.tasks)
+        record.checkpoint = self.last_merged_path = self._directory.save_checkpoint(trainer, number, record.task)
+        self._directory.save_report(trainer, report)
+        metrics = latest_scalars(report)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=number)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        summary = [f"Merged task {number} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
+        if record.path:
+            summary.append(
+                f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})"
+            )
+        summary += [f"{name} {100 * metrics[key]:.1f}" for name, key in _HEADLINE.items() if key in metrics]
+        where = f". Merged weights: {self.last_merged_path} (ModelCheckpoint's files hold unmerged ones)"
+        rank_zero_info(", ".join(summary) + (where if self.last_merged_path else ""))
+
+
+_HEADLINE = {"ACC": "merge/acc", "BWT": "merge/bwt"}
+
+
+def _load_task_parameters(module: nn.Module, own: Snapshot) -> None:
+    load_snapshot(module, own, lambda name: name in own)

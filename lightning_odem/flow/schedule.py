@@ -1,0 +1,32 @@
+"""When to stop: the operating time of each merge (Section 3.4 of the paper)."""
+
+import math
+from collections.abc import Sequence
+
+
+def operating_time(weights: Sequence[float]) -> float:
+    """Operating time of the last task in ``weights``, t_k = w_k / (w_1 + ... + w_k) (eq. 18).
+
+    The first task has nothing to share with: its time is 1 whatever its weight (Psi_1 = psi_1 in Algorithm 1). A later
+    task of weight 0 has time 0 and leaves the merged model untouched.
+
+    Args:
+        weights: Utility weights w_1, ..., w_k of the tasks merged so far, the incoming one last; dimensionless.
+
+    Raises:
+        ValueError: If there is no weight, or one is negative or not finite.
+
+    Example:
+        >>> [operating_time([1.0] * k) for k in (1, 2, 4)]
+        [1.0, 0.5, 0.25]
+        >>> operating_time([1.0, 3.0])
+        0.75
+    """
+    if not weights:
+        raise ValueError("An operating time needs at least one utility weight, got none.")
+    for index, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ValueError(f"Utility weights must be finite and non-negative, got {weight} for task {index + 1}.")
+    if len(weights) == 1:
+        return 1.0
+    return weights[-1] / sum(weights) if weights[-1] else 0.0

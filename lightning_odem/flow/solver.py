@@ -1,0 +1,178 @@
+"""One integration loop, and the one-step rules it can use."""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_odem.flow.field import Field, RectifiedField, Velocity
+from lightning_odem.flow.trajectory import Trajectory
+
+LossAndGrad = Callable[[Tensor], tuple[float | Tensor, Tensor]]
+Evaluate = Callable[[float, Tensor], Velocity]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss, its gradient or the distance between the models is not a finite number somewhere on the path.
+
+    Args:
+        what: What was found to be non-finite, with its value.
+        step: Index of the integration step.
+        t: Time of that step.
+    """
+
+    def __init__(self, what: str, step: int, t: float) -> None:
+        super().__init__(f"{what} at step {step} (t = {t:.6g}) of the path; nothing was merged.")
+        self.what, self.step, self.t = what, step, t
+
+
+class Solver(Protocol):
+    """A one-step rule: moves ``theta`` in place from t to t + h, given the velocity at its start."""
+
+    order: int
+
+    def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
+        """Take one step; ``evaluate(t, theta)`` gives the velocity anywhere else and costs one gradient."""
+        ...
+
+
+class Euler:
+    """Explicit Euler, the paper's choice (Algorithm 1): order 1, one gradient per step."""
+
+    order = 1
+
+    def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
+        """Move ``theta`` to theta + h v."""
+        velocity.add_to(theta, h)
+
+
+class Heun:
+    """Heun's explicit trapezoidal rule: order 2 where the field is smooth, two gradients and two more vectors."""
+
+    order = 2
+
+    def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
+        """Move ``theta`` to theta + h (v + v') / 2 with v' taken at the end of an Euler step."""
+        predicted = theta.clone()
+        velocity.add_to(predicted, h)
+        correction = evaluate(t + h, predicted)
+        velocity.add_to(theta, h / 2)
+        correction.add_to(theta, h / 2)
+
+
+SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "heun": Heun}
+
+
+def integrate(
+    theta0: Tensor,
+    theta1: Tensor,
+    loss_and_grad: LossAndGrad,
+    t_end: float,
+    *,
+    step_size: float = 0.05,
+    field: Field | None = None,
+    solver: str | Solver = "euler",
+    loss: Callable[[Tensor], float | Tensor] | None = None,
+    out: Tensor | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Trajectory:
+    r"""Follow the flow from the merged model towards the incoming one and stop at the operating time.
+
+    Integrates :math:`\dot\theta = v_t(\theta)` from :math:`\theta(0) = \theta_0` to ``t_end``. Steps have length
+    ``step_size``; the last one is shortened so that the path ends exactly at ``t_end``. A path to t = 1 ends in
+    ``theta1``, the endpoint extension of Theorem 3.3: its last step goes there whatever the field says.
+
+    The loop holds three vectors of length d: the point, ``theta1`` and one gradient (Heun two more).
+
+    Args:
+        theta0: Merged model, shape [d], floating point; not modified.
+        theta1: Incoming model, same shape, dtype and device; not modified.
+        loss_and_grad: Loss and gradient at a point; the gradient has shape [d] and is not modified.
+        t_end: Operating time in [0, 1].
+        step_size: Step length h in (0, 1]. 0.05 is the paper's robust default (Table 4: flat from 0.001 to 0.1).
+        field: Velocity field, :class:`RectifiedField` unless given.
+        solver: ``"euler"`` (the paper's), ``"heun"`` or a :class:`Solver`.
+        loss: Loss without gradient, used at ``theta1`` and at the end of the path where no gradient is needed;
+            by default the loss of ``loss_and_grad``.
+        out: Vector to integrate in, overwritten; ``theta0`` itself may be given to save one vector.
+        on_step: Called with (steps done, steps in all) before the first and after every step.
+
+    Returns:
+        The trajectory; ``trajectory.theta`` has the dtype of ``theta0``.
+
+    Raises:
+        ValueError: For t outside [0, 1], a step size outside (0, 1], an unknown solver or vectors that do not match.
+        NonFiniteLossError: If a loss, a gradient or the distance between the models is not finite.
+
+    Example:
+        >>> import torch
+        >>> loss_and_grad = lambda theta: (0.5 * theta.dot(theta), theta)
+        >>> path = integrate(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), loss_and_grad, t_end=0.5)
+        >>> len(path.gamma), path.t[-1], path.envelope_excess < 0.01
+        (10, 0.5, True)
+    """
+    _check_problem(theta0, theta1, t_end, step_size)
+    field = field if field is not None else RectifiedField()
+    rule = _resolve_solver(solver)
+    evaluate_loss = loss if loss is not None else (lambda point: loss_and_grad(point)[0])
+    steps = math.ceil(t_end / step_size * (1.0 - 1e-12))
+    theta = theta0.clone() if out is None else out.copy_(theta0)
+    trajectory = Trajectory(theta, loss1=float(evaluate_loss(theta1)))
+    _check_finite("the loss of the incoming model", trajectory.loss1, 0, 1.0)
+
+    def evaluate(t: float, point: Tensor) -> tuple[float, Velocity]:
+        value, grad = loss_and_grad(point)
+        value = float(value)
+        trajectory.gradient_evaluations += 1
+        step = len(trajectory.gamma)
+        _check_finite("the loss", value, step, t)
+        loss0 = trajectory.loss[0] if trajectory.loss else value
+        velocity = field(t, point, theta1, grad, trajectory.loss1 - loss0)
+        _check_finite("the velocity's norm, so a gradient or a weight,", velocity.norm, step, t)
+        return value, velocity
+
+    if on_step is not None:
+        on_step(0, steps)
+    for step in range(steps):
+        t = step * step_size
+        t_next = t_end if step + 1 == steps else t + step_size
+        value, velocity = evaluate(t, theta)
+        trajectory.record(t, value, t_next - t, velocity)
+        if t_next < 1.0:
+            rule.step(theta, velocity, t, t_next - t, lambda t, point: evaluate(t, point)[1])
+        else:
+            theta.copy_(theta1)
+        # The gradient goes before the next one comes: one less vector held.
+        del velocity
+        if on_step is not None:
+            on_step(step + 1, steps)
+    value = float(evaluate_loss(theta))
+    _check_finite("the loss at the end", value, steps, t_end)
+    trajectory.end(t_end, value)
+    return trajectory
+
+
+def _check_problem(theta0: Tensor, theta1: Tensor, t_end: float, step_size: float) -> None:
+    if not 0.0 <= t_end <= 1.0:
+        raise ValueError(f"The operating time must lie in [0, 1], got t_end={t_end}.")
+    if not 0.0 < step_size <= 1.0:
+        raise ValueError(f"The step size must lie in (0, 1], got step_size={step_size}.")
+    found = [(tuple(vector.shape), vector.dtype, str(vector.device)) for vector in (theta0, theta1)]
+    if found[0] != found[1]:
+        raise ValueError(f"theta0 and theta1 must agree in shape, dtype and device, got {found[0]} and {found[1]}.")
+    if theta0.dim() != 1 or not theta0.is_floating_point():
+        raise ValueError(f"The flow runs on flat floating-point vectors, got shape {found[0][0]} of {found[0][1]}.")
+
+
+def _resolve_solver(solver: str | Solver) -> Solver:
+    if not isinstance(solver, str):
+        return solver
+    if solver not in SOLVERS:
+        raise ValueError(f"Unknown solver {solver!r}; the solvers are {', '.join(sorted(SOLVERS))}.")
+    return SOLVERS[solver]()
+
+
+def _check_finite(what: str, value: float, step: int, t: float) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteLossError(f"{what} is {value}", step, t)

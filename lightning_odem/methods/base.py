@@ -1,0 +1,93 @@
+"""What a merge method is: one rule that turns merged and incoming weights into the next merged weights."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_odem.flow import Trajectory
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a method may use besides the two models; only what it declares in ``needs`` is there.
+
+    Args:
+        names: Names of the merged parameters, in the order of the flat vectors.
+        shapes: Their shapes.
+        loss_and_grad: Calibration loss and its gradient [d] at a point [d] (need ``"calibration"``).
+        loss: Calibration loss at a point, without a gradient (need ``"calibration"``).
+        base: The base model theta_base, shape [d] (need ``"base"``).
+        on_step: Told (steps done, steps in all) while a merge goes on.
+    """
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    loss_and_grad: Callable[[Tensor], tuple[float, Tensor]] | None = None
+    loss: Callable[[Tensor], float] | None = None
+    base: Tensor | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The next merged model, and the path that led there where a method follows one.
+
+    Args:
+        theta: Merged weights, shape [d].
+        trajectory: The path, or None.
+    """
+
+    theta: Tensor
+    trajectory: Trajectory | None = None
+
+
+class MergeMethod(ABC):
+    """A rule for continual model merging.
+
+    Subclass it, name what it ``needs`` and write :meth:`merge`. A method may keep state from merge to merge; it is
+    saved with the callback if :meth:`state_dict` returns it, as tensors in plain containers.
+
+    Attributes:
+        needs: Any of ``"calibration"`` (loss and gradient on the calibration buffer) and ``"base"`` (the base model).
+
+    Example:
+        >>> import torch
+        >>> class Overwrite(MergeMethod):
+        ...     def merge(self, merged, incoming, t, context):
+        ...         return MergeResult(incoming)
+        >>> Overwrite().merge(torch.zeros(2), torch.ones(2), 0.5, MergeContext([], [])).theta
+        tensor([1., 1.])
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
+        """Merge the incoming model of task k >= 2 into the merged model.
+
+        Args:
+            merged: theta_0, the merged model before, shape [d]. The method may overwrite it and return it.
+            incoming: theta_1, the model just fine-tuned, shape [d]. Not to be modified.
+            t: Operating time in [0, 1]. 0 must give ``merged`` and 1 ``incoming``.
+            context: What the method declared it needs.
+        """
+
+    def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
+        """Take in the first task's model; Psi_1 = psi_1 unless a method says otherwise."""
+        return MergeResult(incoming)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to keep from merge to merge: tensors, numbers and strings in plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state given by :meth:`state_dict`.
+
+        Raises:
+            ValueError: If there is a state but the method keeps none, as when another method wrote it.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the stream has one: {', '.join(state)}.")

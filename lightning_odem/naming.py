@@ -1,0 +1,46 @@
+"""The name and the utility weight of the task a Trainer is about to fit."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Weights = Mapping[str, float] | Sequence[float] | None
+
+
+def next_task_name(datamodule: Any, tasks: Sequence[str]) -> str:
+    """The datamodule's ``task_name``, else ``task_<number>``.
+
+    Raises:
+        ValueError: If a task of that name has been merged already.
+
+    Example:
+        >>> next_task_name(None, ["task_1"])
+        'task_2'
+    """
+    name = str(getattr(datamodule, "task_name", f"task_{len(tasks) + 1}"))
+    if name in tasks:
+        raise ValueError(
+            f"Task {name!r} has been merged already, as task {list(tasks).index(name) + 1} of {len(tasks)}. Give each "
+            "task's datamodule a task_name of its own, or start a new stream with a new ContinualMergeCallback."
+        )
+    return name
+
+
+def next_task_weight(weights: Weights, datamodule: Any, tasks: Sequence[str], name: str) -> float:
+    """The weight given for a task by name or position, else the datamodule's ``task_weight``, else 1.
+
+    Raises:
+        ValueError: If weights are given but none for this task.
+
+    Example:
+        >>> next_task_weight({"digits": 2.0}, None, [], "digits"), next_task_weight([1.0, 3.0], None, ["a"], "b")
+        (2.0, 3.0)
+    """
+    if weights is None:
+        return float(getattr(datamodule, "task_weight", 1.0))
+    if isinstance(weights, Mapping):
+        if name not in weights:
+            raise ValueError(f"No weight for task {name!r}; weights are given for {', '.join(weights)}.")
+        return float(weights[name])
+    if len(tasks) >= len(weights):
+        raise ValueError(f"No weight for task {len(tasks) + 1} ({name!r}); {len(weights)} weights are given.")
+    return float(weights[len(tasks)])

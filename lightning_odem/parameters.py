@@ -1,0 +1,159 @@
+"""A module's trainable parameters as one flat vector, and the names that decide which of them are merged."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the parts that ``torch.compile`` puts into those of compiled submodules."""
+    return name.replace("_orig_mod.", "")
+
+
+def is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches one of the patterns: a glob over the whole name, or the name of a module above it.
+
+    Example:
+        >>> [is_excluded(name, ["head", "*.bias"]) for name in ("head.weight", "headless.weight", "conv1.bias")]
+        [True, False, True]
+    """
+    name = canonical_name(name)
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+class ParameterVector:
+    """The parameters a merge moves, read and written as one flat vector.
+
+    These are the module's parameters that are trainable and not excluded, each tied parameter once, in the module's
+    own order. The vector is fp32, or fp64 if a parameter is; lower-precision parameters are cast when written.
+
+    Args:
+        module: The module; its parameters are used in place, never rebound to other storage.
+        exclude: Patterns as in :func:`is_excluded` of parameters to leave alone.
+
+    Raises:
+        ValueError: If no parameter is left.
+
+    Example:
+        >>> from torch import nn
+        >>> vector = ParameterVector(nn.Linear(2, 1), exclude=["bias"])
+        >>> vector.names, vector.read().shape
+        (['weight'], torch.Size([2]))
+        >>> vector.write_(torch.tensor([1.0, 2.0]))
+        >>> vector.read()
+        tensor([1., 2.])
+    """
+
+    def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
+        named = {
+            canonical_name(name): parameter
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and not is_excluded(name, exclude)
+        }
+        if not named:
+            total = sum(1 for _ in module.parameters())
+            raise ValueError(
+                f"No trainable parameter of {type(module).__name__} is left to merge: of {total} parameters all are "
+                f"frozen or match exclude={list(exclude)}."
+            )
+        self.names = list(named)
+        self.tensors: list[Tensor] = list(named.values())
+        self.shapes = [parameter.shape for parameter in self.tensors]
+        self._sizes = [parameter.numel() for parameter in self.tensors]
+        self.device = self.tensors[0].device
+        dtypes = {parameter.dtype for parameter in self.tensors}
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of a flat vector in the parameters' shapes; they share its memory."""
+        return [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self.shapes, strict=True)]
+
+    def read(self) -> Tensor:
+        """Copy the parameters into a new vector of shape [d] on the first parameter's device."""
+        return self._gather(self.tensors)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy tensors kept by name (a superset is fine) into a new vector.
+
+        Raises:
+            ValueError: If a name is missing or a shape differs; the message lists every case.
+        """
+        found = {name: tensors[name].shape for name in self.names if name in tensors}
+        check_same_shapes(dict(zip(self.names, self.shapes, strict=True)), found, "incoming", "merged")
+        return self._gather([tensors[name] for name in self.names])
+
+    @torch.no_grad()
+    def write_(self, flat: Tensor) -> None:
+        """Copy a vector into the parameters, in place and in their own dtypes."""
+        torch._foreach_copy_(self.tensors, self.views(flat))
+
+    @contextmanager
+    def collect_gradient(self) -> Iterator[Tensor]:
+        """Add the gradients of every ``backward`` in the block into one new vector, which is yielded.
+
+        Each parameter's gradient is added and freed as soon as autograd has it, so besides the vector there is never
+        a second full set. Works wherever ``backward`` works, re-entrant activation checkpointing included. Existing
+        ``.grad`` are put back afterwards.
+
+        Raises:
+            ValueError: After the block, if not one of the parameters received a gradient.
+        """
+        flat = torch.zeros(len(self), dtype=self.dtype, device=self.device)
+        before = [parameter.grad for parameter in self.tensors]
+        reached = False
+
+        def sink(piece: Tensor) -> Callable[[Tensor], None]:
+            def add(parameter: Tensor) -> None:
+                nonlocal reached
+                reached = True
+                piece.add_(parameter.grad)  # type: ignore[arg-type]
+                parameter.grad = None
+
+            return add
+
+        handles = []
+        try:
+            for parameter, piece in zip(self.tensors, self.views(flat), strict=True):
+                parameter.grad = None
+                handles.append(parameter.register_post_accumulate_grad_hook(sink(piece)))
+            yield flat
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, grad in zip(self.tensors, before, strict=True):
+                parameter.grad = grad
+        if not reached:
+            raise ValueError(
+                f"The calibration loss has no gradient: backward reached none of {len(self.tensors)} parameters "
+                f"({', '.join(self.names[:3])}, ...). Return a loss that depends on them, without detach or no_grad."
+            )
+
+    @torch.no_grad()
+    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        flat = torch.empty(len(self), dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(self.views(flat), list(tensors))
+        return flat
+
+
+def check_same_shapes(
+    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], expected_in: str, found_in: str
+) -> None:
+    """Raise a ValueError that lists all names and shapes in which two models differ."""
+    problems = [f"{name}: in the {expected_in} model only" for name in expected if name not in found]
+    problems += [f"{name}: in the {found_in} model only" for name in found if name not in expected]
+    problems += [
+        f"{name}: {tuple(shape)} in the {expected_in} model, {tuple(found[name])} in the {found_in} model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
+            "architecture can be merged (exclude= leaves parameters out):\n  " + "\n  ".join(problems)
+        )

@@ -1,0 +1,45 @@
+"""A progress bar for merges that gets on with the Trainer's own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+Advance = Callable[[int, int], None]
+
+
+@contextmanager
+def progress(trainer: L.Trainer, description: str) -> Iterator[Advance]:
+    """Show (done, total) of the block as a line of the Trainer's progress bar, if it has one.
+
+    Example:
+        >>> with progress(L.Trainer(enable_progress_bar=False, logger=False), "merging") as advance:
+        ...     advance(1, 2)
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        display = bar.progress
+        line = display.add_task(description, total=1)
+
+        def advance(done: int, total: int) -> None:
+            display.update(line, completed=done, total=total)
+            display.refresh()
+
+        try:
+            yield advance
+        finally:
+            display.update(line, visible=False)
+            display.refresh()
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        # Below the training and validation bars.
+        with Tqdm(desc=description, position=2 + bar.process_position, leave=False, dynamic_ncols=True) as shown:
+
+            def advance_below(done: int, total: int) -> None:
+                shown.total, shown.n = total, done
+                shown.refresh()
+
+            yield advance_below
+    else:
+        yield lambda done, total: None

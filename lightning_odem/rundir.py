@@ -1,0 +1,65 @@
+"""The directory a stream writes to."""
+
+import re
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_odem.report import StreamReport, save
+from lightning_odem.state import StreamState
+
+
+class RunDirectory:
+    """Checkpoints, report, table and figures of one stream; never of two.
+
+    Args:
+        dirpath: Where; by default the next free ``lightning_odem/version_N`` under the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, dirpath: str | None) -> None:
+        self._wanted = dirpath
+        self.path: Path | None = None
+
+    def claim(self, trainer: L.Trainer, state: StreamState) -> None:
+        """Settle where the stream writes, on its first fit; nowhere under ``fast_dev_run``.
+
+        Raises:
+            MisconfigurationException: If the directory holds another stream already.
+        """
+        if trainer.fast_dev_run or self.path is not None:  # type: ignore[attr-defined]
+            return
+        wanted = self._wanted or state.dirpath or _next_version(Path(trainer.default_root_dir) / "lightning_odem")
+        path = Path(trainer.strategy.broadcast(str(wanted)))
+        held = _tasks_in(path)
+        if held and held != state.report.tasks:
+            raise MisconfigurationException(
+                f"{path} holds another stream already (tasks merged there: {', '.join(held)}; in this stream: "
+                f"{', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one away."
+            )
+        self.path, state.dirpath = path, str(path)
+
+    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
+        """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""
+        if self.path is None:
+            return None
+        path = self.path / f"merged-{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}.ckpt"
+        trainer.save_checkpoint(path, weights_only=True)
+        return str(path)
+
+    def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
+        """Write ``report.json``, ``table.txt`` and the figures, from the main process."""
+        if self.path is not None and trainer.is_global_zero:
+            save(report, self.path, first_path=-1)
+
+
+def _next_version(root: Path) -> Path:
+    taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
+    return root / f"version_{max(taken, default=-1) + 1}"
+
+
+def _tasks_in(path: Path) -> list[str]:
+    if path.exists() and not path.is_dir():
+        raise MisconfigurationException(f"{path} is a file; dirpath must name a directory.")
+    report = path / "report.json"
+    return StreamReport.load(report).tasks if report.exists() else []

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from lightning_odem.flow import Trajectory, integrate
+
+
+def bump(theta):
+    """A loss with a hill of height 1 between its ends, in one dimension."""
+    return torch.exp(-(theta[0] ** 2)), torch.stack([-2 * theta[0] * torch.exp(-(theta[0] ** 2))])
+
+
+def test_the_barrier_of_a_hill_between_equal_ends_is_its_height():
+    path = Trajectory(torch.zeros(1), loss1=0.2, t=[0.0, 0.5, 1.0], loss=[0.2, 1.0, 0.2])
+    assert path.barrier == pytest.approx(0.8)
+    assert path.envelope_excess == pytest.approx(0.8)
+    assert path.barrier_bound == 0.0
+
+
+def test_a_falling_loss_may_leave_the_chord_but_not_the_envelope():
+    path = Trajectory(torch.zeros(1), loss1=0.0, t=[0.0, 0.5], loss=[1.0, 1.0])
+    assert path.barrier == pytest.approx(0.5)
+    assert path.envelope_excess == 0.0
+    assert path.barrier <= path.barrier_bound
+
+
+def test_a_rising_loss_has_the_chord_as_its_envelope():
+    path = Trajectory(torch.zeros(1), loss1=3.0, t=[0.0, 0.5], loss=[1.0, 2.5])
+    assert path.envelope == path.chord == [1.0, 2.0]
+    assert path.envelope_excess == pytest.approx(0.5)
+
+
+def test_a_path_stopped_at_once_has_no_barrier():
+    path = integrate(torch.tensor([-2.0]), torch.tensor([2.0]), bump, 0.0)
+    assert path.barrier == path.envelope_excess == 0.0
+
+
+def test_a_hill_stops_the_flow_where_the_loss_may_not_rise():
+    path = integrate(torch.tensor([-2.0]), torch.tensor([2.0]), bump, 0.5)
+    assert path.theta.item() == pytest.approx(-2.0)  # in one dimension everything is along the gradient
+    assert path.barrier == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_dictionary_holds_a_point_more_than_steps():
+    data = integrate(torch.tensor([-2.0]), torch.tensor([2.0]), bump, 0.2).as_dict()
+    assert {name: len(values) for name, values in data.items()} == {
+        "t": 5, "loss": 5, "alignment": 4, "gamma": 4, "alignment_ratio": 4, "step_norm": 4,
+    }  # fmt: skip
