@@ -2,7 +2,10 @@
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.callback import ContinualMergeCallback
+from lightning_odem.classifier import TaskClassifier
 from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge
+from lightning_odem.stream import TaskStream
+from lightning_odem.trainer import ContinualTrainer
 
 __version__ = "0.1.0"
 
@@ -11,8 +14,11 @@ __all__ = [
     "CalibrationBuffer",
     "CalibrationOptions",
     "ContinualMergeCallback",
+    "ContinualTrainer",
     "MergeContext",
     "MergeMethod",
     "MergeResult",
     "ODEMerge",
+    "TaskClassifier",
+    "TaskStream",
 ]

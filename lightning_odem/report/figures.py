@@ -1,0 +1,159 @@
+"""Figures of a report; matplotlib's global state stays untouched, so they can be drawn in any thread."""
+
+import math
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from lightning_odem.report.record import MergeRecord, StreamReport
+
+# Okabe and Ito's colour-blind-safe palette without its black, which is the mean's, and its yellow, too pale for a line
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+_BLUE, _ORANGE, _GREEN, _RED = _COLORS[:4]
+_MARKERS = "osD^vP*Xp<>"
+
+
+def plot_accuracy_matrix(report: StreamReport) -> Figure:
+    """Heat map of the accuracy on each task, in percent: base model and incoming models on top, merged models below.
+
+    A dash marks an accuracy that was not measured.
+
+    Args:
+        report: A report of at least one merge.
+    """
+    references = 100 * np.array([report.pretrained, report.fine_tuned])
+    merged = 100 * report.matrix().numpy()
+    size = len(report.tasks)
+    measured = [value for value in (*references.flat, *merged.flat) if math.isfinite(value)]
+    norm = Normalize(10 * math.floor(min(measured, default=0) / 10), 100)
+    cell = 0.75 if size < 10 else 0.48
+    figure = _figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, size])
+    _heat_map(upper, references, ["pretrained", "fine-tuned"], norm)
+    image = _heat_map(lower, merged, [f"after {task}" for task in report.tasks], norm, triangular=True)
+    labels = _task_labels(report)
+    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if 0.09 * max(map(len, labels)) > cell else {}
+    lower.set_xticks(range(size), labels, **tilt)
+    lower.set_xlabel("task")
+    lower.set_ylabel("merged model")
+    figure.colorbar(image, ax=[upper, lower], label="accuracy (%)", pad=0.02, aspect=30)
+    return figure
+
+
+def plot_accuracy_over_stream(report: StreamReport) -> Figure:
+    """ACC_w (eq. 2) and the accuracy on each task against the number of merges, in percent.
+
+    Args:
+        report: A report of at least one merge.
+    """
+    size = len(report.tasks)
+    merges = np.arange(1, size + 1)
+    matrix = 100 * report.matrix().numpy()
+    colors = _COLORS if size <= len(_COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
+    figure = _figure(7.2, max(4.0, 1.0 + 0.2 * size))
+    axes = figure.subplots()
+    name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
+    mean = [100 * report.acc(merge) for merge in range(size)]
+    axes.plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
+    for index, label in enumerate(_task_labels(report)):
+        color, marker = colors[index], _MARKERS[index % len(_MARKERS)]
+        axes.plot(merges[index:], matrix[index:, index], color=color, marker=marker, lw=1.2, ms=5, label=label)
+    axes.set_xlabel("number of merges")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_xlim(0.5, size + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _open_frame(axes)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def plot_path(record: MergeRecord) -> Figure:
+    """One merge: calibration loss along the path, damping and alignment ratio of its steps below.
+
+    The loss is compared with the chord between the losses of its endpoints, above which the barrier is measured
+    (Def. 3.2), and with the envelope of Theorem 3.4. Both are drawn up to the operating time, where the path ends.
+
+    Args:
+        record: A merge that followed a path, as ``record.path["gamma"]`` tells.
+
+    Raises:
+        ValueError: If the merge followed no path.
+
+    Example:
+        >>> path = {"t": [0.0, 0.05, 0.1], "loss": [1.0, 0.9, 0.95], "gamma": [1.0, 0.4], "alignment_ratio": [0.2, 0.3]}
+        >>> figure = plot_path(MergeRecord("svhn", t=0.1, method="odem", path=path, loss_incoming=1.5))
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['calibration loss', 'per step']
+    """
+    if not record.path.get("gamma"):
+        raise ValueError(f"The merge of task {record.task!r} ({record.method}) followed no path; nothing to plot.")
+    t, loss = np.array(record.path["t"]), np.array(record.path["loss"])
+    change = record.loss_incoming - loss[0]
+    chord = loss[0] + t * change
+    figure = _figure(7.4, 4.8)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+
+    ends = t[[0, -1]]
+    envelope = loss[0] + ends * max(change, 0.0)
+    upper.plot(ends, envelope, color=_ORANGE, lw=5, alpha=0.5, label="envelope (Theorem 3.4)")
+    label = rf"chord to $L(\theta_1)$ = {record.loss_incoming:.4g} at t = 1"
+    upper.plot(ends, chord[[0, -1]], color="black", lw=1.2, ls="--", label=label)
+    upper.plot(t, loss, color=_BLUE, lw=2, marker="o", ms=4, label=r"path, $L(\theta(t))$")
+    if record.barrier > 0:
+        highest = int(np.argmax(loss - chord))
+        label = f"barrier = {record.barrier:.3g}"
+        upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=_RED, lw=2, marker="_", label=label)
+    upper.axvline(record.t, color="0.4", lw=1, ls=":", label=f"operating time t = {record.t:.3g}")
+    upper.set_ylabel("calibration loss")
+    upper.set_title(f"merging {record.task}", loc="left", fontsize="medium")
+
+    gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
+    lower.stairs(gamma, t, baseline=None, color=_GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
+    label = r"alignment ratio $\Vert P_g u\Vert / \Vert u\Vert$"
+    lower.stairs(ratio, t, baseline=None, color=_RED, lw=2, ls=(0, (3, 1)), label=label)
+    lower.axvline(record.t, color="0.4", lw=1, ls=":")
+    lower.set_ylim(-0.05, 1.05)
+    lower.set_ylabel("per step")
+    lower.set_xlabel("time t")
+    for axes in (upper, lower):
+        _open_frame(axes)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _task_labels(report: StreamReport) -> list[str]:
+    if len(set(report.weights)) == 1:
+        return report.tasks
+    return [f"{task} (w={weight:.4g})" for task, weight in zip(report.tasks, report.weights, strict=True)]
+
+
+def _heat_map(axes: Axes, values: np.ndarray, rows: list[str], norm: Normalize, triangular: bool = False) -> AxesImage:
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", norm=norm, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if triangular and column > row:
+            continue
+        number = f"{value:.1f}" if math.isfinite(value) else "—"
+        color = "white" if norm(value) < 0.5 else "black"
+        axes.text(column, row, number, ha="center", va="center", fontsize="small", color=color)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _open_frame(axes: Axes) -> None:
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,184 @@
+"""What is known about a stream after each merge, as plain data."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, float64, tensor
+
+from lightning_odem.metrics import (
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    weighted_accuracy,
+)
+
+
+@dataclass
+class MergeRecord:
+    """One merge: what was asked, what the path did, what it cost.
+
+    Args:
+        task: Name of the task whose fine-tuned model came in.
+        t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper with no earlier utility).
+        method: Registered name of the merge method.
+        path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
+            (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio`` and ``step_norm``
+            (n steps). Empty for methods that follow no path and for the first task.
+        loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
+        loss_after: Calibration loss of the merged model after it.
+        loss_incoming: Calibration loss of the incoming model.
+        barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
+        envelope_excess: By how much the path left the bound of Theorem 3.4; 0 where it held.
+        gradient_evaluations: Full calibration-set gradients taken.
+        loss_evaluations: Full calibration-set forward passes without a gradient.
+        sample_gradients: Gradient evaluations times samples in the calibration buffer.
+        gradient_seconds: Wall time inside those evaluations.
+        merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
+        calibration: Samples kept per task during this merge.
+        checkpoint: Path of the checkpoint with the merged weights, or None where none was written.
+    """
+
+    task: str
+    t: float
+    method: str
+    path: dict[str, list[float]] = field(default_factory=dict)
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    loss_incoming: float = math.nan
+    barrier: float = 0.0
+    envelope_excess: float = 0.0
+    gradient_evaluations: int = 0
+    loss_evaluations: int = 0
+    sample_gradients: int = 0
+    gradient_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    calibration: dict[str, int] = field(default_factory=dict)
+    checkpoint: str | None = None
+
+
+@dataclass
+class StreamReport:
+    """Everything measured on a stream so far; ``report.json`` is this object.
+
+    Accuracies are fractions in [0, 1]; a value that was not or could not be measured is NaN (``null`` in JSON).
+
+    Args:
+        tasks: Names in the order they were merged.
+        weights: Utility weight of each task.
+        accuracy: Row k holds the accuracy of the model after merge k on tasks 1..k (ragged, row k has k entries).
+        pretrained: Accuracy of the base model on each task.
+        fine_tuned: Accuracy of each incoming model on its own task.
+        before_training: Accuracy on each task of the merged model as it was before that task was trained.
+        merges: One record per merge.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    accuracy: list[list[float]] = field(default_factory=list)
+    pretrained: list[float] = field(default_factory=list)
+    fine_tuned: list[float] = field(default_factory=list)
+    before_training: list[float] = field(default_factory=list)
+    merges: list[MergeRecord] = field(default_factory=list)
+
+    def matrix(self) -> Tensor:
+        """Accuracy matrix a_{k,i} of shape [K, K], fp64, NaN above the diagonal."""
+        size = len(self.accuracy)
+        rows = [row + [math.nan] * (size - len(row)) for row in self.accuracy]
+        return tensor(rows, dtype=float64).view(size, size)
+
+    def weighted_accuracy(self, accuracies: list[float]) -> float:
+        """Weighted mean of accuracies on the first tasks of the stream; NaN if all of these have weight 0."""
+        return self._summarize(weighted_accuracy, accuracies)
+
+    def acc(self, merge: int = -1) -> float:
+        """ACC_w after a merge (eq. 2; 0-based index, the last one by default)."""
+        return self.weighted_accuracy(self.accuracy[merge])
+
+    def bwt(self, merge: int = -1) -> float:
+        """BWT_w after a merge (eq. 3); NaN after the first."""
+        return self._summarize(backward_transfer, self._rows(merge))
+
+    def forgetting(self, merge: int = -1) -> float:
+        """Weighted forgetting after a merge (Chaudhry et al., 2018); NaN after the first."""
+        return self._summarize(forgetting, self._rows(merge))
+
+    def fwt(self, merge: int = -1) -> float:
+        """Weighted forward transfer after a merge (Lopez-Paz & Ranzato, 2017, base model as baseline)."""
+        size = len(self.accuracy[merge])
+        return self._summarize(forward_transfer, self.before_training[:size], self.pretrained[:size])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, with ACC_w, BWT_w, forgetting and forward transfer after every merge added."""
+        names = ("acc", "bwt", "forgetting", "fwt")
+        summary = {name: [getattr(self, name)(merge) for merge in range(len(self.accuracy))] for name in names}
+        return {**asdict(self), **summary}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
+        """Rebuild a report from :meth:`as_dict` or from the parsed ``report.json``."""
+        values = {entry.name: data[entry.name] for entry in fields(cls)}
+        values["merges"] = [MergeRecord(**record) for record in values["merges"]]
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the report as JSON, in one step: a reader sees the old file or the new one, never half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        text = json.dumps(_map_floats(self.as_dict(), _nan_to_none), indent=2, allow_nan=False)
+        try:
+            draft.write_text(text + "\n", encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "StreamReport":
+        """Read a ``report.json``.
+
+        Raises:
+            ValueError: If the file is not a report; the message names the file and what is wrong.
+        """
+        try:
+            report = cls.from_dict(_map_floats(json.loads(Path(path).read_text(encoding="utf-8")), _none_to_nan))
+            lengths = [len(row) for row in report.accuracy]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a merge report: {error!r}.") from error
+        if lengths != list(range(1, len(report.tasks) + 1)):
+            raise ValueError(f"{path} is damaged: {len(report.tasks)} tasks, but accuracy rows of lengths {lengths}.")
+        return report
+
+    def _rows(self, merge: int) -> list[list[float]]:
+        """The accuracy matrix up to a merge."""
+        size = len(self.accuracy[merge])
+        return self.matrix()[:size, :size].tolist()
+
+    def _summarize(self, metric: Callable[..., Tensor], *accuracies: list) -> float:
+        weights = tensor(self.weights[: len(accuracies[0])], dtype=float64)
+        # The metrics refuse such weights, but a stream may start with tasks of weight 0.
+        if not weights.any():
+            return math.nan
+        return metric(*(tensor(values, dtype=float64) for values in accuracies), weights).item()
+
+
+def _nan_to_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _none_to_nan(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _map_floats(data: Any, convert: Callable[[Any], Any]) -> Any:
+    """Apply ``convert`` to every leaf of nested dicts and lists."""
+    if isinstance(data, dict):
+        return {key: value if key == "checkpoint" else _map_floats(value, convert) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_map_floats(value, convert) for value in data]
+    return convert(data)

@@ -1,0 +1,43 @@
+"""The numbers of the last merge under the names loggers show."""
+
+import math
+
+from lightning_odem.report.record import StreamReport
+
+
+def latest_scalars(report: StreamReport) -> dict[str, float]:
+    """Scalars of the last merge, all under ``merge/``; what is undefined (BWT of the first task) is left out.
+
+    Accuracies and their summaries are fractions, times are seconds, evaluations are passes over the calibration set.
+
+    Example:
+        >>> from lightning_odem.report import MergeRecord
+        >>> report = StreamReport(["a"], [1.0], [[0.5]], [0.1], [0.5], [0.1], [MergeRecord("a", 1.0, "ode")])
+        >>> {name: value for name, value in latest_scalars(report).items() if "acc" in name}
+        {'merge/acc': 0.5, 'merge/acc/a': 0.5, 'merge/fine_tuned_acc': 0.5}
+    """
+    record = report.merges[-1]
+    scalars = {
+        "acc": report.acc(),
+        "bwt": report.bwt(),
+        "forgetting": report.forgetting(),
+        "fwt": report.fwt(),
+        **{f"acc/{task}": value for task, value in zip(report.tasks, report.accuracy[-1], strict=True)},
+        "fine_tuned_acc": report.fine_tuned[-1],
+        "t": record.t,
+        "loss_before": record.loss_before,
+        "loss_after": record.loss_after,
+        "loss_incoming": record.loss_incoming,
+        "barrier": record.barrier,
+        "envelope_excess": record.envelope_excess,
+        "seconds": record.merge_seconds,
+        "gradient_seconds": record.gradient_seconds,
+        "gradient_evaluations": float(record.gradient_evaluations),
+        "sample_gradients": float(record.sample_gradients),
+    }
+    for name in ("gamma", "alignment_ratio"):
+        values = record.path.get(name, [])
+        if values:
+            scalars |= {f"{name}_mean": math.fsum(values) / len(values), f"{name}_min": min(values)}
+            scalars[f"{name}_max"] = max(values)
+    return {f"merge/{name}": float(value) for name, value in scalars.items() if math.isfinite(value)}

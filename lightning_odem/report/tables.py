@@ -1,0 +1,165 @@
+"""A report as plain text."""
+
+import math
+from io import StringIO
+from statistics import fmean
+
+from rich.box import Box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+from lightning_odem.report.record import MergeRecord, StreamReport
+
+# rich's own open boxes draw the rule in characters that not every file encoding has
+_RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+_GAP = 2
+
+
+def render_table(report: StreamReport, width: int | None = None) -> str:
+    """Accuracy matrix with ACC_w (eq. 2) and BWT_w (eq. 3) after every merge, in percent.
+
+    Columns carry the task names where they fit. Otherwise they are numbered, the rows tell which number is which task,
+    and columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
+    undefined or was not measured.
+
+    Args:
+        report: What to show.
+        width: Characters per line; the terminal's by default.
+
+    Example:
+        >>> report = StreamReport(
+        ...     tasks=["mnist", "svhn"], weights=[1.0, 1.0], accuracy=[[0.99], [0.95, 0.9]],
+        ...     pretrained=[0.5, 0.25], fine_tuned=[0.99, 0.97], before_training=[0.5, 0.3],
+        ... )
+        >>> print(render_table(report, width=80))
+        Accuracy (%)
+        <BLANKLINE>
+                     mnist  svhn   ACC   BWT
+        ------------------------------------
+        pretrained    50.0  25.0  37.5
+        fine-tuned    99.0  97.0  98.0
+        after mnist   99.0        99.0     —
+        after svhn    95.0  90.0  92.5  -4.0
+        <BLANKLINE>
+    """
+    if not report.tasks:
+        return "No merge yet.\n"
+    width = width or Console().width
+    body = _accuracy_rows(report)
+    for numbered in (False, True):
+        header, labels = _accuracy_names(report, numbered)
+        rows = [[label, *cells] for label, cells in zip(labels, body, strict=False)]
+        if _columns_per_block(_column_widths([header, *rows]), width) == len(header) - 1:
+            break
+    return _render("Accuracy (%)", header, rows, width)
+
+
+def render_costs(report: StreamReport, width: int | None = None) -> str:
+    """What each merge did to the calibration loss and what it cost.
+
+    Args:
+        report: What to show.
+        width: Characters per line; the terminal's by default.
+    """
+    header = [
+        "task", "t", "loss\nbefore", "loss\nafter", "loss\nincoming", "gamma\nmean (min)", "barrier",
+        "gradient\nevaluations", "seconds", "overhead",
+    ]  # fmt: skip
+    title = "Merges (overhead: time beyond the gradient evaluations, relative to them)"
+    return _render(title, header, [_cost_row(record) for record in report.merges], width or Console().width)
+
+
+def render_summary(report: StreamReport, width: int | None = None) -> str:
+    """:func:`render_table`, and :func:`render_costs` below it."""
+    parts = [render_table(report, width)]
+    if report.merges:
+        parts.append(render_costs(report, width))
+    return "\n".join(parts)
+
+
+def _accuracy_names(report: StreamReport, numbered: bool) -> tuple[list[str], list[str]]:
+    """Header and row labels of the accuracy table."""
+    weighted = len(set(report.weights)) > 1
+    columns = [f"#{k}" for k in range(1, len(report.tasks) + 1)] if numbered else report.tasks
+    merged = [f"{k} {task}" for k, task in zip(columns, report.tasks, strict=True)] if numbered else report.tasks
+    if weighted:
+        columns = [f"{column}\nw={weight:.4g}" for column, weight in zip(columns, report.weights, strict=True)]
+    summary = ["ACC_w", "BWT_w"] if weighted else ["ACC", "BWT"]
+    return ["", *columns, *summary], ["pretrained", "fine-tuned", *(f"after {name}" for name in merged)]
+
+
+def _accuracy_rows(report: StreamReport) -> list[list[str]]:
+    size = len(report.tasks)
+    rows = []
+    for reference in (report.pretrained, report.fine_tuned):
+        rows.append([*map(_percent, reference), _percent(report.weighted_accuracy(reference)), ""])
+    for merge, accuracies in enumerate(report.accuracy):
+        unseen = [""] * (size - len(accuracies))
+        summary = [_percent(report.acc(merge)), _percent(report.bwt(merge), "+")]
+        rows.append([*map(_percent, accuracies), *unseen, *summary])
+    return rows
+
+
+def _cost_row(record: MergeRecord) -> list[str]:
+    gamma = record.path.get("gamma")
+    overhead = record.merge_seconds / record.gradient_seconds - 1 if record.gradient_seconds else math.nan
+    return [
+        record.task,
+        _number(record.t, ".3f"),
+        *(_number(loss, ".4f") for loss in (record.loss_before, record.loss_after, record.loss_incoming)),
+        f"{fmean(gamma):.2f} ({min(gamma):.2f})" if gamma else "—",
+        _number(record.barrier, ".4f"),
+        str(record.gradient_evaluations),
+        _number(record.merge_seconds, ".2f"),
+        _number(overhead, ".0%"),
+    ]
+
+
+def _number(value: float, spec: str) -> str:
+    return "—" if math.isnan(value) else format(value, spec)
+
+
+def _percent(fraction: float, sign: str = "") -> str:
+    # adding 0.0 turns a rounded -0.0 into 0.0
+    return _number(round(100 * fraction, 1) + 0.0, f"{sign}.1f")
+
+
+def _column_widths(rows: list[list[str]]) -> list[int]:
+    """Width each column needs, the gap to the next one included."""
+    columns = zip(*rows, strict=True)
+    return [_GAP + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+
+
+def _columns_per_block(widths: list[int], width: int) -> int:
+    """Columns beside the first one, for the fewest blocks of about equal size that are not too wide."""
+    label, *columns = [min(widths[0], width // 3), *widths[1:]]
+    for blocks in range(1, len(columns) + 1):
+        size = math.ceil(len(columns) / blocks)
+        starts = range(0, len(columns), size)
+        if all(label + sum(columns[start : start + size]) - _GAP <= width for start in starts):
+            break
+    return size
+
+
+def _render(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
+    """One table, or several below each other that repeat the first column."""
+    text = StringIO()
+    console = Console(
+        file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False,
+        markup=False, emoji=False, highlight=False,
+    )  # fmt: skip
+    console.print(title)
+    size = _columns_per_block(_column_widths([header, *rows]), width)
+    for start in range(1, len(header), size):
+        block = slice(start, start + size)
+        table = Table(box=_RULE_BELOW_HEADER, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        table.add_column(header[0], no_wrap=True, overflow="ellipsis", max_width=width // 3 - _GAP)
+        for name in header[block]:
+            table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+        for row in rows:
+            if any(row[block]):
+                table.add_row(row[0], *row[block])
+        console.print()
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())

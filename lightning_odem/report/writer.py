@@ -1,0 +1,41 @@
+"""A report as files in a directory."""
+
+import os
+import re
+from pathlib import Path
+
+from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
+from lightning_odem.report.record import StreamReport
+from lightning_odem.report.tables import render_summary
+
+
+def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0) -> list[Path]:
+    """Write ``report.json``, ``table.txt`` and the figures; files of the same names are replaced.
+
+    The figures are ``accuracy_matrix.png``, ``accuracy_over_stream.png`` and, for every merge that followed a path,
+    ``path-<number>-<task>.png``.
+
+    Args:
+        report: What to write.
+        directory: Made if it does not exist.
+        first_path: Index of the first merge whose path is drawn, -1 for the last one. Earlier figures stay as they
+            are, which saves drawing all of them again after every merge.
+
+    Returns:
+        The files written.
+    """
+    directory = Path(directory)
+    written = [report.save(directory / "report.json"), directory / "table.txt"]
+    written[1].write_text(render_summary(report, width=120), encoding="utf-8")
+    figures = {}
+    if report.merges:
+        figures["accuracy_matrix"] = plot_accuracy_matrix(report)
+        figures["accuracy_over_stream"] = plot_accuracy_over_stream(report)
+    for number, record in list(enumerate(report.merges, start=1))[first_path:]:
+        if record.path.get("gamma"):
+            task = re.sub(r"[^\w.-]+", "_", record.task)
+            figures[f"path-{number:02d}-{task}"] = plot_path(record)
+    for name, figure in figures.items():
+        written.append(directory / f"{name}.png")
+        figure.savefig(written[-1])
+    return written

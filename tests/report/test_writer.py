@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_odem.report import MergeRecord, StreamReport, render_summary, save
+
+
+@pytest.fixture
+def report() -> StreamReport:
+    path = {"t": [0.0, 0.5], "loss": [1.0, 0.9], "gamma": [1.0], "alignment_ratio": [0.5]}
+    return StreamReport(
+        tasks=["a", "b/c d"],
+        weights=[1.0, 1.0],
+        accuracy=[[0.9], [0.8, 0.7]],
+        pretrained=[0.1, 0.2],
+        fine_tuned=[0.9, 0.8],
+        before_training=[0.1, 0.2],
+        merges=[MergeRecord("a", 1.0, "odem"), MergeRecord("b/c d", 0.5, "odem", path, loss_incoming=1.5)],
+    )
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(file.name for file in directory.iterdir())
+
+
+def test_directory_holds_json_text_and_figures(report: StreamReport, tmp_path: Path) -> None:
+    written = save(report, tmp_path / "new")
+    expected = ["accuracy_matrix.png", "accuracy_over_stream.png", "path-02-b_c_d.png", "report.json", "table.txt"]
+    assert names(tmp_path / "new") == sorted(file.name for file in written) == expected
+    assert StreamReport.load(tmp_path / "new" / "report.json").accuracy == report.accuracy
+    assert (tmp_path / "new" / "table.txt").read_text(encoding="utf-8") == render_summary(report, 120)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written if file.suffix == ".png")
+
+
+def test_only_later_paths_are_drawn_on_request(report: StreamReport, tmp_path: Path) -> None:
+    report.merges[0] = report.merges[1]
+    written = save(report, tmp_path, first_path=-1)
+    assert [file.name for file in written if file.name.startswith("path")] == ["path-02-b_c_d.png"]
+
+
+def test_empty_report_has_no_figures(tmp_path: Path) -> None:
+    save(StreamReport(), tmp_path)
+    assert names(tmp_path) == ["report.json", "table.txt"]
