@@ -25,8 +25,16 @@ class Division:
         self.exclude = tuple(exclude)
 
     def patterns(self, module: nn.Module) -> tuple[str, ...]:
-        """All patterns of tensors that are not merged."""
-        return (*self.exclude, *getattr(module, "task_specific", ()))
+        """All patterns of tensors that are not merged.
+
+        Raises:
+            ValueError: If ``task_specific`` is a string, whose letters would be taken for patterns.
+        """
+        own = getattr(module, "task_specific", ())
+        if isinstance(own, str):
+            name = type(module).__name__
+            raise ValueError(f"{name}.task_specific is a tuple of patterns, got the string {own!r}; write ({own!r},).")
+        return (*self.exclude, *own)
 
     def shared(self, module: nn.Module) -> Callable[[str], bool]:
         """Selects by name what all tasks share."""

@@ -1,6 +1,6 @@
 """The accuracy of a module on a task's data, outside Lightning's own loops."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -33,7 +33,7 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
 
     Predictions come from ``module.prediction_step(batch, task)`` if there is one, which returns scores [B, C] or class
     ids [B] and targets [B]; otherwise from ``module(inputs)`` on batches ``(inputs, targets)``. The Trainer's
-    ``limit_test_batches`` applies.
+    ``limit_test_batches`` applies to each loader.
 
     Raises:
         ValueError: If there is no sample, or predictions and targets do not fit together.
@@ -83,16 +83,17 @@ class _Chain:
     """Several loaders, one after the other, as often as wanted."""
 
     def __init__(self, loaders: Iterable) -> None:
-        self._loaders = list(loaders)
+        self.loaders = list(loaders)
 
-    def __len__(self) -> int:
-        return sum(map(len, self._loaders))
-
-    def __iter__(self) -> Any:
-        return chain.from_iterable(self._loaders)
+    def __iter__(self) -> Iterator:
+        return chain.from_iterable(self.loaders)
 
 
 def _limited(data: Any, limit: int | float) -> Iterable:
-    if isinstance(limit, float):
-        return data if limit == 1.0 else islice(data, int(len(data) * limit))
-    return islice(data, limit)
+    """At most ``limit`` batches, or that fraction, of each loader."""
+    if limit == 1.0 and isinstance(limit, float):
+        return data
+    loaders = data.loaders if isinstance(data, _Chain) else [data]
+    return chain.from_iterable(
+        islice(loader, int(len(loader) * limit) if isinstance(limit, float) else limit) for loader in loaders
+    )

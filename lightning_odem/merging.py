@@ -3,16 +3,19 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_odem.batch_norm import BatchNormStatistics
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.objective import BatchLoss
+from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
 from lightning_odem.report.record import MergeRecord
 from lightning_odem.snapshot import undisturbed
 
@@ -57,7 +60,8 @@ def merging(
     the device.
 
     Args:
-        module: Module that holds the incoming model; left in the state it was in but for the merged weights.
+        module: Module that holds the incoming model; left in the state it was in but for the merged weights. Of its
+            frozen parameters those are merged too in which it differs from the merged model.
         method: The merge method.
         task: Name of the incoming task.
         t: Operating time in [0, 1].
@@ -70,18 +74,23 @@ def merging(
 
     Yields:
         What happened, without accuracies. The block under the merge belongs to the transaction: an exception in it,
-        like one in the merge, leaves the module with the incoming model.
+        like one in the merge, leaves the module with the incoming model and the method with the state it had.
 
     Raises:
         ValueError: If the models differ in names or shapes, nothing is left to merge or the loss has no gradient.
-        NonFiniteLossError: If a loss or gradient is not finite.
+        NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
+    frozen = _moved_and_frozen(module, merged or {}, exclude)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     vector = ParameterVector(module, exclude)
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     objective = calibration.objective(vector) if calibration else None
     incoming = vector.read()
     incoming_statistics = statistics.read()
+    # A copy: a method may change its tensors in place before it fails.
+    method_state = deepcopy(method.state_dict())
     try:
         with undisturbed(module):
             if merged is not None:
@@ -107,10 +116,28 @@ def merging(
         del result
         record.merge_seconds = time.perf_counter() - started
         yield record
-    except BaseException:
+    except BaseException as error:
         vector.write_(incoming)
         statistics.write_(incoming_statistics)
+        method.load_state_dict(method_state)
+        if isinstance(error, NonFiniteLossError):
+            raise NonFiniteLossError(f"Merging task {task!r}: {error.what}", error.step, error.t) from error
         raise
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: tuple[str, ...]) -> list[Tensor]:
+    """Parameters that earlier tasks moved away from where they stand frozen in the incoming model."""
+    frozen = {canonical_name(name): tensor for name, tensor in module.named_parameters() if not tensor.requires_grad}
+    return [
+        tensor
+        for name, tensor in frozen.items()
+        if name in merged
+        and not is_excluded(name, exclude)
+        and not torch.equal(tensor.detach().cpu(), merged[name].to("cpu", tensor.dtype))
+    ]
 
 
 def _record(result: MergeResult, objective: CalibrationObjective | None, **known: Any) -> MergeRecord:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,8 @@ class ParameterVector:
     """
 
     def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
-        named = {
-            canonical_name(name): parameter
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad and not is_excluded(name, exclude)
-        }
+        trainable = {canonical_name(name): tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+        named = {name: tensor for name, tensor in trainable.items() if not is_excluded(name, exclude)}
         if not named:
             total = sum(1 for _ in module.parameters())
             raise ValueError(
@@ -61,6 +59,7 @@ class ParameterVector:
             )
         self.names = list(named)
         self.tensors: list[Tensor] = list(named.values())
+        self._others = [tensor for name, tensor in trainable.items() if name not in named]
         self.shapes = [parameter.shape for parameter in self.tensors]
         self._sizes = [parameter.numel() for parameter in self.tensors]
         self.device = self.tensors[0].device
@@ -97,36 +96,38 @@ class ParameterVector:
     def collect_gradient(self) -> Iterator[Tensor]:
         """Add the gradients of every ``backward`` in the block into one new vector, which is yielded.
 
-        Each parameter's gradient is added and freed as soon as autograd has it, so besides the vector there is never
-        a second full set. Works wherever ``backward`` works, re-entrant activation checkpointing included. Existing
-        ``.grad`` are put back afterwards.
+        Each parameter's gradient is added and freed as soon as autograd has it, that of an excluded one just freed, so
+        besides the vector there is never a second full set. Works wherever ``backward`` works, re-entrant activation
+        checkpointing included. Existing ``.grad`` are put back afterwards.
 
         Raises:
             ValueError: After the block, if not one of the parameters received a gradient.
         """
         flat = torch.zeros(len(self), dtype=self.dtype, device=self.device)
-        before = [parameter.grad for parameter in self.tensors]
+        parameters = [*self.tensors, *self._others]
+        before = [parameter.grad for parameter in parameters]
         reached = False
 
-        def sink(piece: Tensor) -> Callable[[Tensor], None]:
+        def sink(piece: Tensor | None) -> Callable[[Tensor], None]:
             def add(parameter: Tensor) -> None:
                 nonlocal reached
-                reached = True
-                piece.add_(parameter.grad)  # type: ignore[arg-type]
+                if piece is not None:
+                    reached = True
+                    piece.add_(parameter.grad)  # type: ignore[arg-type]
                 parameter.grad = None
 
             return add
 
         handles = []
         try:
-            for parameter, piece in zip(self.tensors, self.views(flat), strict=True):
+            for parameter, piece in zip_longest(parameters, self.views(flat)):
                 parameter.grad = None
                 handles.append(parameter.register_post_accumulate_grad_hook(sink(piece)))
             yield flat
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, grad in zip(self.tensors, before, strict=True):
+            for parameter, grad in zip(parameters, before, strict=True):
                 parameter.grad = grad
         if not reached:
             raise ValueError(

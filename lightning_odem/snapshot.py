@@ -44,27 +44,36 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Run a block with the module in eval mode and gradients on; afterwards nothing but its parameters has changed.
 
-    Train/eval flags of every submodule, buffers (batch-norm statistics too), ``.grad``, the random state of Python,
-    NumPy and torch, and torchmetrics updated by the block are put back, also after an exception.
+    Train/eval flags of every submodule, buffers (batch-norm statistics too), ``.grad`` and the random state of Python,
+    NumPy and torch are put back, and torchmetrics updated by the block are reset, also after an exception.
     """
     flags = {submodule: submodule.training for submodule in module.modules()}
     grads = {parameter: parameter.grad for parameter in module.parameters()}
-    buffers = {buffer: buffer.clone() for buffer in module.buffers()}
+    # With their owners: a module may update a buffer in place or put another tensor under its name.
+    buffers = [
+        (submodule, name, buffer, buffer.clone())
+        for submodule in module.modules()
+        for name, buffer in submodule.named_buffers(recurse=False)
+    ]
     counts = {metric: metric.update_count for metric in module.modules() if isinstance(metric, Metric)}
+    isolation = isolate_rng()
+    isolation.__enter__()
     try:
-        with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             module.eval()
             for parameter in grads:
                 parameter.grad = None
             yield
     finally:
+        # Called as after a block that went well: after an exception it would leave the random state as it is.
+        isolation.__exit__(None, None, None)
         for submodule, flag in flags.items():
             submodule.training = flag
         for parameter, grad in grads.items():
             parameter.grad = grad
         with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
+            for owner, name, buffer, value in buffers:
+                setattr(owner, name, buffer.copy_(value))
         for metric, count in counts.items():
             if metric.update_count != count:
                 metric.reset()

@@ -147,9 +147,9 @@ class CalibrationBuffer:
 
     def shares(self) -> dict[str, float]:
         """Each task's share of the calibration loss; they sum to 1 over the tasks that hold samples."""
-        raw = {task: self._share(held.weight) for task, held in self._tasks.items() if len(held)}
-        total = sum(raw.values())
-        return {task: share / total for task, share in raw.items()}
+        weights = {task: held.weight for task, held in self._tasks.items() if len(held)}
+        raw = self._shares(list(weights.values()))
+        return {task: share / sum(raw) for task, share in zip(weights, raw, strict=True)}
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """One pass over the buffer, task by task, always in the same order."""
@@ -181,10 +181,9 @@ class CalibrationBuffer:
         self.capacity, self.quota, self.seed = state["capacity"], state["quota"], state["seed"]
         self._tasks = {name: TaskSamples(**held) for name, held in state["tasks"].items()}
 
-    def _share(self, weight: float) -> float:
-        return weight if self.quota == "utility" else 1.0
+    def _shares(self, weights: list[float]) -> list[float]:
+        # A stream of weightless tasks so far still needs samples to measure a loss on.
+        return weights if self.quota == "utility" and any(weights) else [1.0] * len(weights)
 
     def _allocate(self, weights: list[float], available: list[int]) -> list[int]:
-        shares = [self._share(weight) for weight in weights]
-        # A stream of weightless tasks so far still needs samples to measure a loss on.
-        return allocate(self.capacity, shares if any(shares) else [1.0] * len(shares), available)
+        return allocate(self.capacity, self._shares(weights), available)

@@ -1,10 +1,10 @@
 """A module's own loss on calibration samples."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_odem.calibration.buffer import MicroBatch
@@ -67,8 +67,8 @@ def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = Fa
 
 
 def training_step_on(module: L.LightningModule, batch: Any) -> Any:
-    """Call ``training_step`` with as many arguments as it takes."""
-    takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+    """Call ``training_step`` with as many arguments as Lightning's loop would give it."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return module.training_step(batch, 0) if takes_index else module.training_step(batch)
 
 

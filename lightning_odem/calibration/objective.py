@@ -60,7 +60,7 @@ class CalibrationObjective:
         losses, shares = [], []
         for batch in self.buffer.micro_batches(self.batch_size):
             loss = self.batch_loss(batch)
-            if backward:
+            if backward and loss.requires_grad:
                 (loss * batch.share).backward()
             losses.append(loss.detach())
             shares.append(batch.share)

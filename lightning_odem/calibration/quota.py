@@ -10,7 +10,8 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
     """Divide ``capacity`` places in proportion to ``shares``, none getting more than it has samples for.
 
     With equal shares and enough samples each of k tasks gets floor(N / k) or one more, the earlier tasks first, so
-    that the sum is N. Places a task cannot fill go to the others. A task never gets more places when another joins.
+    that the sum is N; none gets more places when another task joins. With unequal shares rounding may add one then.
+    Places a task cannot fill go to the others.
 
     Args:
         capacity: Places in all, N.

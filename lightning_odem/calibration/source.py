@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_odem.calibration import batches
@@ -46,30 +46,25 @@ class Reservoir:
 
     def update(self, batch: Any) -> None:
         """Consider the samples of a batch; those kept are copied to the CPU."""
-        size = batches.count(batch)
-        rows, slots = [], []
-        for row in range(size):
+        places: dict[int, int] = {}
+        for row in range(batches.count(batch)):
             slot = self.seen
             if self.seen >= self.capacity:
                 slot = int(torch.randint(self.seen + 1, (), generator=self._generator))
             if slot < self.capacity:
-                rows.append(row)
-                slots.append(slot)
+                places[slot] = row  # a slot drawn twice keeps the later sample
             self.seen += 1
-        if not rows:
+        if not places:
             return
-        chosen = batches.select(batch, torch.tensor(rows))
-        held = 0 if self._kept is None else batches.count(self._kept)
-        fresh = [index for index, slot in enumerate(slots) if slot >= held]
-        if fresh:
-            grown = batches.select(chosen, torch.tensor(fresh))
-            self._kept = grown if self._kept is None else batches.concatenate([self._kept, grown])
-        kept, structure = tree_flatten(self._kept)
-        for leaf, new in zip(kept, tree_flatten(chosen)[0], strict=True):
-            # One by one and in order: a slot drawn twice keeps the later sample.
-            for index, slot in enumerate(slots):
-                leaf[slot] = new[index]
-        self._kept = tree_unflatten(kept, structure)
+        slots, rows = torch.tensor(list(places)), torch.tensor(list(places.values()))
+        if self._kept is None:
+            self._kept = batches.select(batch, rows)
+            return
+        replaced = slots < batches.count(self._kept)
+        for leaf, new in zip(tree_leaves(self._kept), tree_leaves(batches.select(batch, rows[replaced])), strict=True):
+            leaf[slots[replaced]] = new
+        if not replaced.all():
+            self._kept = batches.concatenate([self._kept, batches.select(batch, rows[~replaced])])
 
     @property
     def samples(self) -> Any:
@@ -90,27 +85,13 @@ def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator)
     Raises:
         ValueError: If the source is empty or there are several training loaders.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    sources = {
-        "calibration data given to the callback": given,
-        "calibration_dataset()": _call(datamodule, "calibration_dataset"),
-        "calibration_dataloader()": _call(datamodule, "calibration_dataloader"),
-    }
-    origin, source = next(((name, found) for name, found in sources.items() if found is not None), ("", None))
     loader = trainer.train_dataloader
     collate = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
-    if source is None:
-        if not isinstance(loader, DataLoader):
-            raise ValueError(
-                f"Calibration samples cannot be drawn from training data of type {type(loader).__name__}; give the "
-                "datamodule a calibration_dataset() or calibration_dataloader()."
-            )
-        if isinstance(loader.dataset, IterableDataset):
-            return None
-        origin = "the training dataset (training transforms apply; calibration_dataset() changes that)"
-        source = loader.dataset
     with isolate_rng():
         _seed(int(torch.randint(2**31, (), generator=generator)))
+        origin, source = _source(trainer, given)
+        if source is None:
+            return None
         is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
         samples = _sample(source, count, collate, generator) if is_dataset else _take(source, count)
     if samples is None:
@@ -136,9 +117,23 @@ def targets_of(dataset: Any) -> torch.Tensor | None:
     return labels if labels.dim() == 1 and not labels.is_floating_point() and len(labels) == len(dataset) else None
 
 
-def _call(datamodule: Any, name: str) -> Any:
-    method = getattr(datamodule, name, None)
-    return method() if callable(method) else None
+def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
+    """What to draw from, and its name for the log; None for training data that is iterable only."""
+    if given is not None:
+        return "calibration data given to the callback", given
+    for name in ("calibration_dataset", "calibration_dataloader"):
+        method = getattr(trainer.datamodule, name, None)  # type: ignore[attr-defined]
+        if method is not None and (found := method()) is not None:
+            return f"{name}()", found
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"Calibration samples cannot be drawn from training data of type {type(loader).__name__}; give the "
+            "datamodule a calibration_dataset() or calibration_dataloader()."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        return "", None
+    return "the training dataset (training transforms apply; calibration_dataset() changes that)", loader.dataset
 
 
 def _sample(dataset: Any, count: int, collate: Any, generator: torch.Generator) -> Any:

@@ -1,0 +1,208 @@
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_odem.calibration import MicroBatch
+from lightning_odem.calibration.loss import ModuleLoss, move_to_device
+
+INPUTS = torch.arange(12.0).view(4, 3) / 10
+LABELS = torch.tensor([0, 1, 1, 0])
+BATCH = MicroBatch((INPUTS, LABELS), "digits", 0.5, False)
+
+
+class Classifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 2)
+
+    def loss(self, batch):
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        self.log_dict({"a": loss, "b": loss}, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class WithCalibrationStep(Classifier):
+    def calibration_step(self, batch, task):
+        self.asked = task
+        return 2 * self.loss(batch)
+
+
+class Dictionary(Classifier):
+    def training_step(self, batch, batch_idx):
+        return {"loss": super().training_step(batch, batch_idx), "scores": None}
+
+
+class Brief(Classifier):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class Underscored(Classifier):
+    def training_step(self, batch, _):
+        return super().training_step(batch, 0)
+
+
+class AnyArguments(Classifier):
+    def training_step(self, *args):
+        return super().training_step(*args)
+
+
+class Scaling(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] + 1, batch[1]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 10, batch[1]
+
+
+class AtTheEnd(L.Callback):
+    def __init__(self, function):
+        self.function = function
+
+    def on_train_end(self, trainer, pl_module):
+        self.result = self.function(pl_module)
+
+
+def in_fit(module, function, datamodule=None, **settings):
+    """What ``function(module)`` returns at the end of a real fit of one step."""
+    callback = AtTheEnd(function)
+    trainer = L.Trainer(accelerator="cpu", fast_dev_run=1, enable_progress_bar=False, callbacks=[callback], **settings)
+    trainer.fit(module, datamodule=datamodule or Plain())
+    return callback.result
+
+
+class Plain(L.LightningDataModule):
+    train_dataloader = Scaling.train_dataloader
+
+
+def by_hand(module, inputs=INPUTS):
+    return cross_entropy(module.net(inputs), LABELS)
+
+
+@pytest.mark.parametrize("kind", [Classifier, Dictionary, Brief, Underscored, AnyArguments])
+def test_training_step_gives_the_loss_whatever_its_signature(kind):
+    module = kind()
+    loss = in_fit(module, lambda module: ModuleLoss(module)(BATCH))
+    assert torch.equal(loss, by_hand(module))
+    assert loss.requires_grad
+    assert loss.shape == ()
+
+
+def test_calibration_step_is_preferred_and_told_the_task():
+    module = WithCalibrationStep()
+    loss = in_fit(module, lambda module: ModuleLoss(module)(BATCH))
+    assert torch.equal(loss, 2 * by_hand(module))
+    assert module.asked == "digits"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_logging_is_silent_during_the_loss_and_as_before_afterwards(own):
+    module, logged = Classifier(), []
+
+    def loss(module):
+        if own:
+            module.log = lambda *args, **kwargs: logged.append(args)
+        before = dict(vars(module))
+        module.trainer.callback_metrics.clear()
+        ModuleLoss(module)(BATCH)
+        assert not module.trainer.callback_metrics
+        assert dict(vars(module)) == before
+        return module.log
+
+    log = in_fit(module, loss)
+    assert not logged
+    if not own:
+        assert log == module.log
+        assert log.__func__ is L.LightningModule.log
+
+
+def test_logging_comes_back_after_an_error():
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) == 4:
+                raise RuntimeError("no")
+            return super().training_step(batch, batch_idx)
+
+    def loss(module):
+        with pytest.raises(RuntimeError, match="no"):
+            ModuleLoss(module)(BATCH)
+        return module.__dict__.keys() & {"log", "log_dict"}
+
+    assert in_fit(Failing(), loss) == set()
+
+
+def test_a_module_that_optimises_manually_needs_a_calibration_step():
+    module, other = Classifier(), WithCalibrationStep()
+    module.automatic_optimization = other.automatic_optimization = False
+    with pytest.raises(TypeError, match=r"Classifier optimises manually.*calibration_step\(batch, task\)"):
+        ModuleLoss(module)
+    ModuleLoss(other)
+
+
+@pytest.mark.parametrize(
+    ("result", "name"),
+    [(torch.zeros(2), "Tensor"), (None, "NoneType"), (1.0, "float"), ({"scores": torch.zeros(())}, "dict")],
+)
+def test_a_loss_that_is_no_scalar_is_refused(result, name):
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: result
+    with pytest.raises(TypeError, match=rf"WithCalibrationStep on task 'digits' must be a scalar.* got {name}"):
+        in_fit(module, lambda module: ModuleLoss(module)(BATCH))
+
+
+def test_a_loss_of_one_element_is_a_scalar():
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: module.loss(batch).view(1, 1)
+    assert in_fit(module, lambda module: ModuleLoss(module)(BATCH)).shape == ()
+
+
+@pytest.mark.parametrize(("transferred", "expected"), [(False, (INPUTS + 1) * 10), (True, INPUTS)])
+def test_transfer_hooks_of_the_datamodule_apply_once(transferred, expected):
+    module = Classifier()
+    batch = MicroBatch(BATCH.samples, "digits", 1.0, transferred)
+    loss = in_fit(module, lambda module: ModuleLoss(module)(batch), Scaling())
+    assert torch.equal(loss, by_hand(module, expected))
+
+
+def test_transfer_hooks_of_the_module_apply_once():
+    class Doubling(Classifier):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * 2, batch[1]
+
+    def both(module):
+        return [move_to_device(module, BATCH.samples, transferred)[0] for transferred in (False, True)]
+
+    moved = in_fit(Doubling(), both)
+    assert torch.equal(moved[0], INPUTS * 2)
+    assert torch.equal(moved[1], INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "seen", "computed"),
+    [("bf16-true", torch.bfloat16, torch.bfloat16), ("64-true", *[torch.float64] * 2)],
+)
+def test_batches_come_in_the_trainers_precision_and_integers_stay(precision, seen, computed):
+    samples = {"x": INPUTS, "image": torch.zeros(4, 2, dtype=torch.uint8), "y": LABELS}
+    moved = in_fit(Classifier(), lambda module: move_to_device(module, samples), precision=precision)
+    assert [tensor.dtype for tensor in moved.values()] == [seen, torch.uint8, torch.int64]
+    assert in_fit(Classifier(), lambda module: ModuleLoss(module)(BATCH).dtype, precision=precision) == computed
+
+
+def test_the_loss_runs_under_autocast_where_the_trainer_does():
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: module.net(batch[0]).sum()
+    assert in_fit(module, lambda module: ModuleLoss(module)(BATCH).dtype, precision="bf16-mixed") == torch.bfloat16

@@ -1,0 +1,151 @@
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.parameters import ParameterVector
+
+BF16, FP64 = torch.bfloat16, torch.float64
+SIZES = {"a": 7, "b": 3, "c": 5}
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
+
+
+def make_net(dtype=FP64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).to(dtype)
+
+
+def task_data(dtype=FP64):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        task: (torch.randn(size, 3, generator=generator).to(dtype), torch.arange(size) % 4)
+        for task, size in SIZES.items()
+    }
+
+
+def make_objective(net, quota="equal", batch_size=128, exclude=(), dtype=FP64):
+    buffer = CalibrationBuffer(100, quota)
+    for task, samples in task_data(dtype).items():
+        buffer.add(task, samples, weight=WEIGHTS[task])
+
+    def batch_loss(batch):
+        return cross_entropy(net(batch.samples[0]), batch.samples[1])
+
+    return CalibrationObjective(ParameterVector(net, exclude), buffer, batch_loss, batch_size)
+
+
+def written_out(net, shares, dtype=FP64):
+    """Loss and gradient from one graph over all samples."""
+    losses = {task: cross_entropy(net(inputs), labels) for task, (inputs, labels) in task_data(dtype).items()}
+    loss = sum(shares[task] * losses[task] for task in SIZES)
+    return loss.item(), torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(net.parameters()))])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("quota", "shares"),
+    [("equal", dict.fromkeys(SIZES, 1 / 3)), ("utility", {"a": 1 / 3.5, "b": 2 / 3.5, "c": 0.5 / 3.5})],
+)
+def test_loss_and_gradient_are_those_of_the_weighted_sum_over_tasks(batch_size, quota, shares):
+    net, reference = make_net(), make_net()
+    objective = make_objective(net, quota, batch_size)
+    theta = torch.randn(len(objective.vector), dtype=FP64, generator=torch.Generator().manual_seed(3))
+    ParameterVector(reference).write_(theta)
+    expected_loss, expected = written_out(reference, shares)
+    loss, gradient = objective.loss_and_grad(theta)
+    assert gradient.dtype == FP64
+    assert loss == pytest.approx(expected_loss, rel=1e-13)
+    assert objective.loss(theta) == pytest.approx(expected_loss, rel=1e-13)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_bf16_module_gives_an_fp32_gradient_of_the_rounded_point():
+    net, reference = make_net(BF16), make_net(FP64)
+    objective = make_objective(net, batch_size=2, dtype=BF16)
+    theta = torch.randn(len(objective.vector), generator=torch.Generator().manual_seed(3))
+    ParameterVector(reference).write_(theta.to(BF16).double())
+    loss, gradient = objective.loss_and_grad(theta)
+    expected_loss, expected = written_out(reference, dict.fromkeys(SIZES, 1 / 3))
+    assert gradient.dtype == torch.float32
+    assert loss == pytest.approx(expected_loss, rel=0.02)
+    assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_module_is_left_at_the_point_evaluated_last():
+    objective = make_objective(make_net())
+    theta = torch.full((len(objective.vector),), 0.25, dtype=FP64)
+    objective.loss_and_grad(theta + 1)
+    objective.loss(theta)
+    assert torch.equal(objective.vector.read(), theta)
+
+
+def test_every_gradient_is_a_new_vector():
+    objective = make_objective(make_net())
+    theta = objective.vector.read()
+    _, first = objective.loss_and_grad(theta)
+    kept = first.clone()
+    _, second = objective.loss_and_grad(theta + 1)
+    assert torch.equal(first, kept)
+    assert not torch.equal(second, first)
+
+
+@pytest.mark.parametrize("exclude", [(), ("2",)])
+def test_no_gradient_is_left_on_the_module(exclude):
+    net = make_net()
+    objective = make_objective(net, exclude=exclude)
+    objective.loss_and_grad(objective.vector.read())
+    objective.loss(objective.vector.read())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_gradient_can_be_had_under_no_grad():
+    objective = make_objective(make_net())
+    with torch.no_grad():
+        _, gradient = objective.loss_and_grad(objective.vector.read())
+    assert gradient.any()
+
+
+def test_passes_and_their_time_are_counted():
+    objective = make_objective(make_net())
+    batch_loss, theta = objective.batch_loss, objective.vector.read()
+
+    def slow(batch):
+        time.sleep(0.01)
+        return batch_loss(batch)
+
+    objective.batch_loss = slow
+    started = time.perf_counter()
+    objective.loss_and_grad(theta)
+    objective.loss_and_grad(theta)
+    objective.loss(theta)
+    elapsed = time.perf_counter() - started
+    assert (objective.gradient_evaluations, objective.loss_evaluations) == (2, 1)
+    assert 3 * len(SIZES) * 0.01 <= objective.seconds <= elapsed
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_loss_without_gradient_is_an_error(detach):
+    objective = make_objective(make_net())
+    other = nn.Linear(3, 4).double()
+
+    def unrelated(batch):
+        loss = other(batch.samples[0]).sum()
+        return loss.detach() if detach else loss
+
+    objective.batch_loss = unrelated
+    with pytest.raises(ValueError, match="The calibration loss has no gradient: backward reached none of 4"):
+        objective.loss_and_grad(objective.vector.read())
+
+
+def test_a_task_whose_loss_is_constant_adds_no_gradient():
+    net = make_net()
+    objective = make_objective(net)
+    batch_loss, theta = objective.batch_loss, objective.vector.read()
+    objective.batch_loss = lambda batch: torch.tensor(6.0) if batch.task == "b" else batch_loss(batch)
+    expected_loss, expected = written_out(net, {"a": 1 / 3, "b": 0.0, "c": 1 / 3})
+    loss, gradient = objective.loss_and_grad(theta)
+    assert loss == pytest.approx(expected_loss + 2.0)
+    torch.testing.assert_close(gradient, expected)
