@@ -1,40 +1,34 @@
-"""Merge methods by name."""
+"""Rules for continual model merging, by name."""
 
 from lightning_odem.methods.average import AverageMerge
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.dop import DOPMerge
+from lightning_odem.methods.function import FunctionMerge
+from lightning_odem.methods.interpolation import LinearInterpolation
+from lightning_odem.methods.magmax import MagMaxMerge
+from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
-
-METHODS: dict[str, type[MergeMethod]] = {"average": AverageMerge, "ode": ODEMerge}
+from lightning_odem.methods.opcm import OPCMMerge
+from lightning_odem.methods.registry import METHODS, method_name, register_method, resolve_method
+from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
+from lightning_odem.methods.ties import TiesMerge
 
 __all__ = [
     "METHODS",
     "AverageMerge",
+    "DOPMerge",
+    "FunctionMerge",
+    "LinearInterpolation",
+    "MagMaxMerge",
     "MergeContext",
     "MergeMethod",
     "MergeResult",
+    "NUFILTMerge",
     "ODEMerge",
+    "OPCMMerge",
+    "TaskArithmeticMerge",
+    "TiesMerge",
     "method_name",
+    "register_method",
     "resolve_method",
 ]
-
-
-def resolve_method(method: str | MergeMethod) -> MergeMethod:
-    """A merge method from its registered name, with its defaults; an instance is returned as it is.
-
-    Raises:
-        ValueError: For an unknown name; the message lists the known ones.
-
-    Example:
-        >>> resolve_method("ode").step_size
-        0.05
-    """
-    if isinstance(method, MergeMethod):
-        return method
-    if method not in METHODS:
-        raise ValueError(f"Unknown merge method {method!r}; the methods are {', '.join(sorted(METHODS))}.")
-    return METHODS[method]()
-
-
-def method_name(method: MergeMethod) -> str:
-    """The registered name of a method, or its class name if it has none."""
-    return next((name for name, kind in METHODS.items() if kind is type(method)), type(method).__name__)

@@ -71,7 +71,8 @@ class MergeMethod(ABC):
         Args:
             merged: theta_0, the merged model before, shape [d]. The method may overwrite it and return it.
             incoming: theta_1, the model just fine-tuned, shape [d]. Not to be modified.
-            t: Operating time in [0, 1]. 0 must give ``merged`` and 1 ``incoming``.
+            t: Operating time in [0, 1]. 0 must give ``merged``, bit by bit, and leave the method's state as it is; 1
+                means that nothing but the incoming task counts, which rules that interpolate answer with ``incoming``.
             context: What the method declared it needs.
         """
 
@@ -80,11 +81,14 @@ class MergeMethod(ABC):
         return MergeResult(incoming)
 
     def state_dict(self) -> dict[str, Any]:
-        """State to keep from merge to merge: tensors, numbers and strings in plain containers."""
+        """State to keep from merge to merge: tensors on the CPU, numbers and strings in plain containers.
+
+        Later merges must leave what was returned as it is: return copies, or replace tensors instead of changing them.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state given by :meth:`state_dict`.
+        """Take up a state given by :meth:`state_dict`; an empty one takes the method back to before its first task.
 
         Raises:
             ValueError: If there is a state but the method keeps none, as when another method wrote it.

@@ -1,0 +1,43 @@
+"""The linear algebra of the methods that look at weight matrices."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Norms are summed in blocks that fit the cache: no fp64 copy is ever as long as a model.
+_BLOCK = 1 << 20
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The tensor in fp64, on the CPU if its device has none (Apple's GPU)."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def norm(vector: Tensor) -> float:
+    """Euclidean norm of a vector, accumulated in fp64."""
+    return math.sqrt(math.fsum(float(exact(piece).square().sum()) for piece in vector.split(_BLOCK)))
+
+
+def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition U diag(S) V^T without the directions that are zero up to rounding.
+
+    The basis of a null space is arbitrary, so no rule should depend on it. A singular value counts as zero below
+    S_1 * max(m, n) * eps, with the eps of the matrix's own dtype. Computed in fp64: directions of close singular
+    values come out of an fp32 decomposition with only a few digits.
+
+    Args:
+        matrix: Shape [m, n], not zero-sized.
+
+    Returns:
+        U [m, r], S [r] in falling order and V [n, r], in fp64; r is the numerical rank, 0 for a zero matrix.
+
+    Example:
+        >>> u, s, v = singular(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        >>> s, (u @ v.T).abs()
+        (tensor([3.], dtype=torch.float64), tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64))
+    """
+    u, s, vh = torch.linalg.svd(exact(matrix), full_matrices=False)
+    rank = int((s > s[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps).sum())
+    return u[:, :rank], s[:rank], vh[:rank].T

@@ -1,0 +1,69 @@
+"""Continual task arithmetic: a scaled sum or mean of task vectors on top of the base model."""
+
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_odem.methods.arguments import check_choice, check_range
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+
+Recursion = Literal["utility", "sum"]
+
+
+class TaskArithmeticMerge(MergeMethod):
+    r"""Continual task arithmetic (Ilharco et al., 2023), in the two recursions found in the literature.
+
+    With task vectors :math:`\tau_k = \psi_k - \psi_0`, scale :math:`\lambda` and operating time t:
+
+    - ``"utility"``, eq. 48-49 of the ODE-M paper: :math:`\Psi_k = \psi_0 + \lambda \bar\delta_k` with
+      :math:`\bar\delta_k = (1 - t) \bar\delta_{k-1} + t \tau_k`, the utility-weighted mean of the task vectors. It is
+      computed as :math:`(1 - t) \Psi_{k-1} + t (\psi_0 + \lambda \tau_k)`, the same without a vector to keep. With
+      scale 1 it is the running average.
+    - ``"sum"``, FusionBench (behind the published tables): :math:`\Psi_k = \Psi_{k-1} + \lambda \tau_k`. Utility
+      weights have no effect but that a task of weight 0 leaves the merged model untouched.
+
+    Both start from :math:`\Psi_1 = \psi_0 + \lambda \tau_1` and do not depend on the order of the tasks. (Eq. 1 of the
+    paper has every method start from the first model itself, which eq. 49 does only with scale 1.)
+
+    Note:
+        The scale means something else in each: equal utilities and K tasks give the same model for ``"utility"`` with
+        scale K s as for ``"sum"`` with scale s. The published s (0.3 for 8 tasks, 0.1 for 14 and 20) so belongs to
+        ``"sum"``; with it ``"utility"`` stays close to the base model, and its match is 2.4, 1.4 and 2.0.
+
+    Args:
+        scale: Scaling coefficient, above 0; 0.3 is the published default.
+        recursion: ``"utility"`` or ``"sum"``.
+
+    Raises:
+        ValueError: For a scale that is not a positive number or an unknown recursion.
+
+    Example:
+        >>> context = MergeContext(["w"], [(2,)], base=torch.ones(2))
+        >>> rule = TaskArithmeticMerge(scale=0.5)
+        >>> merged = rule.start(torch.tensor([3.0, 1.0]), context).theta
+        >>> rule.merge(merged, torch.tensor([1.0, 3.0]), 0.5, context).theta
+        tensor([1.5000, 1.5000])
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+
+    def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
+        check_range("scale", scale, 0, open_low=True)
+        check_choice("recursion", recursion, get_args(Recursion))
+        self.scale = scale
+        self.recursion = recursion
+
+    def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
+        """The first task's model, its task vector scaled."""
+        assert context.base is not None, "declared in needs"
+        return MergeResult(torch.lerp(context.base, incoming, self.scale))
+
+    def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
+        """Add the task vector in the memory of ``merged``."""
+        assert context.base is not None, "declared in needs"
+        if t == 0.0:
+            return MergeResult(merged)
+        if self.recursion == "utility":
+            return MergeResult(merged.lerp_(torch.lerp(context.base, incoming, self.scale), t))
+        return MergeResult(merged.add_(incoming - context.base, alpha=self.scale))

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from lightning_odem.methods import (
+    METHODS,
+    AverageMerge,
+    MergeContext,
+    MergeMethod,
+    MergeResult,
+    ODEMerge,
+    resolve_method,
+)
+
+
+class Counting(MergeMethod):
+    def __init__(self):
+        self.merges = 0
+
+    def merge(self, merged, incoming, t, context):
+        self.merges += 1
+        return MergeResult(incoming)
+
+    def state_dict(self):
+        return {"merges": self.merges}
+
+    def load_state_dict(self, state):
+        self.merges = state["merges"]
+
+
+def test_a_rule_is_all_a_method_must_have():
+    class Nothing(MergeMethod):
+        pass
+
+    with pytest.raises(TypeError, match="merge"):
+        Nothing()
+    method = Counting()
+    assert method.needs == frozenset()
+    incoming = torch.ones(3)
+    assert method.start(incoming, MergeContext([], [])).theta is incoming
+
+
+def test_a_method_may_keep_state():
+    method, other = Counting(), Counting()
+    method.merge(torch.zeros(1), torch.zeros(1), 0.5, MergeContext([], []))
+    other.load_state_dict(method.state_dict())
+    assert other.merges == 1
+
+
+@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge()])
+def test_a_method_without_state_refuses_that_of_another(method):
+    method.load_state_dict(method.state_dict())
+    with pytest.raises(ValueError, match=f"{type(method).__name__} keeps no state, but the stream has one: merges"):
+        method.load_state_dict({"merges": 1})
+
+
+def merge(name, t):
+    def loss_and_grad(theta):
+        return float(theta @ theta), 2 * theta
+
+    merged, incoming, base = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).unbind()
+    before = merged.clone()
+    context = MergeContext(["a"], [(20,)], loss_and_grad, lambda theta: loss_and_grad(theta)[0], base)
+    return resolve_method(name).merge(merged, incoming, t, context).theta, before, incoming
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_time_0_gives_the_merged_model_bit_by_bit(name):
+    theta, merged, _ = merge(name, 0.0)
+    assert torch.equal(theta, merged)
+
+
+@pytest.mark.parametrize("name", ["average", "ode"])
+def test_time_1_gives_the_incoming_model_bit_by_bit_where_the_rule_interpolates(name):
+    theta, _, incoming = merge(name, 1.0)
+    assert torch.equal(theta, incoming)
