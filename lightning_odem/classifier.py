@@ -1,0 +1,303 @@
+"""A ready LightningModule for streams of image classification tasks."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_odem.probe import extract_features, fit_linear_probe
+from lightning_odem.weights import load_weights
+
+
+class TaskClassifier(LightningModule):
+    """One backbone shared by all tasks and one linear head per task.
+
+    The task is that of the Trainer's datamodule, which has the attributes ``task_name`` and ``num_classes``; its
+    batches are images [B, C, H, W], uint8 in [0, 255] or floating in [0, 1], and labels [B], int64. Images are scaled
+    and normalised in ``forward``, grey ones are repeated to the channels of the backbone's first convolution.
+
+    With ``head="probe"`` a task's head is fitted once, when its training starts, as a linear probe on the features of
+    the training samples (``calibration_dataset()`` of the datamodule if it has one, else the dataset of its
+    ``train_dataloader()``), and then stays frozen. It takes the place of the zero-shot heads of CLIP in the paper: all
+    fine-tuning happens in the backbone, which is what gets merged. Until then the head is all zeros.
+
+    Args:
+        backbone: A timm model name, or a module that returns features [B, D]. Such a module may have ``num_features``
+            (D, otherwise measured on one sample) and ``pretrained_cfg`` with ``mean`` and ``std``, as timm's have.
+        backbone_args: Further arguments of ``timm.create_model``, for example ``{"in_chans": 1, "img_size": 32}``.
+        pretrained: Let timm download the weights it publishes for the model.
+        checkpoint: File with the backbone's weights, see :func:`~lightning_odem.weights.load_weights`. Like
+            ``pretrained`` not a saved hyperparameter: a checkpoint of the whole module has the weights.
+        head: ``"probe"`` as above; ``"train"`` trains the current task's head along, from ``nn.Linear``'s own start.
+        lr: Largest learning rate of the one-cycle schedule, AdamW.
+        weight_decay: AdamW's; not applied to biases and the parameters of normalisation layers.
+        freeze_batch_norm: Keep BatchNorm layers in eval mode while training; their weight and bias still train. By
+            default, because then all models of a stream share the base model's running statistics.
+        mean: Channel means of [0, 1] images; by default those of the backbone's ``pretrained_cfg``, else 0.5.
+        std: Channel standard deviations, likewise.
+
+    Raises:
+        ValueError: If the timm model is unknown, timm's arguments come with a module, or ``mean`` and ``std`` have
+            another length than 1 or the channels.
+
+    Example:
+        >>> model = TaskClassifier("test_resnet")
+        >>> model.features(torch.zeros(2, 1, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 96])
+    """
+
+    task_specific = ("heads",)
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        backbone_args: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        checkpoint: str | Path | None = None,
+        head: Literal["probe", "train"] = "probe",
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        freeze_batch_norm: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        ignore = ["pretrained", "checkpoint"] + ([] if isinstance(backbone, str) else ["backbone"])
+        self.save_hyperparameters(ignore=ignore)
+        self.backbone = _build_backbone(backbone, backbone_args, pretrained)
+        self.normalize = _Normalize(self.backbone, mean, std)
+        self.heads = nn.ModuleDict()
+        self.trains_head = head == "train"
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.freeze_batch_norm = freeze_batch_norm
+        self._current_task: str | None = None
+        if checkpoint is not None:
+            load_weights(self.backbone, checkpoint)
+        self.train()
+
+    @property
+    def current_task(self) -> str | None:
+        """Name of the task of the last Trainer run, which ``forward`` uses by default."""
+        return self._current_task
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, C, H, W]."""
+        return self.backbone(self.normalize(images))
+
+    def forward(self, images: Tensor, task: str | None = None) -> Tensor:
+        """Logits [B, classes] of a task, by default the current one.
+
+        Raises:
+            ValueError: If the task has no head.
+        """
+        return self._head(task)(self.features(images))
+
+    def train(self, mode: bool = True) -> "TaskClassifier":
+        """Set the training mode; frozen BatchNorm layers stay in eval mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Make the datamodule's task the current one; for ``fit`` create its head if it is new.
+
+        Raises:
+            ValueError: If the datamodule does not name its task and classes, the name cannot name a head, or the task
+                has a head of another size.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        task, num_classes = getattr(data, "task_name", None), getattr(data, "num_classes", None)
+        if task is None or num_classes is None:
+            raise ValueError(
+                "TaskClassifier reads the attributes `task_name` and `num_classes` of the datamodule, found "
+                f"task_name={task!r} and num_classes={num_classes!r} on {type(data).__name__}. Pass "
+                "`datamodule=` with both to the Trainer."
+            )
+        if task in self.heads and self._head(task).out_features != num_classes:
+            raise ValueError(
+                f"The head of task {task!r} has {self._head(task).out_features} classes, the datamodule has "
+                f"{num_classes}. Give the new task a name of its own."
+            )
+        self._current_task = task
+        if stage == "fit":
+            if task not in self.heads:
+                self._add_head(task, num_classes, self._feature_size())
+            for name, head in self.heads.items():
+                head.requires_grad_(self.trains_head and name == task)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Create the heads that the checkpoint has."""
+        for name, value in checkpoint["state_dict"].items():
+            match = re.fullmatch(r"heads\.([^.]+)\.weight", name)
+            if match and match[1] not in self.heads:
+                self._add_head(match[1], *value.shape)
+
+    def on_train_start(self) -> None:
+        """Check the labels and fit the probe.
+
+        Raises:
+            ValueError: If a label of the training samples is outside the head.
+        """
+        targets = getattr(self._training_dataset(), "targets", None)
+        if targets is not None:
+            self._check_labels(torch.as_tensor(targets))
+        if not self.trains_head:
+            self._fit_probe()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of the current task, logged as ``train/loss``."""
+        images, targets = batch
+        loss = cross_entropy(self(images), targets)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the accuracy of the current task as ``val/acc``."""
+        self._log_accuracy("val/acc", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the accuracy of the current task as ``test/acc``."""
+        self._log_accuracy("test/acc", batch)
+
+    def calibration_step(self, batch: tuple[Tensor, Tensor], task: str) -> Tensor:
+        """Mean cross-entropy of a task's calibration samples."""
+        images, targets = batch
+        return cross_entropy(self(images, task), targets)
+
+    def prediction_step(self, batch: tuple[Tensor, Tensor], task: str) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] and targets [B] of a task."""
+        images, targets = batch
+        return self(images, task), targets
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a one-cycle schedule over the steps of this run.
+
+        Raises:
+            ValueError: If the run has no end that is known in steps.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                "The one-cycle schedule has to know its length: set the Trainer's max_epochs or max_steps."
+            )
+        optimizer = torch.optim.AdamW(param_groups_weight_decay(self, self.weight_decay), lr=self.lr)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _head(self, task: str | None = None) -> nn.Linear:
+        task = self._current_task if task is None else task
+        if task is None or task not in self.heads:
+            raise ValueError(f"There is no head for task {task!r}; there are heads for {list(self.heads)}.")
+        return cast(nn.Linear, self.heads[task])
+
+    def _add_head(self, task: str, num_classes: int, num_features: int) -> None:
+        head = nn.Linear(num_features, num_classes).requires_grad_(False)
+        if not self.trains_head:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        try:
+            self.heads[task] = head
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"Task name {task!r} cannot name a head: {error}. Use a non-empty string without dots that is not a "
+                "method of nn.ModuleDict."
+            ) from error
+
+    def _fit_probe(self) -> None:
+        """Fit the current task's head on the backbone as it is, unless it was fitted before and is no longer zero."""
+        head = self._head()
+        if any(parameter.any() for parameter in head.parameters()):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            model = nn.Sequential(self.normalize, self.backbone)
+            features, labels = extract_features(model, self._training_dataset(), device=self.device)
+        self._check_labels(labels)
+        # Every rank has fitted the same samples; the broadcast removes what rounding may have left between them.
+        weight, bias = self.trainer.strategy.broadcast(fit_linear_probe(features, labels, head.out_features))
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+    def _feature_size(self) -> int:
+        # timm: head_hidden_size is what forward returns, num_features what forward_features does.
+        size = getattr(self.backbone, "head_hidden_size", None) or getattr(self.backbone, "num_features", None)
+        if size is not None:
+            return size
+        sample = next(iter(self._training_dataset()))
+        return extract_features(nn.Sequential(self.normalize, self.backbone), [sample], device=self.device)[0].shape[1]
+
+    def _training_dataset(self) -> Any:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.calibration_dataset() if hasattr(data, "calibration_dataset") else data.train_dataloader().dataset
+
+    def _check_labels(self, labels: Tensor) -> None:
+        classes = self._head().out_features
+        outside = labels[(labels < 0) | (labels >= classes)]
+        if len(outside):
+            raise ValueError(
+                f"Task {self._current_task!r} has a training sample of label {outside[0].item()}, but its head has "
+                f"{classes} classes (labels 0 to {classes - 1})."
+            )
+
+    def _log_accuracy(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, targets = batch
+        accuracy = (self(images).argmax(dim=1) == targets).float().mean()
+        self.log(name, accuracy, prog_bar=True, batch_size=len(targets), sync_dist=True)
+
+
+class _Normalize(nn.Module):
+    """Scale uint8 to [0, 1], repeat grey images to the backbone's channels, normalise."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        super().__init__()
+        convolutions = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+        self.channels = next((module.in_channels for module in convolutions), None)
+        known = getattr(backbone, "pretrained_cfg", None) or {}
+        for name, given in (("mean", mean), ("std", std)):
+            values = list(known.get(name) or [0.5]) if given is None else list(given)
+            if self.channels is not None and len(values) not in (1, self.channels):
+                if given is not None:
+                    raise ValueError(f"{name} has {len(values)} values, the backbone takes {self.channels} channels.")
+                values = [sum(values) / len(values)]  # RGB statistics for a backbone built for other channels
+            # Not persistent: constants of the base model, neither merged nor saved.
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise TypeError(f"Images are uint8 in [0, 255] or floating in [0, 1], found {images.dtype}.")
+        if images.shape[1] == 1 and self.channels is not None:
+            images = images.expand(-1, self.channels, -1, -1)
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+def _build_backbone(backbone: str | nn.Module, args: dict[str, Any] | None, pretrained: bool) -> nn.Module:
+    if isinstance(backbone, nn.Module):
+        if args or pretrained:
+            raise ValueError(
+                f"backbone_args and pretrained are for timm model names; the backbone is a {type(backbone).__name__}. "
+                "Give its arguments to the module itself and its weights as checkpoint."
+            )
+        return backbone
+    if ":" not in backbone and not timm.is_model(backbone):  # "hf-hub:..." and "local-dir:..." name no registered model
+        close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or timm.list_models()[:5]
+        raise ValueError(f"timm has no model {backbone!r}. Close names: {', '.join(close)}; all: timm.list_models().")
+    return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **(args or {}))

@@ -1,0 +1,108 @@
+"""Pretrained weights from a file into a module."""
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+CLASSIFIERS = ("linear", "fc", "head", "heads", "classifier", "head.fc", "head_dist")
+"""Names under which published image models keep the classifier of their pretraining task."""
+
+
+def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
+    """Load a file of weights into a module, completely or not at all.
+
+    Accepts a ``.safetensors`` file, or a torch file that holds a state dict, either plain or under ``state_dict`` as in
+    Lightning checkpoints. A leading name that all entries share and the module does not have (``model.``,
+    ``backbone.``, ``module.``) is stripped. A classifier that came with the weights (see ``CLASSIFIERS``) is left out
+    where the module has no parameters of that name; a missing BatchNorm ``num_batches_tracked`` keeps the module's own
+    value.
+
+    Args:
+        module: Receives the weights, in its own dtypes and on its own device.
+        path: The file. Nothing but tensors and plain containers is read from it, no code is run.
+
+    Returns:
+        The names, as in the file, of the classifier entries that were left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt, needs code to be read, holds no state dict, or does not fit the module; then
+            all missing and unexpected names and differing shapes are listed and the module is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> source = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 10)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(source.state_dict(), f"{folder}/weights.pt")
+        ...     load_weights(nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3)}), f"{folder}/weights.pt")
+        ['fc.bias', 'fc.weight']
+    """
+    state = _state_dict(_read(Path(path)), path)
+    own = module.state_dict()
+    names, ignored = _match(state, own)
+    missing = [name for name in own if name not in names and not name.endswith("num_batches_tracked")]
+    unexpected = [source for name, source in names.items() if name not in own]
+    shapes = [
+        f"{name} {list(state[source].shape)} in the file, {list(own[name].shape)} in the module"
+        for name, source in names.items()
+        if name in own and state[source].shape != own[name].shape
+    ]
+    problems = {"missing in the file": missing, "unknown to the module": unexpected, "differing in shape": shapes}
+    if any(problems.values()):
+        listing = "\n".join(f"  {kind}: {', '.join(found)}" for kind, found in problems.items() if found)
+        raise ValueError(f"The weights in {path} do not fit {type(module).__name__}:\n{listing}")
+    module.load_state_dict({name: state[source] for name, source in names.items()}, strict=False)
+    return sorted(ignored)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of weights at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} holds {code[1]}, which only running code from the file could rebuild; that is refused. "
+                "Save the model's state_dict() instead, or convert it to .safetensors."
+            ) from error
+        raise ValueError(f"{path} is corrupt or not a file of weights: it cannot be unpickled safely.") from error
+    except (SafetensorError, EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
+
+
+def _state_dict(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds {type(content).__name__} {content!r:.80}, not a state dict of named tensors.")
+    others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} is not a state dict: these entries are no tensors: {', '.join(others)}. Save the state dict by "
+            "itself or under the key 'state_dict'."
+        )
+    return dict(content)
+
+
+def _match(state: dict[str, Tensor], own: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Map the module's names to the file's; and the file's names that are a classifier's."""
+    extra = tuple(f"{name}." for name in CLASSIFIERS if not any(key.startswith(f"{name}.") for key in own))
+    tops = {name.partition(".")[0] for name in own}
+    names, ignored = {name: name for name in state}, []
+    while True:
+        ignored += [names.pop(name) for name in list(names) if name.startswith(extra)]
+        shared = {name.partition(".")[0] for name in names}
+        if len(shared) != 1 or shared & tops or not all("." in name for name in names):
+            return names, ignored
+        names = {name.partition(".")[2]: source for name, source in names.items()}
