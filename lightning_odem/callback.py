@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.batch_norm import POLICIES
@@ -16,7 +19,7 @@ from lightning_odem.calibration.source import Offer, Reservoir, draw
 from lightning_odem.division import Division
 from lightning_odem.evaluation import accuracy, evaluation_data
 from lightning_odem.flow import operating_time
-from lightning_odem.guards import FreshStart, check_trainer
+from lightning_odem.guards import FreshStart, check_trainer, finish_averages, release_averages
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.metrics import check_weights
@@ -57,18 +60,20 @@ class ContinualMergeCallback(L.Callback):
         parameters are refused.
 
     Args:
-        method: Name of a merge method (``"ode"``, ``"average"``) or a :class:`~lightning_odem.methods.MergeMethod`.
+        method: Name of a merge method, ``"ode"`` (Algorithm 1), ``"average"`` or another of
+            :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
         weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
             ``task_weight``, else 1. Non-negative and finite.
         calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.
         finetune_from: ``"base"`` fine-tunes every task from the base model, as model merging assumes; ``"merged"``
             from the merged model.
         exclude: Patterns of parameters that are not merged and kept per task: globs over dotted names, or names of
-            modules, for example ``["head", "*.adapter.*"]``.
+            modules, for example ``["head", "*.adapter.*"]``. A task's training starts with those the module has: its
+            predecessor's, unless they are set between the fits.
         dirpath: Directory for checkpoints, report and figures; by default the next free
-            ``lightning_odem/version_N`` in the Trainer's root directory.
+            ``merge_runs/version_N`` in the Trainer's root directory.
         batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
-            :class:`~lightning_odem.batch_norm.BatchNormStatistics`.
+            :class:`~lightning_odem.batch_norm.BatchNormStatistics`. Other buffers become the incoming model's.
         calibration: Further settings of the calibration.
 
     Attributes:
@@ -133,6 +138,11 @@ class ContinualMergeCallback(L.Callback):
         """What was measured so far."""
         return self._state.report
 
+    @property
+    def dirpath(self) -> Path | None:
+        """Directory of checkpoints, report and figures; None before the first fit and under ``fast_dev_run``."""
+        return self._directory.path
+
     def table(self, width: int | None = None) -> str:
         """The accuracy matrix with ACC and BWT, and the cost of each merge, as text."""
         return render_summary(self.report, width=width)
@@ -158,6 +168,8 @@ class ContinualMergeCallback(L.Callback):
             check_trainer(trainer, self)
             self._fresh_start.prepare(trainer)
             self._resumed = self._trained = self._measured = False
+            # A task broken off before; if it is resumed, the checkpoint brings it back.
+            self._state.started = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
@@ -166,16 +178,7 @@ class ContinualMergeCallback(L.Callback):
         self._directory.claim(trainer, state)
         if not (self._resumed and state.started):
             self._begin(trainer, pl_module)
-        task, weight = state.started["task"], state.started["weight"]
-        self._evaluation_data[task] = evaluation_data(trainer)
-        if self._evaluation_data[task] is None:
-            rank_zero_warn(
-                f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
-                "fit, or give the datamodule a test_dataloader()."
-            )
-        self._offer = self._reservoir = None
-        if "calibration" in self.method.needs:
-            self._draw(trainer, task, weight)
+        self._find_data(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first step, when heads are ready: check the calibration loss, measure the models at hand."""
@@ -207,12 +210,12 @@ class ContinualMergeCallback(L.Callback):
         if self._trained:
             return
         if self._resumed and self._state.started:
-            pl_module.to(trainer.strategy.root_device)
             self._directory.claim(trainer, self._state)
-            self._evaluation_data[self._state.started["task"]] = evaluation_data(trainer)
-            if "calibration" in self.method.needs:
-                self._draw(trainer, self._state.started["task"], self._state.started["weight"])
+            self._find_data(trainer)
+            pl_module.to(trainer.strategy.root_device)
+            finish_averages(trainer, pl_module)
             self.merge(trainer, pl_module)
+            pl_module.cpu()  # where Lightning leaves a module after fit
             return
         rank_zero_warn(
             "trainer.fit trained nothing, so nothing was merged. Check max_epochs, max_steps and limit_train_batches; "
@@ -229,6 +232,7 @@ class ContinualMergeCallback(L.Callback):
         task, weight = state.started["task"], state.started["weight"]
         report = state.report
         buffer = self._filled_buffer(task, weight)
+        _copy_from_main_process(trainer, pl_module)
         with undisturbed(pl_module):
             fine_tuned = self._accuracy(pl_module, task)
         own = take_snapshot(pl_module, self._division.task_specific(pl_module))
@@ -248,9 +252,10 @@ class ContinualMergeCallback(L.Callback):
                 on_step=on_step,
             ) as record,
         ):
+            _copy_from_main_process(trainer, pl_module)
             row = self._evaluate(trainer, pl_module, task_parameters)
             merged = take_snapshot(pl_module, self._division.shared(pl_module))
-            method_state = self.method.state_dict()
+            method_state = deepcopy(self.method.state_dict())
         # The merge is done: from here on the stream has one task more.
         state.merged, state.task_parameters, state.method = merged, task_parameters, method_state
         state.buffer = buffer if buffer is not None else state.buffer
@@ -262,6 +267,7 @@ class ContinualMergeCallback(L.Callback):
         report.before_training.append(state.started["before_training"])
         report.merges.append(record)
         state.started = {}
+        release_averages(trainer)
         self._publish(trainer, record)
         return record
 
@@ -273,8 +279,15 @@ class ContinualMergeCallback(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
-        if self._stage not in (None, "fit") and self.report.tasks:
-            return
+        if self._stage not in (None, "fit"):
+            if state_dict["started"]:
+                rank_zero_warn(
+                    f"The checkpoint was saved while task {state_dict['started']['task']!r} was trained: it holds "
+                    "fine-tuned, unmerged weights. For the merged model pass the model and no ckpt_path, or "
+                    "ckpt_path=callback.last_merged_path."
+                )
+            if self.report.tasks:
+                return
         self._state.load_state_dict(state_dict)
         self.method.load_state_dict(self._state.method)
         self._resumed = self._stage == "fit"
@@ -294,11 +307,37 @@ class ContinualMergeCallback(L.Callback):
         else:
             merged = state.merged if self.finetune_from == "merged" else None
             load_snapshot(module, merged or state.base, is_shared)
+        # The instance may have served another stream.
+        self.method.load_state_dict(state.method)
         state.started = {"task": task, "weight": weight}
+
+    def _find_data(self, trainer: L.Trainer) -> None:
+        """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
+        task, weight = self._state.started["task"], self._state.started["weight"]
+        named = str(getattr(trainer.datamodule, "task_name", task))  # type: ignore[attr-defined]
+        if named != task:
+            raise ValueError(
+                f"The checkpoint was saved while task {task!r} was trained, but the datamodule is that of task "
+                f"{named!r}. Resume with the datamodule of {task!r}, or fit {named!r} without ckpt_path."
+            )
+        # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
+        with isolate_rng():
+            self._evaluation_data[task] = evaluation_data(trainer)
+            self._offer = self._reservoir = None
+            if "calibration" in self.method.needs or self.batch_norm == "recalibrate":
+                self._draw(trainer, task, weight)
+        if self._evaluation_data[task] is None:
+            rank_zero_warn(
+                f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
+                "fit, or give the datamodule a test_dataloader()."
+            )
 
     def _draw(self, trainer: L.Trainer, task: str, weight: float) -> None:
         buffer = self._state.buffer
-        room = buffer.room_for_next(weight)
+        # Even a task that gets no place in the buffer shows one sample, so that its loss can be checked.
+        room = max(buffer.room_for_next(weight), 1)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            room = min(room, 8)  # goes through every line, measures nothing
         self._offer = draw(trainer, self.calibration_data.get(task), room, buffer.generator())
         if self._offer is None:
             if trainer.world_size > 1:
@@ -314,7 +353,11 @@ class ContinualMergeCallback(L.Callback):
         offer = self._offer
         if self._reservoir is not None:
             if self._reservoir.samples is None:
-                raise ValueError(f"No training batch of task {task!r} was seen, so there are no calibration samples.")
+                raise ValueError(
+                    f"No training batch of task {task!r} was seen in this process, so there are no calibration "
+                    "samples. Give the datamodule a calibration_dataset(), or the callback samples in "
+                    f"calibration_data[{task!r}]."
+                )
             offer = Offer(self._reservoir.samples, "the training batches", transferred=True)
         if offer is None:
             return None
@@ -336,11 +379,15 @@ class ContinualMergeCallback(L.Callback):
     ) -> list[float]:
         """Accuracy on every task seen, each with its own parameters; the last task's are left in place."""
         row = []
+        *_, last = task_parameters.values()
         with progress(trainer, "evaluating") as advance, undisturbed(module):
-            for index, (task, own) in enumerate(task_parameters.items()):
-                advance(index, len(task_parameters))
-                _load_task_parameters(module, own)
-                row.append(self._accuracy(module, task))
+            try:
+                for index, (task, own) in enumerate(task_parameters.items()):
+                    advance(index, len(task_parameters))
+                    _load_task_parameters(module, own)
+                    row.append(self._accuracy(module, task))
+            finally:
+                _load_task_parameters(module, last)
         return row
 
     def _accuracy_at(self, module: L.LightningModule, weights: Snapshot | None) -> float:
@@ -385,3 +432,16 @@ _HEADLINE = {"ACC": "merge/acc", "BWT": "merge/bwt"}
 
 def _load_task_parameters(module: nn.Module, own: Snapshot) -> None:
     load_snapshot(module, own, lambda name: name in own)
+
+
+@torch.no_grad()
+def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
+    """Give every process the same module to the last bit.
+
+    Each has batch-norm statistics of its own after the last step, and its kernels may round differently.
+    """
+    if trainer.world_size > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            value = tensor.contiguous()  # channels-last weights are not
+            torch.distributed.broadcast(value, src=0)
+            tensor.copy_(value)

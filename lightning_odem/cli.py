@@ -4,11 +4,38 @@ import os
 import sys
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_odem  # noqa: F401 (registers the short class names that a YAML may use)
+from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.stream import TaskStream
 from lightning_odem.trainer import ContinualTrainer
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration as ``config.yaml`` beside the report; without merging, where Lightning does."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave a run with merges to :meth:`on_train_start`, when its directory is known."""
+        if _merge_callback(trainer) is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save once per stream."""
+        merge = _merge_callback(trainer)
+        if merge is None or merge.dirpath is None or self.already_saved:
+            return
+        if trainer.is_global_zero:
+            merge.dirpath.mkdir(parents=True, exist_ok=True)
+            path = merge.dirpath / self.config_filename
+            self.parser.save(self.config, path, overwrite=self.overwrite, multifile=self.multifile)
+        self.already_saved = True
+
+
+def _merge_callback(trainer: L.Trainer) -> ContinualMergeCallback | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((found for found in callbacks if isinstance(found, ContinualMergeCallback)), None)
+
 
 class ContinualCLI(LightningCLI):
     """LightningCLI with ``fit_tasks`` beside Lightning's own subcommands; every argument can come from YAML."""
@@ -35,6 +62,7 @@ def main(args: list[str] | None = None) -> ContinualCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         trainer_class=ContinualTrainer,
+        save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         args=args,

@@ -1,13 +1,23 @@
 """Trainers and callbacks that do not go with merging at the end of training, and what to do instead."""
 
+from copy import deepcopy
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
 def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
@@ -30,7 +40,7 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
         )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     behind = callbacks[callbacks.index(callback) + 1 :]
-    averaging = [other for other in behind if isinstance(other, (StochasticWeightAveraging, WeightAveraging))]
+    averaging = [other for other in behind if isinstance(other, _AVERAGING)]
     if averaging:
         name = type(averaging[0]).__name__
         raise MisconfigurationException(
@@ -44,44 +54,78 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
         )
 
 
-class FreshStart:
-    """Makes every fit of a Trainer train one task from its first epoch, with early stopping that starts anew.
+# What Lightning's callbacks remember of a fit and do not start anew on the next one.
+_MEMORY: dict[type[L.Callback], tuple[str, ...]] = {
+    EarlyStopping: ("wait_count", "stopped_epoch", "best_score", "stopping_reason", "stopping_reason_message"),
+    ModelCheckpoint: ("_last_global_step_saved",),
+    StochasticWeightAveraging: (
+        "n_averaged",
+        "_initialized",
+        "_init_n_averaged",
+        "_latest_update_epoch",
+        "_scheduler_state",
+    ),
+    Timer: ("_start_time", "_end_time", "_offset"),
+    WeightAveraging: ("_latest_update_step", "_latest_update_epoch"),
+}
 
-    Lightning's Trainer and EarlyStopping remember the previous fit: a second ``fit`` would return at once, and a task
-    would be stopped by the scores of the one before.
+
+class FreshStart:
+    """Makes every fit train one task from its first epoch and step, whatever Trainer and callbacks were used before.
+
+    Lightning's Trainer counts epochs and steps on from the previous fit, so a second ``fit`` would return at once.
+    Callbacks shared by several fits remember the previous one: early stopping would stop a task by the scores of the
+    one before, weight averaging and checkpointing would take its first steps for done, a timer its time for up.
     """
 
     def __init__(self) -> None:
-        self._limits: WeakKeyDictionary[L.Trainer, tuple[int, int]] = WeakKeyDictionary()
-        self._stopping: WeakKeyDictionary[EarlyStopping, dict] = WeakKeyDictionary()
+        self._limits: WeakKeyDictionary[L.Trainer, tuple[int | None, int]] = WeakKeyDictionary()
+        self._memories: WeakKeyDictionary[L.Callback, dict[str, Any]] = WeakKeyDictionary()
 
     def prepare(self, trainer: L.Trainer) -> None:
-        """Reset what the previous fit left, unless this fit resumes one (``ckpt_path``)."""
-        if trainer.ckpt_path is not None:
-            return
-        loop = trainer.fit_loop
-        if trainer in self._limits:
-            self._extend(trainer)
-        else:
-            self._limits[trainer] = (loop.max_epochs if loop.max_epochs is not None else -1, loop.max_steps)
+        """Reset what the previous fit left; what a fit resumes (``ckpt_path``) is loaded afterwards."""
+        limits = (trainer.fit_loop.max_epochs, trainer.fit_loop.max_steps)
+        # Limits raised by hand are Lightning's own way to train on, and left to it.
+        if self._limits.get(trainer) == limits:
+            _rewind(trainer)
+        self._limits.setdefault(trainer, limits)
+        # Where a fit is given loaders, Lightning leaves the datamodule of the fit before in the Trainer.
+        hooks = trainer._data_connector._datahook_selector
+        trainer.datamodule = hooks and hooks.datamodule  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):
-                if callback in self._stopping:
-                    callback.load_state_dict(self._stopping[callback])
-                else:
-                    self._stopping[callback] = dict(callback.state_dict())
-            elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            names = [name for kind, names in _MEMORY.items() if isinstance(callback, kind) for name in names]
+            memory = {name: vars(callback)[name] for name in names if name in vars(callback)}
+            vars(callback).update(deepcopy(self._memories.setdefault(callback, deepcopy(memory))))
+            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
                 rank_zero_warn(
                     f"ModelCheckpoint(monitor={callback.monitor!r}) still ranks by the scores of the task before: give "
                     "each task's Trainer a ModelCheckpoint of its own, or leave monitor unset."
                 )
 
-    def _extend(self, trainer: L.Trainer) -> None:
-        loop = trainer.fit_loop
-        max_epochs, max_steps = self._limits[trainer]
-        if loop.max_epochs == max_epochs:
-            # Epochs count from 0 again, so that schedules built from trainer.estimated_stepping_batches fit the task.
-            loop.epoch_progress.reset()
-        if max_steps != -1 and loop.max_steps <= trainer.global_step:
-            loop.epoch_loop.max_steps = trainer.global_step + max_steps
-        rank_zero_info("This Trainer has trained before: the next task starts at epoch 0 again.")
+
+def _rewind(trainer: L.Trainer) -> None:
+    """Count epochs and steps from 0 again; the step axis of the loggers goes on."""
+    epochs = trainer.fit_loop
+    batches = epochs.epoch_loop
+    optimizations = batches.automatic_optimization.optim_progress, batches.manual_optimization.optim_step_progress
+    for progress in (epochs.epoch_progress, batches.batch_progress, batches.scheduler_progress, *optimizations):
+        progress.reset()
+    rank_zero_info("This Trainer has trained before: the next task starts at epoch 0 again.")
+
+
+def finish_averages(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Put the averages of a finished training into the module, where Lightning skips ``on_train_end``."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        in_place = isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module)
+        if isinstance(callback, _AVERAGING) and not in_place:
+            callback.on_train_end(trainer, module)
+
+
+def release_averages(trainer: L.Trainer) -> None:
+    """Let weight averaging forget its averages, now that the merged weights have taken their place.
+
+    It would otherwise put them into the module for ``trainer.validate``, and into checkpoints saved after the fit.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = None

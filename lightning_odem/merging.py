@@ -17,7 +17,7 @@ from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
 from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
 from lightning_odem.report.record import MergeRecord
-from lightning_odem.snapshot import undisturbed
+from lightning_odem.snapshot import load_snapshot, undisturbed
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def merging(
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     objective = calibration.objective(vector) if calibration else None
     incoming = vector.read()
-    incoming_statistics = statistics.read()
+    incoming_buffers = [buffer.clone() for buffer in module.buffers()]
     # A copy: a method may change its tensors in place before it fails.
     method_state = deepcopy(method.state_dict())
     try:
@@ -112,13 +112,17 @@ def merging(
                 statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
             merged_statistics = statistics.read()
         statistics.write_(merged_statistics)
+        if merged is not None and t == 0.0:
+            load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
         record = _record(result, objective, task=task, t=t, method=method_name(method))
         del result
         record.merge_seconds = time.perf_counter() - started
         yield record
     except BaseException as error:
         vector.write_(incoming)
-        statistics.write_(incoming_statistics)
+        with torch.no_grad():
+            for buffer, value in zip(module.buffers(), incoming_buffers, strict=True):
+                buffer.copy_(value)
         method.load_state_dict(method_state)
         if isinstance(error, NonFiniteLossError):
             raise NonFiniteLossError(f"Merging task {task!r}: {error.what}", error.step, error.t) from error

@@ -1,5 +1,6 @@
 """All that a stream keeps from one task to the next."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,12 @@ class StreamState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
         plain = {name: getattr(self, name) for name in _PLAIN}
-        return {"version": 1, **plain, "buffer": self.buffer.state_dict(), "report": self.report.as_dict()}
+        changing = {
+            "started": dict(self.started),
+            "buffer": self.buffer.state_dict(),
+            "report": self.report.as_dict(),
+        }
+        return {"version": 1, **plain, **changing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a :meth:`state_dict`.
@@ -48,8 +54,10 @@ class StreamState:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
         for name in _PLAIN:
             setattr(self, name, state[name])
+        self.started = dict(state["started"])
         self.buffer.load_state_dict(state["buffer"])
-        self.report = StreamReport.from_dict(state["report"])
+        self.report = StreamReport.from_dict(deepcopy(state["report"]))
 
 
-_PLAIN = ("base", "merged", "task_parameters", "method", "dirpath", "started")
+# What is replaced as a whole, never changed in place.
+_PLAIN = ("base", "merged", "task_parameters", "method", "dirpath")

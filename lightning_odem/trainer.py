@@ -62,4 +62,12 @@ class ContinualTrainer(L.Trainer):
                 "weights instead, for example with TaskClassifier's checkpoint."
             )
         rank_zero_info(f"Pretraining the base model on {stream.pretraining.task_name} for {epochs} epochs")
-        pretrain(model, stream.pretraining, epochs, accelerator=self.strategy.root_device.type)
+        pretrain(
+            model,
+            stream.pretraining,
+            epochs,
+            accelerator=self.strategy.root_device.type,
+            fast_dev_run=self.fast_dev_run,  # type: ignore[attr-defined]
+            limit_train_batches=self.limit_train_batches,
+            enable_progress_bar=self.progress_bar_callback is not None,
+        )

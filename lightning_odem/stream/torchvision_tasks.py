@@ -14,10 +14,11 @@ from lightning_odem.stream.task import Task
 class TorchvisionStream(TaskStream):
     """Datasets of torchvision by name, one per task.
 
-    Official splits are kept. SUN397, RESISC45 and EuroSAT come without: a fifth of their samples becomes the test split. Where
-    there is no validation split, a tenth of the training samples is cut off for it. Both cuts are drawn by ``seed``,
-    with the classes in proportion, so they are not those of other publications. Labels start at 0 (EMNIST's letters are
-    shifted). Images are as torchvision gives them (EMNIST's are transposed), resized and centre-cropped to RGB.
+    Official splits are kept. SUN397, RESISC45 and EuroSAT come without: a fifth of their samples becomes the test
+    split. Where there is no validation split, a tenth of the training samples is cut off for it. Both cuts are drawn by
+    ``seed``, with the classes in proportion, so they are not those of other publications. Labels start at 0 (EMNIST's
+    letters are shifted). Images are as torchvision gives them (EMNIST's are transposed), resized and centre-cropped to
+    RGB.
 
     ``SUITE_8``, ``SUITE_14`` and ``SUITE_20`` list the usual suites. RESISC45 is in all of them but not in torchvision:
     put its folder of classes, ``NWPU-RESISC45``, into ``root``; it is split as SUN397 is.

@@ -1,0 +1,26 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# The tests have no package of their own (importlib mode); what several files share lies here.
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Leave the figures out of the run directory: drawing them takes longer than all the rest of a small fit."""
+
+    def save(report, directory, first_path=0):
+        return [report.save(directory / "report.json")]
+
+    monkeypatch.setattr("lightning_odem.rundir.save", save)
+
+
+@pytest.fixture
+def small_stream(tmp_path, monkeypatch, without_figures):
+    """What all tests of the callback want: an empty working directory, a fixed seed, no figures."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path

@@ -1,0 +1,204 @@
+"""What a task and a module have to bring along; what does not fit is refused before any training."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from toy import Classifier, Incoming, Task, close, fit, make_trainer, same, weights
+
+from lightning_odem import ContinualMergeCallback
+
+pytestmark = pytest.mark.usefixtures("small_stream")
+
+
+def test_a_task_name_used_before_is_refused_before_training():
+    module, merge = Classifier(), ContinualMergeCallback()
+    fit(module, Task(0, "digits"), merge)
+    merged = weights(module)
+    with pytest.raises(ValueError, match="'digits' has been merged already, as task 1 of 1"):
+        fit(module, Task(1, "digits"), merge)
+    assert same(weights(module), merged)
+
+
+def test_a_task_name_may_be_a_number():
+    module, merge = Classifier(), ContinualMergeCallback()
+    for number in range(2):
+        fit(module, Task(number, name=number), merge)
+    assert merge.report.tasks == ["0", "1"]
+
+
+def test_a_missing_weight_is_refused_before_training():
+    module, merge = Classifier(), ContinualMergeCallback(weights=[1.0])
+    fit(module, Task(0), merge)
+    merged = weights(module)
+    with pytest.raises(ValueError, match="No weight for task 2"):
+        fit(module, Task(1), merge)
+    with pytest.raises(ValueError, match="No weight for task 'b'; weights are given for a"):
+        fit(Classifier(), Task(1, "b"), ContinualMergeCallback(weights={"a": 1.0}))
+    assert same(weights(module), merged)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_task_weight_that_is_no_utility_is_refused_before_training(weight):
+    module = Classifier()
+    before = weights(module)
+    with pytest.raises(ValueError, match="finite and non-negative"):
+        fit(module, Task(0, weight=weight), ContinualMergeCallback())
+    assert same(weights(module), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "magic"}, "Unknown merge method 'magic'; the methods are average, .*ode"),
+        ({"finetune_from": "last"}, "finetune_from is one of base, merged"),
+        ({"batch_norm": "reset"}, "batch_norm is one of average, keep, recalibrate"),
+        ({"exclude": "head"}, r"exclude is a list of patterns.*write \['head'\]"),
+        ({"weights": [1.0, -1.0]}, "-1.0 at index 1"),
+        ({"weights": {"a": float("nan")}}, "nan at index 0"),
+        ({"weights": [0.0, 0.0]}, "At least one"),
+        ({"calibration_size": 0}, "capacity=0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ContinualMergeCallback(**arguments)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"exclude=\['haed'\] matches no parameter of Classifier.*head.weight"):
+        fit(Classifier(), Task(0), ContinualMergeCallback(exclude=["head", "haed"]))
+
+
+def test_another_architecture_lists_everything_that_differs_before_training():
+    class Wider(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(8, 5)
+            self.extra = torch.nn.Linear(2, 2)
+
+    merge = ContinualMergeCallback()
+    fit(Classifier(), Task(0), merge)
+    module = Wider()
+    before = weights(module)
+    with pytest.raises(ValueError, match="only models of one architecture can be merged") as caught:
+        fit(module, Task(1), merge)
+    for name in ("extra.weight", "extra.bias", "head.weight: (5, 8)", "head.bias: (5,)"):
+        assert name in str(caught.value)
+    assert same(weights(module), before)
+    assert merge.report.tasks == ["task_1"]
+
+
+def test_parameters_moved_by_one_task_and_frozen_in_the_next_are_merged_too():
+    module, merge, incoming = Classifier(), ContinualMergeCallback("average"), Incoming()
+    fit(module, Task(0), incoming, merge)
+    module.body.requires_grad_(False)
+    fit(module, Task(1), incoming, merge)
+    mean = {name: (incoming.models[0][name] + incoming.models[1][name]) / 2 for name in incoming.models[0]}
+    assert close(weights(module), mean, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in module.body.parameters())
+
+
+def test_a_backbone_frozen_in_all_tasks_stays_at_the_base():
+    module, merge = Classifier(), ContinualMergeCallback()
+    module.body.requires_grad_(False)
+    base = weights(module.body)
+    for number in range(3):
+        fit(module, Task(number), merge)
+    assert same(weights(module.body), base)
+
+
+def test_a_module_whose_loss_has_no_gradient_is_refused_before_training():
+    class Detached(Classifier):
+        def calibration_step(self, batch, task):
+            return F.cross_entropy(self(batch[0]), batch[1]).detach().requires_grad_()
+
+    module = Detached()
+    before = weights(module)
+    with pytest.raises(ValueError, match="calibration loss has no gradient"):
+        fit(module, Task(0), ContinualMergeCallback())
+    assert same(weights(module), before)
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+def test_manual_optimisation_without_a_calibration_step_is_refused_before_training():
+    module = Manual()
+    before = weights(module)
+    with pytest.raises(TypeError, match=r"Manual optimises manually.*calibration_step\(batch, task\)"):
+        fit(module, Task(0), ContinualMergeCallback())
+    assert same(weights(module), before)
+
+
+@pytest.mark.parametrize("one_trainer", [False, True], ids=["new_trainers", "one_trainer"])
+def test_manual_optimisation_with_a_calibration_step_is_merged(one_trainer):
+    class Prepared(Manual):
+        tasks = ()
+
+        def calibration_step(self, batch, task):
+            self.tasks = sorted({*self.tasks, task})
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    module, merge, incoming = Prepared(), ContinualMergeCallback(), Incoming()
+    trainer = make_trainer(incoming, merge, max_steps=4)
+    for number in range(2):
+        trainer.fit(module, datamodule=Task(number))
+        if not one_trainer:
+            trainer = make_trainer(incoming, merge, max_steps=4)
+    assert module.tasks == merge.report.tasks == ["task_1", "task_2"]
+    assert incoming.steps == [4, 4]
+
+
+def test_the_average_asks_nothing_of_the_module():
+    module, merge = Manual(), ContinualMergeCallback("average")
+    for number in range(2):
+        fit(module, Task(number), merge)
+    assert merge.report.merges[1].calibration == {}
+
+
+class _Signatures:
+    class WithIndex(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+
+    class WithoutIndex(Classifier):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    class Underscore(Classifier):
+        def training_step(self, batch, _):
+            return super().training_step(batch, 0)
+
+    class Variable(Classifier):
+        def training_step(self, *arguments):
+            return super().training_step(*arguments)
+
+    class Dictionary(Classifier):
+        def training_step(self, batch, i):
+            return {"loss": super().training_step(batch, i), "note": "x"}
+
+
+@pytest.mark.parametrize("kind", [kind for name, kind in vars(_Signatures).items() if name[0] != "_"])
+def test_training_steps_that_lightning_takes_are_taken_for_calibration(kind):
+    module, merge = kind(), ContinualMergeCallback()
+    for number in range(2):
+        fit(module, Task(number), merge)
+    assert merge.report.merges[1].gradient_evaluations == 10
+
+
+def test_a_label_outside_the_head_is_found_before_training():
+    module, task = Classifier(), Task(0)
+    before = weights(module)
+    task.train_set.tensors[1][20] = 7
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        fit(module, task, ContinualMergeCallback())
+    assert same(weights(module), before)

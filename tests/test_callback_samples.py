@@ -1,0 +1,134 @@
+"""Where the samples come from: those of the calibration, and those that accuracies are measured on."""
+
+import pytest
+from toy import Classifier, Incoming, Streamed, Task, accuracy, close, everything, fit, make_trainer, same, weights
+
+from lightning_odem import CalibrationOptions, ContinualMergeCallback
+
+pytestmark = pytest.mark.usefixtures("small_stream")
+
+
+def test_an_iterable_dataset_is_sampled_while_it_trains():
+    module, merge = Classifier(), ContinualMergeCallback(calibration_size=10)
+    for number in range(2):
+        fit(module, Streamed(number), merge)
+    assert merge.report.merges[0].calibration == {"task_1": 10}
+    assert merge.report.merges[1].calibration == {"task_1": 5, "task_2": 5}
+    samples = merge.state_dict()["buffer"]["tasks"]["task_2"]
+    assert samples["transferred"]
+    offered = {tuple(row) for row in Task(1).train_set.tensors[0].tolist()}
+    assert {tuple(row) for row in samples["samples"][0].tolist()} <= offered
+
+
+def test_an_iterable_dataset_gives_the_same_merge_as_a_dataset_kept_whole():
+    modules = []
+    for kind in (Streamed, Task):
+        module, merge = Classifier(), ContinualMergeCallback(calibration_size=100)
+        for number in range(2):
+            fit(module, kind(number), merge)
+        modules.append(module)
+    assert close(*map(weights, modules), atol=1e-5)
+
+
+def buffered(merge, task):
+    return merge.state_dict()["buffer"]["tasks"][task]["samples"][0]
+
+
+def test_a_calibration_dataset_of_the_datamodule_comes_before_its_training_data():
+    class Prepared(Task):
+        def calibration_dataset(self):
+            return self.test_set
+
+    merge = ContinualMergeCallback(calibration_size=12)
+    fit(Classifier(), Prepared(0), merge)
+    assert sorted(buffered(merge, "task_1").tolist()) == sorted(Task(0).test_set.tensors[0].tolist())
+
+
+def test_a_calibration_dataloader_of_the_datamodule_is_read_until_there_is_enough():
+    class Prepared(Task):
+        def calibration_dataloader(self):
+            return self.test_dataloader()
+
+    merge = ContinualMergeCallback(calibration_size=7)
+    fit(Classifier(), Prepared(0), merge)
+    held = {tuple(row) for row in buffered(merge, "task_1").tolist()}
+    assert len(held) == 7
+    assert held <= {tuple(row) for row in Task(0).test_set.tensors[0][:10].tolist()}
+
+
+def test_calibration_data_given_to_the_callback_comes_before_the_datamodules():
+    class Prepared(Task):
+        def calibration_dataset(self):
+            return self.test_set
+
+    merge = ContinualMergeCallback(calibration_size=24)
+    given = Task(7).train_set
+    merge.calibration_data["a"] = given
+    fit(Classifier(), Prepared(0, "a"), merge)
+    assert sorted(buffered(merge, "a").tolist()) == sorted(given.tensors[0].tolist())
+
+
+def test_a_calibration_set_without_room_for_a_task_is_refused_before_training():
+    module, merge = Classifier(), ContinualMergeCallback(calibration_size=1)
+    fit(module, Task(0), merge)
+    with pytest.raises(ValueError, match="no place for task 2"):
+        fit(module, Task(1), merge)
+
+
+def test_a_task_of_weight_zero_gets_no_place_where_places_go_by_utility():
+    module = Classifier()
+    options = CalibrationOptions(quota="utility")
+    merge = ContinualMergeCallback(weights=[1.0, 0.0, 1.0], calibration_size=12, calibration=options)
+    for number in range(3):
+        fit(module, Task(number), merge)
+    assert merge.report.merges[1].calibration == {"task_1": 12, "task_2": 0}
+    assert merge.report.merges[2].calibration == {"task_1": 6, "task_2": 0, "task_3": 6}
+
+
+def test_tasks_of_weight_zero_at_the_start_of_a_stream_are_merged_where_places_go_by_utility():
+    module, incoming = Classifier(), Incoming()
+    options = CalibrationOptions(quota="utility")
+    merge = ContinualMergeCallback(weights=[0.0, 0.0, 1.0], calibration=options)
+    for number in range(3):
+        fit(module, Task(number), incoming, merge)
+    assert same(everything(module), incoming.models[2])
+
+
+def test_several_training_loaders_are_refused_before_training():
+    class Several(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0], batch_idx)
+
+    class Pair(Task):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            return [loader, loader]
+
+    with pytest.raises(ValueError, match=r"of type list; give the datamodule a calibration_dataset\(\)"):
+        fit(Several(), Pair(0), ContinualMergeCallback())
+
+
+def test_loaders_given_after_a_datamodule_take_its_place_in_one_trainer():
+    module, merge = Classifier(), ContinualMergeCallback()
+    trainer, second = make_trainer(merge), Task(1)
+    trainer.fit(module, datamodule=Task(0, "first"))
+    trainer.fit(module, second.train_dataloader(), second.val_dataloader())
+    assert merge.report.tasks == ["first", "task_2"]
+    assert merge.report.accuracy[1][1] == accuracy(module, second.test_set)
+
+
+def test_loaders_of_the_module_itself_serve_as_well():
+    class Whole(Classifier):
+        def setup(self, stage):
+            self.data = Task(self.number)
+
+        def train_dataloader(self):
+            return self.data.train_dataloader()
+
+        def test_dataloader(self):
+            return self.data.test_dataloader()
+
+    module, merge = Whole(), ContinualMergeCallback()
+    for module.number in range(2):
+        make_trainer(merge).fit(module)
+    assert merge.report.accuracy[1] == [accuracy(module, Task(number).test_set) for number in range(2)]

@@ -1,0 +1,28 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("plain_loop.py", "after striped"),
+        ("utility_weights.py", "rotated counts four times: operating times 1.00, 0.20, 0.17"),
+        ("own_module.py", "after task_3"),
+    ],
+)
+def test_an_example_runs_as_it_stands(script, expected, tmp_path):
+    command = [sys.executable, EXAMPLES / script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short(script):
+    assert len(script.read_text().splitlines()) < 80
