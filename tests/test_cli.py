@@ -33,11 +33,13 @@ def test_every_config_is_covered_here():
     assert {path.name for path in CONFIGS.iterdir()} == {"quickstart.yaml", "eight_tasks.yaml", *BACKBONES, *SUITES}
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_through_its_stream():
     cli = main(["fit_tasks", "--config", str(CONFIGS / "quickstart.yaml"), "--trainer.fast_dev_run=true"])
     assert merge_callback(cli).report.tasks == DigitsStream().names
 
 
+@pytest.mark.slow
 def test_the_quickstart_writes_a_report_and_pretrains(tmp_path):
     limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", *DIGITS, *QUIET[1:]]
     cli = main(["fit_tasks", "--config", str(CONFIGS / "quickstart.yaml"), *limits])
@@ -48,6 +50,7 @@ def test_the_quickstart_writes_a_report_and_pretrains(tmp_path):
     assert (tmp_path / "merge_runs" / "version_0" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_the_eight_tasks_run_on_files_of_their_format(tmp_path):
     import numpy as np
 
