@@ -1,6 +1,5 @@
 """The callback: when things happen in a Trainer's life. What happens is in the other files."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -8,28 +7,28 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.batch_norm import POLICIES
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.loss import ModuleLoss
-from lightning_odem.calibration.source import Offer, Reservoir, draw
+from lightning_odem.calibration.sampling import Sampling
 from lightning_odem.division import Division
-from lightning_odem.evaluation import accuracy, evaluation_data
 from lightning_odem.flow import operating_time
 from lightning_odem.guards import FreshStart, check_trainer, finish_averages, release_averages
+from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.metrics import check_weights
 from lightning_odem.naming import next_task_name, next_task_weight
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.progress import progress
+from lightning_odem.publication import publish
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
-from lightning_odem.report.scalars import latest_scalars
 from lightning_odem.rundir import RunDirectory
-from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.snapshot import load_snapshot, take_snapshot, undisturbed
 from lightning_odem.state import StreamState
 
 FINETUNE_FROM = ("base", "merged")
@@ -80,6 +79,8 @@ class ContinualMergeCallback(L.Callback):
         report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
         calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
             datamodule's.
+        evaluation_data: Dataloaders to measure accuracies on, by task name; needed for tasks that another process has
+            merged, otherwise the datamodule's test or validation data.
         last_merged_path: The checkpoint with the merged weights, or None.
 
     Raises:
@@ -124,14 +125,13 @@ class ContinualMergeCallback(L.Callback):
         self._state = StreamState(CalibrationBuffer(calibration_size, calibration.quota, calibration.seed))
         self._directory = RunDirectory(dirpath)
         self._fresh_start = FreshStart()
-        # Where the accuracy of each task is measured; the user's data, so never part of a checkpoint.
-        self._evaluation_data: dict[str, Iterable | None] = {}
+        self._measurement = Measurement(self._division)
+        self.evaluation_data = self._measurement.given
         self._stage: str | None = None
         self._resumed = False
         self._trained = False
         self._measured = False
-        self._offer: Offer | None = None
-        self._reservoir: Reservoir | None = None
+        self._sampling: Sampling | None = None
 
     @property
     def report(self) -> StreamReport:
@@ -157,7 +157,7 @@ class ContinualMergeCallback(L.Callback):
             raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
         assert self._state.merged is not None, "there is a task, so there was a merge"
         load_snapshot(module, self._state.merged, self._division.shared(module))
-        _load_task_parameters(module, self._state.task_parameters[task])
+        load_task_parameters(module, self._state.task_parameters[task])
 
     # ------------------------------------------------------------------------------------------- before the training
 
@@ -185,19 +185,19 @@ class ContinualMergeCallback(L.Callback):
         if self._measured:
             return
         self._measured = True
-        started = self._state.started
-        if self._offer is not None:
-            self._check_loss(pl_module, self._offer, started["task"])
-        if "pretrained" not in started:
-            started["before_training"] = self._accuracy_at(pl_module, self._state.merged)
-            started["pretrained"] = self._accuracy_at(pl_module, self._state.base)
+        self._check_loss(pl_module)
+        state, measure = self._state, self._measurement.with_weights
+        if "pretrained" not in state.started:
+            task = state.started["task"]
+            state.started["before_training"] = measure(pl_module, state.merged, task)
+            state.started["pretrained"] = measure(pl_module, state.base, task)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample a stream of batches that cannot be drawn from by index."""
-        if self._reservoir is not None:
-            self._reservoir.update(batch)
+        if self._sampling is not None:
+            self._sampling.see(batch)
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -231,10 +231,9 @@ class ContinualMergeCallback(L.Callback):
         state = self._state
         task, weight = state.started["task"], state.started["weight"]
         report = state.report
-        buffer = self._filled_buffer(task, weight)
+        buffer = self._sampling.buffer() if self._sampling is not None else None
         _copy_from_main_process(trainer, pl_module)
-        with undisturbed(pl_module):
-            fine_tuned = self._accuracy(pl_module, task)
+        fine_tuned = self._measurement.current(pl_module, task)
         own = take_snapshot(pl_module, self._division.task_specific(pl_module))
         task_parameters = {**state.task_parameters, task: own}
         with (
@@ -253,7 +252,7 @@ class ContinualMergeCallback(L.Callback):
             ) as record,
         ):
             _copy_from_main_process(trainer, pl_module)
-            row = self._evaluate(trainer, pl_module, task_parameters)
+            row = self._measurement.every_task(trainer, pl_module, task_parameters)
             merged = take_snapshot(pl_module, self._division.shared(pl_module))
             method_state = deepcopy(self.method.state_dict())
         # The merge is done: from here on the stream has one task more.
@@ -268,7 +267,8 @@ class ContinualMergeCallback(L.Callback):
         report.merges.append(record)
         state.started = {}
         release_averages(trainer)
-        self._publish(trainer, record)
+        publish(trainer, self._directory, report)
+        self.last_merged_path = record.checkpoint
         return record
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -322,116 +322,20 @@ class ContinualMergeCallback(L.Callback):
             )
         # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
         with isolate_rng():
-            self._evaluation_data[task] = evaluation_data(trainer)
-            self._offer = self._reservoir = None
+            self._measurement.find_data(trainer, task)
+            self._sampling = None
             if "calibration" in self.method.needs or self.batch_norm == "recalibrate":
-                self._draw(trainer, task, weight)
-        if self._evaluation_data[task] is None:
-            rank_zero_warn(
-                f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
-                "fit, or give the datamodule a test_dataloader()."
-            )
+                given = self.calibration_data.get(task)
+                self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
+        self._measurement.warn_of_missing(self.report.tasks)
 
-    def _draw(self, trainer: L.Trainer, task: str, weight: float) -> None:
-        buffer = self._state.buffer
-        # Even a task that gets no place in the buffer shows one sample, so that its loss can be checked.
-        room = max(buffer.room_for_next(weight), 1)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            room = min(room, 8)  # goes through every line, measures nothing
-        self._offer = draw(trainer, self.calibration_data.get(task), room, buffer.generator())
-        if self._offer is None:
-            if trainer.world_size > 1:
-                raise ValueError(
-                    f"The training data of task {task!r} is an IterableDataset, of which each process sees another "
-                    "part. Give the datamodule a calibration_dataset() or calibration_dataloader()."
-                )
-            self._reservoir = Reservoir(room, buffer.generator())
-        origin = self._offer.origin if self._offer else "the training batches as they pass (transforms apply)"
-        rank_zero_info(f"Calibration: up to {room} samples of task {task!r} from {origin}.")
-
-    def _filled_buffer(self, task: str, weight: float) -> CalibrationBuffer | None:
-        offer = self._offer
-        if self._reservoir is not None:
-            if self._reservoir.samples is None:
-                raise ValueError(
-                    f"No training batch of task {task!r} was seen in this process, so there are no calibration "
-                    "samples. Give the datamodule a calibration_dataset(), or the callback samples in "
-                    f"calibration_data[{task!r}]."
-                )
-            offer = Offer(self._reservoir.samples, "the training batches", transferred=True)
-        if offer is None:
-            return None
-        buffer = self._state.buffer.copy()
-        buffer.add(task, offer.samples, weight=weight, transferred=offer.transferred)
-        return buffer
-
-    def _check_loss(self, module: L.LightningModule, offer: Offer, task: str) -> None:
+    def _check_loss(self, module: L.LightningModule) -> None:
         """Run the calibration loss once on two samples, so that a module without one is refused before training."""
-        pair = CalibrationBuffer(capacity=2)
-        pair.add(task, offer.samples, transferred=offer.transferred)
-        with undisturbed(module):
-            calibration = Calibration(pair, ModuleLoss(module))
-            vector = ParameterVector(module, self._division.patterns(module))
-            calibration.objective(vector).loss_and_grad(vector.read())
-
-    def _evaluate(
-        self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
-    ) -> list[float]:
-        """Accuracy on every task seen, each with its own parameters; the last task's are left in place."""
-        row = []
-        *_, last = task_parameters.values()
-        with progress(trainer, "evaluating") as advance, undisturbed(module):
-            try:
-                for index, (task, own) in enumerate(task_parameters.items()):
-                    advance(index, len(task_parameters))
-                    _load_task_parameters(module, own)
-                    row.append(self._accuracy(module, task))
-            finally:
-                _load_task_parameters(module, last)
-        return row
-
-    def _accuracy_at(self, module: L.LightningModule, weights: Snapshot | None) -> float:
-        """Accuracy on the current task with other shared weights, which are taken out again."""
-        if weights is None:
-            return math.nan
-        is_shared = self._division.shared(module)
-        before = take_snapshot(module, is_shared)
-        try:
-            load_snapshot(module, weights, is_shared)
+        pair = self._sampling.pair() if self._sampling is not None else None
+        if pair is not None:
             with undisturbed(module):
-                return self._accuracy(module, self._state.started["task"])
-        finally:
-            load_snapshot(module, before, is_shared)
-
-    def _accuracy(self, module: L.LightningModule, task: str) -> float:
-        data = self._evaluation_data.get(task)
-        return math.nan if data is None else accuracy(module, data, task)
-
-    def _publish(self, trainer: L.Trainer, record: MergeRecord) -> None:
-        """Checkpoint, report, loggers and one line for the user."""
-        report = self.report
-        number = len(report.tasks)
-        record.checkpoint = self.last_merged_path = self._directory.save_checkpoint(trainer, number, record.task)
-        self._directory.save_report(trainer, report)
-        metrics = latest_scalars(report)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=number)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        summary = [f"Merged task {number} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
-        if record.path:
-            summary.append(
-                f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})"
-            )
-        summary += [f"{name} {100 * metrics[key]:.1f}" for name, key in _HEADLINE.items() if key in metrics]
-        where = f". Merged weights: {self.last_merged_path} (ModelCheckpoint's files hold unmerged ones)"
-        rank_zero_info(", ".join(summary) + (where if self.last_merged_path else ""))
-
-
-_HEADLINE = {"ACC": "merge/acc", "BWT": "merge/bwt"}
-
-
-def _load_task_parameters(module: nn.Module, own: Snapshot) -> None:
-    load_snapshot(module, own, lambda name: name in own)
+                vector = ParameterVector(module, self._division.patterns(module))
+                Calibration(pair, ModuleLoss(module)).objective(vector).loss_and_grad(vector.read())
 
 
 @torch.no_grad()

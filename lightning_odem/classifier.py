@@ -1,12 +1,10 @@
 """A ready LightningModule for streams of image classification tasks."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import timm
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_odem.backbone import Normalize, build_backbone
 from lightning_odem.probe import extract_features, fit_linear_probe
 from lightning_odem.weights import load_weights
 
@@ -74,8 +73,8 @@ class TaskClassifier(LightningModule):
         super().__init__()
         ignore = ["pretrained", "checkpoint"] + ([] if isinstance(backbone, str) else ["backbone"])
         self.save_hyperparameters(ignore=ignore)
-        self.backbone = _build_backbone(backbone, backbone_args, pretrained)
-        self.normalize = _Normalize(self.backbone, mean, std)
+        self.backbone = build_backbone(backbone, backbone_args, pretrained)
+        self.normalize = Normalize(self.backbone, mean, std)
         self.heads = nn.ModuleDict()
         self.trains_head = head == "train"
         self.lr = lr
@@ -257,47 +256,3 @@ class TaskClassifier(LightningModule):
         images, targets = batch
         accuracy = (self(images).argmax(dim=1) == targets).float().mean()
         self.log(name, accuracy, prog_bar=True, batch_size=len(targets), sync_dist=True)
-
-
-class _Normalize(nn.Module):
-    """Scale uint8 to [0, 1], repeat grey images to the backbone's channels, normalise."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        super().__init__()
-        convolutions = (module for module in backbone.modules() if isinstance(module, nn.Conv2d))
-        self.channels = next((module.in_channels for module in convolutions), None)
-        known = getattr(backbone, "pretrained_cfg", None) or {}
-        for name, given in (("mean", mean), ("std", std)):
-            values = list(known.get(name) or [0.5]) if given is None else list(given)
-            if self.channels is not None and len(values) not in (1, self.channels):
-                if given is not None:
-                    raise ValueError(f"{name} has {len(values)} values, the backbone takes {self.channels} channels.")
-                values = [sum(values) / len(values)]  # RGB statistics for a backbone built for other channels
-            # Not persistent: constants of the base model, neither merged nor saved.
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype) / 255
-        elif not images.is_floating_point():
-            raise TypeError(f"Images are uint8 in [0, 255] or floating in [0, 1], found {images.dtype}.")
-        if images.shape[1] == 1 and self.channels is not None:
-            images = images.expand(-1, self.channels, -1, -1)
-        return (images.to(self.mean.dtype) - self.mean) / self.std
-
-
-def _build_backbone(backbone: str | nn.Module, args: dict[str, Any] | None, pretrained: bool) -> nn.Module:
-    if isinstance(backbone, nn.Module):
-        if args or pretrained:
-            raise ValueError(
-                f"backbone_args and pretrained are for timm model names; the backbone is a {type(backbone).__name__}. "
-                "Give its arguments to the module itself and its weights as checkpoint."
-            )
-        return backbone
-    if ":" not in backbone and not timm.is_model(backbone):  # "hf-hub:..." and "local-dir:..." name no registered model
-        close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or timm.list_models()[:5]
-        raise ValueError(f"timm has no model {backbone!r}. Close names: {', '.join(close)}; all: timm.list_models().")
-    return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **(args or {}))

@@ -154,7 +154,7 @@ def _record(result: MergeResult, objective: CalibrationObjective | None, **known
         record.gradient_seconds = objective.seconds
     path = result.trajectory
     if path is not None:
-        record.path = path.as_dict()
+        record.path, record.steps = path.as_dict(), len(path.gamma)
         record.loss_before, record.loss_after, record.loss_incoming = path.loss[0], path.loss[-1], path.loss1
         record.barrier, record.envelope_excess = path.barrier, path.envelope_excess
     return record

@@ -29,6 +29,7 @@ class MergeRecord:
         path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
             (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio`` and ``step_norm``
             (n steps). Empty for methods that follow no path and for the first task.
+        steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.
         loss_incoming: Calibration loss of the incoming model.
@@ -47,6 +48,7 @@ class MergeRecord:
     t: float
     method: str
     path: dict[str, list[float]] = field(default_factory=dict)
+    steps: int = 0
     loss_before: float = math.nan
     loss_after: float = math.nan
     loss_incoming: float = math.nan
