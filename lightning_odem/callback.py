@@ -245,7 +245,9 @@ class ContinualMergeCallback(L.Callback):
                 t=operating_time([*report.weights, weight]),
                 merged=state.merged,
                 base=state.base or {},
-                calibration=Calibration(buffer, ModuleLoss(pl_module), self.calibration.batch_size) if buffer else None,
+                calibration=Calibration(buffer, ModuleLoss(pl_module), self.calibration.batch_size)
+                if buffer is not None
+                else None,
                 exclude=self._division.patterns(pl_module),
                 batch_norm=self.batch_norm,
                 on_step=on_step,

@@ -314,6 +314,7 @@ def test_the_record_tells_what_was_done(solver, per_step):
     assert record.loss_evaluations == 2
     assert record.sample_gradients == record.gradient_evaluations * 28
     assert 0 < record.gradient_seconds < record.merge_seconds
+    assert record.steps == 3
     assert record.path["t"] == pytest.approx([0.0, 0.1, 0.2, 0.25])
     assert {name: len(values) for name, values in record.path.items()} == {
         "t": 4, "loss": 4, "alignment": 3, "gamma": 3, "alignment_ratio": 3, "step_norm": 3
