@@ -67,3 +67,8 @@ def main(args: list[str] | None = None) -> ContinualCLI:
         seed_everything_default=0,
         args=args,
     )
+
+
+def run() -> None:
+    """The console script; what it returned would become the exit code."""
+    main()

@@ -161,7 +161,8 @@ def test_pretraining_without_a_source_task_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_installed_command_is_there_and_the_same_seed_gives_the_same_weights(tmp_path):
-    command = [sys.executable, "-m", "lightning_odem", "fit_tasks", "--config", str(CONFIGS / "quickstart.yaml")]
+    script = Path(sys.executable).parent / "lightning-odem"
+    command = [script, "fit_tasks", "--config", str(CONFIGS / "quickstart.yaml")]
     limits = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--pretrain_epochs=1", *DIGITS]
     weights = []
     for run in range(2):

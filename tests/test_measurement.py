@@ -17,8 +17,8 @@ def data_with_accuracy(module, inputs, fraction):
     return DataLoader(TensorDataset(inputs, labels), batch_size=4)
 
 
-def test_data_given_by_the_user_comes_before_the_datamodules():
-    module, merge, incoming = Classifier(), ContinualMergeCallback("average"), Incoming()
+def test_data_given_by_the_user_comes_before_the_datamodules(tmp_path):
+    module, merge, incoming = Classifier(), ContinualMergeCallback("average", dirpath=str(tmp_path / "a")), Incoming()
     merge.evaluation_data["task_1"] = DataLoader(TensorDataset(torch.zeros(4, 4), torch.full((4,), 2)), batch_size=2)
     fit(module, Task(0), incoming, merge)
     predicted = int(module.eval()(torch.zeros(1, 4)).argmax())
