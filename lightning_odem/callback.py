@@ -20,7 +20,7 @@ from lightning_odem.flow import operating_time
 from lightning_odem.guards import FreshStart, check_trainer, finish_averages, release_averages
 from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration, merging
-from lightning_odem.methods import MergeMethod, resolve_method
+from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.metrics import check_weights
 from lightning_odem.naming import next_task_name, next_task_weight
 from lightning_odem.parameters import ParameterVector
@@ -30,6 +30,7 @@ from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.rundir import RunDirectory
 from lightning_odem.snapshot import load_snapshot, take_snapshot, undisturbed
 from lightning_odem.state import StreamState
+from lightning_odem.trace import Collection
 
 FINETUNE_FROM = ("base", "merged")
 
@@ -132,6 +133,7 @@ class ContinualMergeCallback(L.Callback):
         self._trained = False
         self._measured = False
         self._sampling: Sampling | None = None
+        self._collection: Collection | None = None
 
     @property
     def report(self) -> StreamReport:
@@ -178,6 +180,7 @@ class ContinualMergeCallback(L.Callback):
         self._directory.claim(trainer, state)
         if not (self._resumed and state.started):
             self._begin(trainer, pl_module)
+        self._collect(trainer, pl_module)
         self._find_data(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -195,9 +198,11 @@ class ContinualMergeCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sample a stream of batches that cannot be drawn from by index."""
+        """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
         if self._sampling is not None:
             self._sampling.see(batch)
+        if self._collection is not None:
+            self._collection.see()
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -211,6 +216,7 @@ class ContinualMergeCallback(L.Callback):
             return
         if self._resumed and self._state.started:
             self._directory.claim(trainer, self._state)
+            self._collect(trainer, pl_module)
             self._find_data(trainer)
             pl_module.to(trainer.strategy.root_device)
             finish_averages(trainer, pl_module)
@@ -232,6 +238,8 @@ class ContinualMergeCallback(L.Callback):
         task, weight = state.started["task"], state.started["weight"]
         report = state.report
         buffer = self._sampling.buffer() if self._sampling is not None else None
+        assert self._collection is not None, "set up when the training started"
+        trace = self._collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
         own = take_snapshot(pl_module, self._division.task_specific(pl_module))
@@ -250,6 +258,7 @@ class ContinualMergeCallback(L.Callback):
                 else None,
                 exclude=self._division.patterns(pl_module),
                 batch_norm=self.batch_norm,
+                trace=trace,
                 on_step=on_step,
             ) as record,
         ):
@@ -268,6 +277,7 @@ class ContinualMergeCallback(L.Callback):
         report.before_training.append(state.started["before_training"])
         report.merges.append(record)
         state.started = {}
+        self._collection = None
         release_averages(trainer)
         publish(trainer, self._directory, report)
         self.last_merged_path = record.checkpoint
@@ -312,6 +322,18 @@ class ContinualMergeCallback(L.Callback):
         # The instance may have served another stream.
         self.method.load_state_dict(state.method)
         state.started = {"task": task, "weight": weight}
+
+    def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        method = self.method
+        self._collection = Collection(
+            trainer,
+            module,
+            needs=method.needs,
+            method=method_name(method),
+            capacity=method.snapshots,
+            select=self._division.shared(module),
+            state=self._state.started,
+        )
 
     def _find_data(self, trainer: L.Trainer) -> None:
         """Find out where the accuracy of the task started is measured, and draw its calibration samples."""

@@ -41,7 +41,8 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     correct: list[Tensor] = []
     total = 0
     for batch in _limited(data, module.trainer.limit_test_batches):
-        scores, targets = _predict(module, batch, task)
+        with torch.no_grad():
+            scores, targets = predict(module, move_to_device(module, batch), task)
         if scores.dim() not in (1, 2) or len(scores) != len(targets) or targets.dim() != 1:
             raise ValueError(
                 f"Predictions of {type(module).__name__} on task {task!r} must be scores [B, C] or class ids [B] with "
@@ -56,10 +57,13 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     return int(torch.stack(correct).sum()) / total
 
 
-def _predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    precision = module.trainer.precision_plugin
-    batch = move_to_device(module, batch)
-    with torch.no_grad(), precision.forward_context():
+def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    """Predictions and targets of a batch that is on the module's device, under the Trainer's precision.
+
+    Raises:
+        ValueError: If the batch is no pair and the module has no ``prediction_step``.
+    """
+    with module.trainer.precision_plugin.forward_context():
         step: Callable[..., tuple[Tensor, Tensor]] | None = getattr(module, "prediction_step", None)
         if step is not None:
             return step(batch, task)

@@ -18,6 +18,8 @@ from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, metho
 from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
 from lightning_odem.report.record import MergeRecord
 from lightning_odem.snapshot import load_snapshot, undisturbed
+from lightning_odem.task_data import TaskData
+from lightning_odem.trace import TrainingTrace
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def merging(
     calibration: Calibration | None,
     exclude: tuple[str, ...] = (),
     batch_norm: str = "average",
+    trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[MergeRecord]:
     """Replace a module's weights, the incoming model, by their merge into the merged model.
@@ -66,10 +69,11 @@ def merging(
         task: Name of the incoming task.
         t: Operating time in [0, 1].
         merged: Parameters and buffers of the merged model by name; None for the first task.
-        base: Those of the base model.
+        base: Those of the base model, needed by methods that declare ``"base"``.
         calibration: Samples and loss, needed by methods that declare ``"calibration"``.
         exclude: Patterns of parameters left alone.
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
+        trace: What the incoming model's training left behind, as far as the method needs it.
         on_step: Told (steps done, steps in all).
 
     Yields:
@@ -77,10 +81,12 @@ def merging(
         like one in the merge, leaves the module with the incoming model and the method with the state it had.
 
     Raises:
-        ValueError: If the models differ in names or shapes, nothing is left to merge or the loss has no gradient.
+        ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient or
+            something the method needs is not there.
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
+    check_needs(method, base=bool(base), calibration=calibration is not None, trace=trace)
     frozen = _moved_and_frozen(module, merged or {}, exclude)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -88,6 +94,9 @@ def merging(
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     objective = calibration.objective(vector) if calibration else None
     incoming = vector.read()
+    task_data = None
+    if "task_data" in method.needs:
+        task_data = TaskData(vector, module, task, trace.batches)  # type: ignore[arg-type]
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
     # A copy: a method may change its tensors in place before it fails.
     method_state = deepcopy(method.state_dict())
@@ -98,9 +107,13 @@ def merging(
             context = MergeContext(
                 names=vector.names,
                 shapes=[tuple(shape) for shape in vector.shapes],
-                loss_and_grad=objective.loss_and_grad if objective else None,
-                loss=objective.loss if objective else None,
                 base=vector.gather(base) if "base" in method.needs else None,
+                calibration=objective if "calibration" in method.needs else None,
+                second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
+                snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
+                if "snapshots" in method.needs
+                else (),
+                task_data=task_data,
                 on_step=on_step,
             )
             if merged is None:
@@ -114,7 +127,7 @@ def merging(
         statistics.write_(merged_statistics)
         if merged is not None and t == 0.0:
             load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
-        record = _record(result, objective, task=task, t=t, method=method_name(method))
+        record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
         del result
         record.merge_seconds = time.perf_counter() - started
         yield record
@@ -144,13 +157,48 @@ def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: 
     ]
 
 
-def _record(result: MergeResult, objective: CalibrationObjective | None, **known: Any) -> MergeRecord:
+def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: TrainingTrace) -> None:
+    """Refuse a method that would not get what it needs.
+
+    Raises:
+        ValueError: With what is missing and where it would come from.
+    """
+    sources = {
+        "base": (base, "the base model"),
+        "calibration": (calibration, "calibration samples and a module with a loss"),
+        "second_moments": (trace.second_moments, "the optimizer's second moments at the end of the training"),
+        "snapshots": (trace.snapshots, "weights from the training run (which a run of one step does not have)"),
+        "task_data": (trace.batches is not None, "the task's training data and a module with a loss"),
+    }
+    missing = [what for need, (there, what) in sources.items() if need in method.needs and not there]
+    if missing:
+        raise ValueError(
+            f"Merge method {method_name(method)!r} needs {' and '.join(missing)}, which this merge does not have. "
+            "ContinualMergeCallback collects them while it trains; otherwise choose another method."
+        )
+
+
+def _second_moments(vector: ParameterVector, trace: TrainingTrace) -> Tensor:
+    found = trace.second_moments or {}
+    unstepped = {
+        name: torch.full(shape, torch.nan)
+        for name, shape in zip(vector.names, vector.shapes, strict=True)
+        if name not in found
+    }
+    return vector.gather({**found, **unstepped})
+
+
+def _record(
+    result: MergeResult, objective: CalibrationObjective | None, task_data: TaskData | None, **known: Any
+) -> MergeRecord:
     record = MergeRecord(**known)
+    if task_data is not None:
+        record.sample_gradients = task_data.sample_gradients
     if objective is not None:
         record.calibration = objective.buffer.counts
         record.gradient_evaluations = objective.gradient_evaluations
         record.loss_evaluations = objective.loss_evaluations
-        record.sample_gradients = objective.gradient_evaluations * len(objective.buffer)
+        record.sample_gradients += objective.sample_gradients
         record.gradient_seconds = objective.seconds
     path = result.trajectory
     if path is not None:

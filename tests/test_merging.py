@@ -59,11 +59,12 @@ def training_flags(module):
 
 
 class Breaking(MergeMethod):
+    needs = frozenset({"calibration"})
     merges = 0
 
     def merge(self, merged, incoming, t, context):
         self.merges += 1
-        context.loss_and_grad(torch.full_like(incoming, 7.0))
+        context.calibration.loss_and_grad(torch.full_like(incoming, 7.0))
         raise RuntimeError("in the method")
 
     def state_dict(self):
@@ -284,7 +285,7 @@ def test_the_base_model_is_there_for_methods_that_need_it():
         needs = frozenset({"base"})
 
         def merge(self, merged, incoming, t, context):
-            assert context.loss is context.loss_and_grad is None
+            assert context.calibration is None
             assert context.names == ["body.weight", "body.bias"]
             assert context.shapes == [(4, 3), (4,)]
             return MergeResult(merged + t * (incoming - context.base))
@@ -296,6 +297,8 @@ def test_the_base_model_is_there_for_methods_that_need_it():
     expected = before["body"].weight + 0.5 * (incoming - base["body"].weight)
     torch.testing.assert_close(net["body"].weight, expected)
     with pytest.raises(ValueError, match="body.weight"):
+        merge(net, Task(), **settings | {"base": {"head.weight": torch.zeros(2)}})
+    with pytest.raises(ValueError, match="needs the base model"):
         merge(net, Task(), **settings | {"base": {}})
 
 

@@ -1,13 +1,19 @@
 """What a merge method is: one rule that turns merged and incoming weights into the next merged weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightning_odem.flow import Trajectory
+
+if TYPE_CHECKING:
+    from lightning_odem.calibration import CalibrationObjective
+    from lightning_odem.task_data import TaskData
+
+NEEDS = ("base", "calibration", "second_moments", "snapshots", "task_data")
 
 
 @dataclass(frozen=True)
@@ -17,17 +23,25 @@ class MergeContext:
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
         shapes: Their shapes.
-        loss_and_grad: Calibration loss and its gradient [d] at a point [d] (need ``"calibration"``).
-        loss: Calibration loss at a point, without a gradient (need ``"calibration"``).
         base: The base model theta_base, shape [d] (need ``"base"``).
+        calibration: Losses and gradients on the calibration buffer (need ``"calibration"``), see
+            :class:`~lightning_odem.calibration.CalibrationObjective`.
+        second_moments: Adam's running mean of squared gradients at the end of the incoming model's training, shape
+            [d]; NaN for parameters that the optimizer never stepped (need ``"second_moments"``).
+        snapshots: Weights [d] at evenly spaced steps of the incoming model's training, the oldest first; neither its
+            start nor its end is among them (need ``"snapshots"``).
+        task_data: The incoming task's own training batches (need ``"task_data"``), see
+            :class:`~lightning_odem.task_data.TaskData`.
         on_step: Told (steps done, steps in all) while a merge goes on.
     """
 
     names: list[str]
     shapes: list[tuple[int, ...]]
-    loss_and_grad: Callable[[Tensor], tuple[float, Tensor]] | None = None
-    loss: Callable[[Tensor], float] | None = None
     base: Tensor | None = None
+    calibration: "CalibrationObjective | None" = None
+    second_moments: Tensor | None = None
+    snapshots: Sequence[Tensor] = ()
+    task_data: "TaskData | None" = None
     on_step: Callable[[int, int], None] | None = None
 
 
@@ -51,7 +65,10 @@ class MergeMethod(ABC):
     saved with the callback if :meth:`state_dict` returns it, as tensors in plain containers.
 
     Attributes:
-        needs: Any of ``"calibration"`` (loss and gradient on the calibration buffer) and ``"base"`` (the base model).
+        needs: Any of :data:`NEEDS`: what of the context the method uses. Nothing else is collected during training,
+            and what cannot be had is refused before training.
+        snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most; at least half
+            as many are kept of runs that are long enough.
 
     Example:
         >>> import torch
@@ -62,7 +79,8 @@ class MergeMethod(ABC):
         tensor([1., 1.])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
+    snapshots: int = 8
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

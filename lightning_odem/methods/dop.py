@@ -1,7 +1,7 @@
 """DOP: dual projections, a merge that stays close to both models in the directions each has moved along."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ class DOPMerge(MergeMethod):
         ValueError: For numbers out of range or unknown choices; when merging, for patterns that match nothing.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(
         self,

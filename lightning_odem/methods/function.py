@@ -1,7 +1,6 @@
 """A plain function as a merge method."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,10 +10,12 @@ MergeFunction = Callable[[Tensor, Tensor, float, MergeContext], Tensor]
 
 
 class FunctionMerge(MergeMethod):
-    """A rule without state or calibration, given as a function of merged and incoming model, t and context.
+    """A rule without state, given as a function of merged and incoming model, t and context.
 
-    The function may use ``context.base``. It is not called for t = 0, which leaves the merged model untouched, nor for
-    the first task. A rule that needs more is a subclass of :class:`~lightning_odem.methods.MergeMethod`.
+    The function may use ``context.base``, or what its attribute ``needs`` names, which
+    :func:`~lightning_odem.methods.register_method` sets. It is not called for t = 0, which leaves the merged model
+    untouched, nor for the first task. A rule that keeps state is a subclass of
+    :class:`~lightning_odem.methods.MergeMethod`.
 
     Args:
         function: Returns the next merged model, shape [d]; it may overwrite and return its first argument.
@@ -26,10 +27,9 @@ class FunctionMerge(MergeMethod):
         tensor([1., 2.])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
-
     def __init__(self, function: MergeFunction) -> None:
         self.function = function
+        self.needs = frozenset(getattr(function, "needs", {"base"}))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Call the function.

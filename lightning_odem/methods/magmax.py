@@ -1,7 +1,5 @@
 """MagMax: of every parameter the largest change that any task made."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ class MagMaxMerge(MergeMethod):
         tensor([-1.5000, -2.0000,  0.5000])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(self, scale: float = 0.5) -> None:
         check_range("scale", scale, 0, open_low=True)

@@ -1,7 +1,7 @@
 """NUFILT: null-space filtering of task vectors, with a learned correction."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class NUFILTMerge(MergeMethod):
         ValueError: For numbers out of range or unknown choices; when merging, for patterns that match nothing.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
 """ODE-M: the rectified flow stopped at the operating time (Algorithm 1 of the paper)."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from lightning_odem.flow import SOLVERS, integrate
@@ -22,7 +20,7 @@ class ODEMerge(MergeMethod):
         ValueError: For a step size outside (0, 1] or an unknown solver.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    needs: frozenset[str] = frozenset({"calibration"})
 
     def __init__(self, step_size: float = 0.05, solver: str = "euler") -> None:
         if not 0.0 < step_size <= 1.0:
@@ -34,15 +32,15 @@ class ODEMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Integrate from ``merged`` towards ``incoming`` up to time ``t``, in the memory of ``merged``."""
-        assert context.loss_and_grad is not None, "declared in needs"
+        assert context.calibration is not None, "declared in needs"
         trajectory = integrate(
             merged,
             incoming,
-            context.loss_and_grad,
+            context.calibration.loss_and_grad,
             t,
             step_size=self.step_size,
             solver=self.solver,
-            loss=context.loss,
+            loss=context.calibration.loss,
             out=merged,
             on_step=context.on_step,
         )

@@ -1,7 +1,7 @@
 """OPCM: orthogonal projection-based continual merging."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class OPCMMerge(MergeMethod):
         ValueError: For an alpha outside [0, 1] or an unknown recursion; when merging, for patterns that match nothing.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(
         self,

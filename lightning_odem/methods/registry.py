@@ -1,10 +1,11 @@
 """Merge methods by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import TypeVar
 
 from lightning_odem.methods.average import AverageMerge
-from lightning_odem.methods.base import MergeMethod
+from lightning_odem.methods.base import NEEDS, MergeMethod
 from lightning_odem.methods.dop import DOPMerge
 from lightning_odem.methods.function import FunctionMerge, MergeFunction
 from lightning_odem.methods.interpolation import LinearInterpolation
@@ -30,14 +31,19 @@ METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
 Rule = TypeVar("Rule", type[MergeMethod], MergeFunction)
 
 
-def register_method(name: str) -> Callable[[Rule], Rule]:
+def register_method(name: str, needs: Iterable[str] = ()) -> Callable[[Rule], Rule]:
     """Give a name to a merge method of your own, so that ``ContinualMergeCallback(method=name)`` finds it.
 
     Decorates a subclass of :class:`~lightning_odem.methods.MergeMethod` that can be made without arguments, or a
     function ``(merged, incoming, t, context) -> theta``, see :class:`~lightning_odem.methods.FunctionMerge`.
 
+    Args:
+        name: The name.
+        needs: What of the context a function uses besides the base model, see
+            :class:`~lightning_odem.methods.MergeMethod`; a subclass declares it itself.
+
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or a need is unknown.
         TypeError: If what is decorated is neither.
 
     Example:
@@ -56,6 +62,9 @@ def register_method(name: str) -> Callable[[Rule], Rule]:
             )
         if not (issubclass(rule, MergeMethod) if isinstance(rule, type) else callable(rule)):
             raise TypeError(f"A merge method is a subclass of MergeMethod or a function, got {rule!r}.")
+        if not isinstance(rule, type):
+            rule.needs = frozenset({"base", *needs})  # type: ignore[attr-defined]
+        check_known_needs(rule)
         METHODS[name] = rule
         return rule
 
@@ -63,21 +72,50 @@ def register_method(name: str) -> Callable[[Rule], Rule]:
 
 
 def resolve_method(method: str | MergeMethod) -> MergeMethod:
-    """A merge method from its registered name, with its defaults; an instance is returned as it is.
+    """A merge method, with its defaults, from its registered name or from the import path of a class or function.
+
+    An instance is returned as it is.
 
     Raises:
-        ValueError: For an unknown name; the message lists the known ones.
+        ValueError: For an unknown name, listing the known ones; for a path that leads to nothing; for unknown needs.
 
     Example:
         >>> resolve_method("ode").step_size
         0.05
+        >>> resolve_method("torch.lerp").function.__name__
+        'lerp'
     """
     if isinstance(method, MergeMethod):
+        check_known_needs(method)
         return method
-    if method not in METHODS:
-        raise ValueError(f"Unknown merge method {method!r}; the methods are {', '.join(sorted(METHODS))}.")
-    rule = METHODS[method]
-    return rule() if isinstance(rule, type) else FunctionMerge(rule)
+    rule = METHODS[method] if method in METHODS else _import(method)
+    made = rule() if isinstance(rule, type) else FunctionMerge(rule)
+    check_known_needs(made)
+    return made
+
+
+def check_known_needs(rule: object) -> None:
+    """Refuse needs that no merge can meet: most often a misspelt word.
+
+    Raises:
+        ValueError: With the unknown words and those there are.
+    """
+    unknown = sorted(set(getattr(rule, "needs", ())) - set(NEEDS))
+    if unknown:
+        raise ValueError(f"{rule!r} needs {', '.join(unknown)}; what a method can need is {', '.join(NEEDS)}.")
+
+
+def _import(path: str) -> type[MergeMethod] | MergeFunction:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"Unknown merge method {path!r}; the methods are {', '.join(sorted(METHODS))}.")
+    try:
+        rule = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no merge method at {path!r}: {error}.") from error
+    if not callable(rule) or (isinstance(rule, type) and not issubclass(rule, MergeMethod)):
+        raise ValueError(f"{path} is no merge method: neither a subclass of MergeMethod nor a function.")
+    return rule
 
 
 def method_name(method: MergeMethod) -> str:

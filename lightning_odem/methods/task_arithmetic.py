@@ -1,6 +1,6 @@
 """Continual task arithmetic: a scaled sum or mean of task vectors on top of the base model."""
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class TaskArithmeticMerge(MergeMethod):
         tensor([1.5000, 1.5000])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
         check_range("scale", scale, 0, open_low=True)

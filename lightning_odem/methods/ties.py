@@ -1,7 +1,7 @@
 """Continual TIES-Merging: trim, elect a sign, merge what agrees with it."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class TiesMerge(MergeMethod):
         tensor([ 2., -4.,  0.,  0.])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    needs: frozenset[str] = frozenset({"base"})
 
     def __init__(
         self, scale: float = 0.3, density: float = 0.2, combine: Combine = "sum", recursion: Recursion = "utility"

@@ -35,9 +35,10 @@ class MergeRecord:
         loss_incoming: Calibration loss of the incoming model.
         barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
         envelope_excess: By how much the path left the bound of Theorem 3.4; 0 where it held.
-        gradient_evaluations: Full calibration-set gradients taken.
-        loss_evaluations: Full calibration-set forward passes without a gradient.
-        sample_gradients: Gradient evaluations times samples in the calibration buffer.
+        gradient_evaluations: Gradients taken on the calibration set or a part of it.
+        loss_evaluations: Passes over the calibration set, or a part of it, without a gradient.
+        sample_gradients: Samples that went through a pass with gradient, of the calibration set and of the task's own
+            data.
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.

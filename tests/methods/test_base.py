@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,7 +61,9 @@ def merge(name, t):
 
     merged, incoming, base = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).unbind()
     before = merged.clone()
-    context = MergeContext(["a"], [(20,)], loss_and_grad, lambda theta: loss_and_grad(theta)[0], base)
+    context = MergeContext(
+        ["a"], [(20,)], base, SimpleNamespace(loss_and_grad=loss_and_grad, loss=lambda theta: loss_and_grad(theta)[0])
+    )
     return resolve_method(name).merge(merged, incoming, t, context).theta, before, incoming
 
 

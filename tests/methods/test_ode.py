@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -19,8 +21,9 @@ def endpoints():
     return torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64), torch.tensor([-0.5, 1.0, 1.0], dtype=torch.float64)
 
 
-def context(**settings):
-    return MergeContext(["a"], [(3,)], **{"loss_and_grad": loss_and_grad, "loss": loss} | settings)
+def context(on_step=None, **settings):
+    objective = SimpleNamespace(**{"loss_and_grad": loss_and_grad, "loss": loss} | settings)
+    return MergeContext(["a"], [(3,)], calibration=objective, on_step=on_step)
 
 
 @pytest.mark.parametrize(("step_size", "solver"), [(0.05, "euler"), (0.3, "euler"), (0.1, "heun")])
