@@ -3,8 +3,10 @@
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.classifier import TaskClassifier
+from lightning_odem.clip import ClipClassifier
 from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge
 from lightning_odem.stream import TaskStream
+from lightning_odem.tangent import Linearized
 from lightning_odem.trainer import ContinualTrainer
 
 __version__ = "0.1.0"
@@ -13,8 +15,10 @@ __all__ = [
     "AverageMerge",
     "CalibrationBuffer",
     "CalibrationOptions",
+    "ClipClassifier",
     "ContinualMergeCallback",
     "ContinualTrainer",
+    "Linearized",
     "MergeContext",
     "MergeMethod",
     "MergeResult",

@@ -83,6 +83,7 @@ class ContinualMergeCallback(L.Callback):
         evaluation_data: Dataloaders to measure accuracies on, by task name; needed for tasks that another process has
             merged, otherwise the datamodule's test or validation data.
         last_merged_path: The checkpoint with the merged weights, or None.
+        division: Which parameters are merged and which belong to single tasks.
 
     Raises:
         ValueError: For unknown names, weights that are no utilities, or a calibration size below 1.
@@ -118,7 +119,7 @@ class ContinualMergeCallback(L.Callback):
         self.method = resolve_method(method)
         self.weights = weights
         self.finetune_from = finetune_from
-        self._division = Division(exclude)
+        self.division = Division(exclude)
         self.batch_norm = batch_norm
         self.calibration = calibration
         self.calibration_data: dict[str, Iterable] = {}
@@ -126,7 +127,7 @@ class ContinualMergeCallback(L.Callback):
         self._state = StreamState(CalibrationBuffer(calibration_size, calibration.quota, calibration.seed))
         self._directory = RunDirectory(dirpath)
         self._fresh_start = FreshStart()
-        self._measurement = Measurement(self._division)
+        self._measurement = Measurement(self.division)
         self.evaluation_data = self._measurement.given
         self._stage: str | None = None
         self._resumed = False
@@ -158,7 +159,7 @@ class ContinualMergeCallback(L.Callback):
         if task not in self.report.tasks:
             raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
         assert self._state.merged is not None, "there is a task, so there was a merge"
-        load_snapshot(module, self._state.merged, self._division.shared(module))
+        load_snapshot(module, self._state.merged, self.division.shared(module))
         load_task_parameters(module, self._state.task_parameters[task])
 
     # ------------------------------------------------------------------------------------------- before the training
@@ -242,7 +243,7 @@ class ContinualMergeCallback(L.Callback):
         trace = self._collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
-        own = take_snapshot(pl_module, self._division.task_specific(pl_module))
+        own = take_snapshot(pl_module, self.division.task_specific(pl_module))
         task_parameters = {**state.task_parameters, task: own}
         with (
             progress(trainer, f"merging {task}") as on_step,
@@ -256,7 +257,7 @@ class ContinualMergeCallback(L.Callback):
                 calibration=Calibration(buffer, ModuleLoss(pl_module), self.calibration.batch_size)
                 if buffer is not None
                 else None,
-                exclude=self._division.patterns(pl_module),
+                exclude=self.division.patterns(pl_module),
                 batch_norm=self.batch_norm,
                 trace=trace,
                 on_step=on_step,
@@ -264,7 +265,7 @@ class ContinualMergeCallback(L.Callback):
         ):
             _copy_from_main_process(trainer, pl_module)
             row = self._measurement.every_task(trainer, pl_module, task_parameters)
-            merged = take_snapshot(pl_module, self._division.shared(pl_module))
+            merged = take_snapshot(pl_module, self.division.shared(pl_module))
             method_state = deepcopy(self.method.state_dict())
         # The merge is done: from here on the stream has one task more.
         state.merged, state.task_parameters, state.method = merged, task_parameters, method_state
@@ -312,8 +313,8 @@ class ContinualMergeCallback(L.Callback):
         task = next_task_name(datamodule, self.report.tasks)
         weight = next_task_weight(self.weights, datamodule, self.report.tasks, task)
         operating_time([*self.report.weights, weight])  # refuses what is no utility
-        self._division.check(module)
-        is_shared = self._division.shared(module)
+        self.division.check(module)
+        is_shared = self.division.shared(module)
         if state.base is None:
             state.base = take_snapshot(module, is_shared)
         else:
@@ -331,7 +332,7 @@ class ContinualMergeCallback(L.Callback):
             needs=method.needs,
             method=method_name(method),
             capacity=method.snapshots,
-            select=self._division.shared(module),
+            select=self.division.shared(module),
             state=self._state.started,
         )
 
@@ -358,7 +359,7 @@ class ContinualMergeCallback(L.Callback):
         pair = self._sampling.pair() if self._sampling is not None else None
         if pair is not None:
             with undisturbed(module):
-                vector = ParameterVector(module, self._division.patterns(module))
+                vector = ParameterVector(module, self.division.patterns(module))
                 Calibration(pair, ModuleLoss(module)).objective(vector).loss_and_grad(vector.read())
 
 

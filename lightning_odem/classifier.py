@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_odem.backbone import Normalize, build_backbone
 from lightning_odem.probe import extract_features, fit_linear_probe
+from lightning_odem.tangent import Linearized
 from lightning_odem.weights import load_weights
 
 
@@ -44,6 +45,9 @@ class TaskClassifier(LightningModule):
             default, because then all models of a stream share the base model's running statistics.
         mean: Channel means of [0, 1] images; by default those of the backbone's ``pretrained_cfg``, else 0.5.
         std: Channel standard deviations, likewise.
+        tangent: Fine-tune in the tangent space of the base model, stage A of HCMM: the backbone is replaced by its
+            :class:`~lightning_odem.tangent.Linearized`. The expansion point is the weights it has when the first task
+            begins; it stays for all tasks. Dropout and batch-norm updates are off.
 
     Raises:
         ValueError: If the timm model is unknown, timm's arguments come with a module, or ``mean`` and ``std`` have
@@ -69,6 +73,7 @@ class TaskClassifier(LightningModule):
         freeze_batch_norm: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        tangent: bool = False,
     ) -> None:
         super().__init__()
         ignore = ["pretrained", "checkpoint"] + ([] if isinstance(backbone, str) else ["backbone"])
@@ -83,6 +88,8 @@ class TaskClassifier(LightningModule):
         self._current_task: str | None = None
         if checkpoint is not None:
             load_weights(self.backbone, checkpoint)
+        if tangent:
+            self.backbone = Linearized(self.backbone)
         self.train()
 
     @property
@@ -133,6 +140,8 @@ class TaskClassifier(LightningModule):
             )
         self._current_task = task
         if stage == "fit":
+            if not self.heads and isinstance(self.backbone, Linearized):
+                self.backbone.recenter_()  # wherever the base model's weights came from
             if task not in self.heads:
                 self._add_head(task, num_classes, self._feature_size())
             for name, head in self.heads.items():

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI, with the subcommand ``fit_tasks``."""
+"""The command line: LightningCLI with ``fit_tasks``, ``compare``, ``trajectory`` and ``schedule``; and ``merge``."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_odem  # noqa: F401 (registers the short class names that a YAML may use)
+from lightning_odem import merge_command
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.stream import TaskStream
 from lightning_odem.trainer import ContinualTrainer
@@ -38,16 +39,17 @@ def _merge_callback(trainer: L.Trainer) -> ContinualMergeCallback | None:
 
 
 class ContinualCLI(LightningCLI):
-    """LightningCLI with ``fit_tasks`` beside Lightning's own subcommands; every argument can come from YAML."""
+    """LightningCLI with ContinualTrainer's subcommands beside Lightning's own; every argument can come from YAML."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands and ``fit_tasks``, with the parameters that are not options of theirs."""
-        return {**LightningCLI.subcommands(), "fit_tasks": {"model", "datamodule"}}
+        """Lightning's subcommands and those of ContinualTrainer, with the parameters that are not options of theirs."""
+        own = dict.fromkeys(("fit_tasks", "compare", "trajectory", "schedule"), {"model", "datamodule"})
+        return {**LightningCLI.subcommands(), **own}
 
 
-def main(args: list[str] | None = None) -> ContinualCLI:
-    """Run the command line; ``lightning-odem fit_tasks --help`` says what there is.
+def main(args: list[str] | None = None) -> ContinualCLI | None:
+    """Run the command line; ``fit_tasks --help`` and ``merge --help`` say what there is.
 
     Classes in the current directory can be named in a YAML by their path, as with ``python -m``.
 
@@ -56,6 +58,10 @@ def main(args: list[str] | None = None) -> ContinualCLI:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["merge"]:
+        merge_command.main(given[1:])
+        return None
     return ContinualCLI(
         L.LightningModule,
         TaskStream,
@@ -65,6 +71,7 @@ def main(args: list[str] | None = None) -> ContinualCLI:
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        parser_kwargs={"epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help"},
         args=args,
     )
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.division import Division
 from lightning_odem.flow import operating_time
 from lightning_odem.merging import Calibration, merging
@@ -113,9 +114,13 @@ class Folding:
         self.weights.append(weight)
         return record
 
-    def room_for_next(self, weight: float = 1.0) -> int:
-        """Calibration samples that the next task would get."""
-        return self._buffer.room_for_next(weight)
+    def draw(self, dataset: Any, weight: float = 1.0) -> Any:
+        """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it will get.
+
+        Class-balanced where the dataset has integer ``targets``; the same samples for every method.
+        """
+        room = max(self._buffer.room_for_next(weight), 1)
+        return draw_by_index(dataset, room, self._buffer.generator())
 
     def _measured_on(self, buffer: CalibrationBuffer) -> Calibration | None:
         if not len(buffer):

@@ -202,7 +202,7 @@ def _record(
         record.gradient_seconds = objective.seconds
     path = result.trajectory
     if path is not None:
-        record.path, record.steps = path.as_dict(), len(path.gamma)
+        record.path, record.steps = path.as_dict(), len(path.t) - 1
         record.loss_before, record.loss_after, record.loss_incoming = path.loss[0], path.loss[-1], path.loss1
         record.barrier, record.envelope_excess = path.barrier, path.envelope_excess
     return record

@@ -4,12 +4,14 @@ import lightning as L
 
 from lightning_odem.classifier import TaskClassifier
 from lightning_odem.stream import Task
+from lightning_odem.tangent import Linearized
 
 
 def pretrain(model: TaskClassifier, task: Task, max_epochs: int, lr: float = 3e-3, **trainer_arguments: object) -> None:
     """Train a classifier's backbone on a source task, in place; heads of the stream's tasks are not touched.
 
-    A head of its own is trained along and thrown away, and batch-norm statistics are learnt.
+    A head of its own is trained along and thrown away, and batch-norm statistics are learnt. A linearised backbone is
+    pretrained as the network it is made of, which then is the expansion point.
 
     Args:
         model: Classifier whose backbone becomes the base model.
@@ -19,8 +21,9 @@ def pretrain(model: TaskClassifier, task: Task, max_epochs: int, lr: float = 3e-
         **trainer_arguments: Further arguments of the Trainer, such as ``accelerator``.
     """
     normalize = model.normalize
+    linearized = model.backbone if isinstance(model.backbone, Linearized) else None
     source = TaskClassifier(
-        model.backbone,
+        linearized.model if linearized else model.backbone,
         head="train",
         lr=lr,
         freeze_batch_norm=False,
@@ -35,5 +38,7 @@ def pretrain(model: TaskClassifier, task: Task, max_epochs: int, lr: float = 3e-
         **trainer_arguments,  # type: ignore[arg-type]
     )
     trainer.fit(source, datamodule=task)
+    if linearized:
+        linearized.recenter_()
     # The backbone went through this module's train() and eval(); give it back in the classifier's own mode.
     model.train()

@@ -1,6 +1,7 @@
 """What a training run leaves behind besides the weights, collected only where a merge method asks for it."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,7 +65,28 @@ def check_second_moments(optimizers: Iterable[Optimizer], method: str) -> None:
 
 def training_batches(trainer: L.Trainer) -> Iterable[Any]:
     """The training batches of the task a Trainer has just fitted, as many per epoch as it used."""
-    return _Epoch(trainer.train_dataloader, trainer.num_training_batches)
+    return Epochs(trainer.train_dataloader, trainer.num_training_batches)
+
+
+class Epochs:
+    """A dataloader as often as wanted, each time the next epoch and at most ``limit`` batches.
+
+    Epochs are counted from 0, so a loader that shuffles by epoch gives the same batches whatever it was used for.
+
+    Args:
+        loader: The dataloader.
+        limit: Batches per epoch.
+    """
+
+    def __init__(self, loader: Any, limit: int | float = math.inf) -> None:
+        self._loader, self._limit, self._epoch = loader, limit, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        set_epoch = getattr(getattr(self._loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
+        self._epoch += 1
+        return iter(self._loader) if self._limit == math.inf else islice(self._loader, int(self._limit))
 
 
 class Trail:
@@ -73,8 +95,11 @@ class Trail:
     Snapshots are taken every ``stride`` steps; when there are too many, every second one goes and the stride doubles.
 
     Args:
-        capacity: Snapshots kept, at least 1.
+        capacity: Snapshots kept, at least 2.
         state: What an earlier process left in :attr:`state`; empty for a new run.
+
+    Raises:
+        ValueError: For a smaller capacity, with which a short run could end without any.
 
     Example:
         >>> trail = Trail(capacity=4)
@@ -85,6 +110,8 @@ class Trail:
     """
 
     def __init__(self, capacity: int, state: dict[str, Any] | None = None) -> None:
+        if capacity < 2:
+            raise ValueError(f"A merge method that needs snapshots has to ask for at least 2, got {capacity}.")
         self.capacity = capacity
         self.state: dict[str, Any] = state or {"stride": 1, "snapshots": {}}
 
@@ -156,16 +183,6 @@ class Collection:
             snapshots=self._trail.before(self._trainer.global_step) if self._trail is not None else (),
             batches=training_batches(self._trainer) if "task_data" in self._needs else None,
         )
-
-
-class _Epoch:
-    """A dataloader cut to a number of batches, as often as wanted."""
-
-    def __init__(self, loader: Any, limit: int | float) -> None:
-        self._loader, self._limit = loader, limit
-
-    def __iter__(self) -> Any:
-        return iter(self._loader) if self._limit == float("inf") else islice(self._loader, int(self._limit))
 
 
 def _keeps_second_moments(optimizer: Optimizer) -> bool:

@@ -1,8 +1,9 @@
-"""Pretrained weights from a file into a module."""
+"""Weights from a file, by name or into a module; no code in the file is run."""
 
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
         ...     load_weights(nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3)}), f"{folder}/weights.pt")
         ['fc.bias', 'fc.weight']
     """
-    state = _state_dict(_read(Path(path)), path)
+    state = read_weights(path)
     own = module.state_dict()
     names, ignored = _match(state, own)
     missing = [name for name in own if name not in names and not name.endswith("num_batches_tracked")]
@@ -63,13 +64,34 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
     return sorted(ignored)
 
 
-def _read(path: Path) -> Any:
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The named tensors of a ``.safetensors`` file, a plain state dict or a Lightning checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt, needs code to be read or holds no state dict.
+    """
+    return _state_dict_in(read_file(path), path)
+
+
+def read_file(path: str | os.PathLike) -> Any:
+    """The content of a ``.safetensors`` or torch file: tensors on the CPU and plain containers, nothing else.
+
+    Tensors are mapped into memory where the format allows it, so that only those that are used are read. They are not
+    to be written to.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is corrupt or needs code to be read.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of weights at {path}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Only the zip format, torch's since 1.6, can be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
@@ -81,7 +103,12 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
 
 
-def _state_dict(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
+def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict that a file's content is, or has under ``state_dict``.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:

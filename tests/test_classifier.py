@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_odem.classifier import TaskClassifier
+from lightning_odem.pretraining import pretrain
+from lightning_odem.tangent import Linearized
 
 SIZE, CHANNELS = 16, 3
 
@@ -496,3 +498,71 @@ def test_a_checkpoint_of_the_command_line_loads_without_it(tmp_path, monkeypatch
 def test_every_argument_is_documented():
     for name in list(inspect.signature(TaskClassifier.__init__).parameters)[1:]:
         assert f"        {name}: " in f"    {TaskClassifier.__doc__}", name
+
+
+def test_in_the_tangent_space_the_weights_train_and_the_expansion_point_stays_the_base_model():
+    model = TaskClassifier(Backbone(), lr=0.02, tangent=True)
+    base = copy_of(model.backbone.model)
+    fit(model, Stripes("a"), max_epochs=3)
+    first = copy_of(model.backbone.model)
+    fit(model, Stripes("b", seed=1), max_epochs=3)
+    assert same(copy_of(model.backbone.origin), base)
+    assert not torch.equal(first["conv.weight"], base["conv.weight"])
+    assert not torch.equal(model.backbone.model.conv.weight, first["conv.weight"])
+    assert torch.equal(model.backbone.model.norm.running_mean, base["norm.running_mean"])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"backbone.model.{name}" for name, _ in model.backbone.model.named_parameters()]
+
+
+def test_in_the_tangent_space_mean_weights_give_mean_features():
+    model, images = TaskClassifier(Backbone(), lr=0.02, tangent=True), images_of(Stripes())
+    states, features = [], []
+    for task in ("a", "b"):
+        fit(model, Stripes(task, seed=len(states)), max_epochs=3)
+        states.append(copy_of(model.backbone))
+        features.append(model.features(images).detach())
+    model.backbone.load_state_dict({name: (value + states[1][name]) / 2 for name, value in states[0].items()})
+    torch.testing.assert_close(model.features(images), (features[0] + features[1]) / 2)
+    assert (features[0] - features[1]).abs().max() > 0.01
+
+
+def test_a_checkpoint_and_weights_loaded_later_are_the_expansion_point_of_the_first_fit(tmp_path):
+    first, second = Backbone(), Backbone()
+    save_file(first.state_dict(), tmp_path / "w.safetensors")
+    model = TaskClassifier(Backbone(), checkpoint=tmp_path / "w.safetensors", tangent=True, lr=0.0)
+    assert same(copy_of(model.backbone.origin), copy_of(first))
+    model.backbone.model.load_state_dict(second.state_dict())
+    fit(model, Stripes("a"))
+    model.backbone.model.load_state_dict(first.state_dict())
+    fit(model, Stripes("b"))
+    assert same(copy_of(model.backbone.origin), copy_of(second))
+
+
+def test_pretraining_trains_the_network_itself_and_makes_it_the_expansion_point():
+    model, plain = TaskClassifier(Backbone(), tangent=True), TaskClassifier(Backbone())
+    model.backbone.model.load_state_dict(plain.backbone.state_dict())
+    options = {"accelerator": "cpu", "enable_progress_bar": False}
+    for each in (model, plain):
+        torch.manual_seed(1)
+        pretrain(each, Stripes("source"), max_epochs=2, **options)
+    assert same(copy_of(model.backbone.model), copy_of(plain.backbone))
+    assert same(copy_of(model.backbone.origin), copy_of(plain.backbone))
+    assert not any(module.training for module in model.backbone.model.modules())
+
+
+def test_a_linearised_classifier_loads_from_its_checkpoint(tmp_path):
+    model, data = TaskClassifier("test_resnet", tangent=True, lr=0.02), Stripes()
+    fit(model, data).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = TaskClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert isinstance(loaded.backbone, Linearized)
+    assert same(copy_of(loaded), copy_of(model))
+    fit(loaded, Stripes("b", seed=1))
+    assert same(copy_of(loaded.backbone.origin), copy_of(model.backbone.origin))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_linearised_transformer_trains_in_low_precision(precision):
+    model = TaskClassifier("test_vit", {"img_size": SIZE}, tangent=True, lr=1e-3)
+    trainer = fit(model, Stripes(), precision=precision, max_epochs=2)
+    assert model.heads["stripes"].in_features == 64
+    assert trainer.callback_metrics["val/acc"] > 0.5

@@ -161,6 +161,38 @@ class CalibrationBuffer:
                 part = (min(start + size, count) - start) / count
                 yield MicroBatch(piece, task, share * part, held.transferred)
 
+    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[list[MicroBatch]]:
+        r"""One epoch of random minibatches: every sample once, those of one task together within a minibatch.
+
+        Each minibatch is an unbiased estimate of the calibration loss: a sample of task j counts
+        :math:`\frac{s_j}{n_j} \frac{N}{B}` in a minibatch of B samples, with :math:`s_j` the task's share,
+        :math:`n_j` its samples and N those of the buffer. So the shares sum to 1 in the mean over an epoch, not in each
+        minibatch.
+
+        Args:
+            size: Samples per minibatch; the last one of the epoch has what is left.
+            generator: Source of randomness, on the CPU.
+
+        Example:
+            >>> buffer = CalibrationBuffer()
+            >>> buffer.add("digits", (torch.zeros(3, 2), torch.arange(3)))
+            >>> buffer.add("letters", (torch.zeros(1, 2), torch.arange(1)))
+            >>> whole, = buffer.minibatches(4, torch.Generator())
+            >>> [(batch.task, len(batch.samples[1]), batch.share) for batch in whole]
+            [('digits', 3, 0.5), ('letters', 1, 0.5)]
+        """
+        for chunk in torch.randperm(len(self), generator=generator).split(size):
+            minibatch, first = [], 0
+            for task, share in self.shares().items():
+                held = self._tasks[task]
+                index = chunk[(first <= chunk) & (chunk < first + len(held))] - first
+                first += len(held)
+                if len(index):
+                    part = len(index) / len(held) * len(self) / len(chunk)
+                    samples = batches.select(held.samples, index)
+                    minibatch.append(MicroBatch(samples, task, share * part, held.transferred))
+            yield minibatch
+
     def copy(self) -> "CalibrationBuffer":
         """A buffer that can be added to without touching this one; the samples are shared, they are never modified."""
         other = CalibrationBuffer(self.capacity, self.quota, self.seed)

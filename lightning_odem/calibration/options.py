@@ -11,7 +11,8 @@ class CalibrationOptions:
     """Settings of the calibration buffer and its gradients.
 
     Args:
-        batch_size: Samples per micro-batch of a gradient; bounds memory, changes results by rounding only.
+        batch_size: Samples per micro-batch of a gradient; bounds memory, changes results by rounding only (but for
+            ``ode_released``, whose rule counts batches).
         quota: ``"equal"`` places for every task, or ``"utility"`` to share places and loss by utility weight.
         seed: Seed of the choice among a task's samples.
     """

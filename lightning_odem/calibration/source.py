@@ -88,15 +88,23 @@ def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator)
     loader = trainer.train_dataloader
     collate = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
     with isolate_rng():
-        _seed(int(torch.randint(2**31, (), generator=generator)))
+        _seed(generator.initial_seed() % 2**31)
         origin, source = _source(trainer, given)
         if source is None:
             return None
         is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        samples = _sample(source, count, collate, generator) if is_dataset else _take(source, count)
+        samples = draw_by_index(source, count, generator, collate) if is_dataset else _take(source, count)
     if samples is None:
         raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
     return Offer(samples, origin)
+
+
+def draw_by_index(dataset: Any, count: int, generator: torch.Generator, collate: Any = default_collate) -> Any:
+    """Up to ``count`` samples of a map-style dataset, class-balanced where it has integer ``targets``; None of none."""
+    if len(dataset) == 0:
+        return None
+    index = balanced_order(targets_of(dataset), len(dataset), generator)[:count]
+    return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
 
 
 def targets_of(dataset: Any) -> torch.Tensor | None:
@@ -134,13 +142,6 @@ def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
     if isinstance(loader.dataset, IterableDataset):
         return "", None
     return "the training dataset (training transforms apply; calibration_dataset() changes that)", loader.dataset
-
-
-def _sample(dataset: Any, count: int, collate: Any, generator: torch.Generator) -> Any:
-    if len(dataset) == 0:
-        return None
-    index = balanced_order(targets_of(dataset), len(dataset), generator)[:count]
-    return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
 
 
 def _take(loader: Any, count: int) -> Any:

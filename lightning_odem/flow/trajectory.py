@@ -19,8 +19,8 @@ class Trajectory:
         t: Times of the points, from 0 to the operating time.
         loss: Calibration loss at each point.
         alignment: <g, u> at the start of each step.
-        gamma: Damping factor of each step; 1 is undamped.
-        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity Theorem 3.3 needs below 1.
+        gamma: Damping factor of each step; 1 is undamped. Empty for dynamics that do not damp the gradient's direction.
+        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity Theorem 3.3 needs below 1; empty likewise.
         step_norm: h ||v|| of each step, the length of its Euler move.
         gradient_evaluations: Gradients taken on the way.
 

@@ -1,23 +1,32 @@
 """Rules for continual model merging, by name."""
 
 from lightning_odem.methods.average import AverageMerge
-from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.base import NEEDS, MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.dop import DOPMerge
 from lightning_odem.methods.function import FunctionMerge
+from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
+from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.methods.opcm import OPCMMerge
 from lightning_odem.methods.registry import METHODS, method_name, register_method, resolve_method
+from lightning_odem.methods.replay import ReplayMerge
+from lightning_odem.methods.representation import RepresentationCorrection
+from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
 from lightning_odem.methods.ties import TiesMerge
+from lightning_odem.methods.trm_style import TRMStyleMerge
 
 __all__ = [
     "METHODS",
+    "NEEDS",
     "AverageMerge",
     "DOPMerge",
     "FunctionMerge",
+    "HCMMMerge",
     "LinearInterpolation",
     "MagMaxMerge",
     "MergeContext",
@@ -26,8 +35,14 @@ __all__ = [
     "NUFILTMerge",
     "ODEMerge",
     "OPCMMerge",
+    "ReleasedODEMerge",
+    "ReplayMerge",
+    "RepresentationCorrection",
+    "SecondMomentMerge",
+    "TRMStyleMerge",
     "TaskArithmeticMerge",
     "TiesMerge",
+    "describe_method",
     "method_name",
     "register_method",
     "resolve_method",

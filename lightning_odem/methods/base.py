@@ -67,8 +67,8 @@ class MergeMethod(ABC):
     Attributes:
         needs: Any of :data:`NEEDS`: what of the context the method uses. Nothing else is collected during training,
             and what cannot be had is refused before training.
-        snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most; at least half
-            as many are kept of runs that are long enough.
+        snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most, 2 or more. The
+            length of a run is not known beforehand, so there may be half as many less one.
 
     Example:
         >>> import torch

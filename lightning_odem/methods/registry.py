@@ -8,24 +8,34 @@ from lightning_odem.methods.average import AverageMerge
 from lightning_odem.methods.base import NEEDS, MergeMethod
 from lightning_odem.methods.dop import DOPMerge
 from lightning_odem.methods.function import FunctionMerge, MergeFunction
+from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
+from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.methods.opcm import OPCMMerge
+from lightning_odem.methods.replay import ReplayMerge
+from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
 from lightning_odem.methods.ties import TiesMerge
+from lightning_odem.methods.trm_style import TRMStyleMerge
 
 METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
     "average": AverageMerge,
+    "average_replay": ReplayMerge,
     "dop": DOPMerge,
+    "hcmm": HCMMMerge,
     "interpolation": LinearInterpolation,
     "magmax": MagMaxMerge,
     "nufilt": NUFILTMerge,
     "ode": ODEMerge,
+    "ode_released": ReleasedODEMerge,
     "opcm": OPCMMerge,
+    "second_moment": SecondMomentMerge,
     "task_arithmetic": TaskArithmeticMerge,
     "ties": TiesMerge,
+    "trm_style": TRMStyleMerge,
 }
 
 Rule = TypeVar("Rule", type[MergeMethod], MergeFunction)

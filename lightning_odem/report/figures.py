@@ -76,11 +76,13 @@ def plot_accuracy_over_stream(report: StreamReport) -> Figure:
 def plot_path(record: MergeRecord) -> Figure:
     """One merge: calibration loss along the path, damping and alignment ratio of its steps below.
 
+    Where a method knows no damping the lengths of the steps stand there instead.
+
     The loss is compared with the chord between the losses of its endpoints, above which the barrier is measured
     (Def. 3.2), and with the envelope of Theorem 3.4. Both are drawn up to the operating time, where the path ends.
 
     Args:
-        record: A merge that followed a path, as ``record.path["gamma"]`` tells.
+        record: A merge that followed a path: ``record.path["t"]`` has two points at least.
 
     Raises:
         ValueError: If the merge followed no path.
@@ -91,7 +93,7 @@ def plot_path(record: MergeRecord) -> Figure:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['calibration loss', 'per step']
     """
-    if not record.path.get("gamma"):
+    if len(record.path.get("t", [])) < 2:
         raise ValueError(f"The merge of task {record.task!r} ({record.method}) followed no path; nothing to plot.")
     t, loss = np.array(record.path["t"]), np.array(record.path["loss"])
     change = record.loss_incoming - loss[0]
@@ -113,12 +115,15 @@ def plot_path(record: MergeRecord) -> Figure:
     upper.set_ylabel("calibration loss")
     upper.set_title(f"merging {record.task}", loc="left", fontsize="medium")
 
-    gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
-    lower.stairs(gamma, t, baseline=None, color=_GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
-    label = r"alignment ratio $\Vert P_g u\Vert / \Vert u\Vert$"
-    lower.stairs(ratio, t, baseline=None, color=_RED, lw=2, ls=(0, (3, 1)), label=label)
+    if record.path["gamma"]:
+        gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
+        lower.stairs(gamma, t, baseline=None, color=_GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
+        label = r"alignment ratio $\Vert P_g u\Vert / \Vert u\Vert$"
+        lower.stairs(ratio, t, baseline=None, color=_RED, lw=2, ls=(0, (3, 1)), label=label)
+        lower.set_ylim(-0.05, 1.05)
+    else:
+        lower.stairs(record.path["step_norm"], t, baseline=None, color=_GREEN, lw=2, label="length of the step")
     lower.axvline(record.t, color="0.4", lw=1, ls=":")
-    lower.set_ylim(-0.05, 1.05)
     lower.set_ylabel("per step")
     lower.set_xlabel("time t")
     for axes in (upper, lower):

@@ -28,7 +28,8 @@ class MergeRecord:
         method: Registered name of the merge method.
         path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
             (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio`` and ``step_norm``
-            (n steps). Empty for methods that follow no path and for the first task.
+            (n steps). ``gamma`` and ``alignment_ratio`` are empty for paths without such a damping; all is empty for
+            methods that follow no path and for the first task.
         steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.

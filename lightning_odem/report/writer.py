@@ -32,7 +32,7 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
         figures["accuracy_matrix"] = plot_accuracy_matrix(report)
         figures["accuracy_over_stream"] = plot_accuracy_over_stream(report)
     for number, record in list(enumerate(report.merges, start=1))[first_path:]:
-        if record.path.get("gamma"):
+        if len(record.path.get("t", [])) > 1:
             task = re.sub(r"[^\w.-]+", "_", record.task)
             figures[f"path-{number:02d}-{task}"] = plot_path(record)
     for name, figure in figures.items():

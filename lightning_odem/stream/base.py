@@ -108,6 +108,11 @@ class TaskStream(LightningDataModule):
         """Number of classes of the only task."""
         return self._only().num_classes
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes of the only task, where they are known."""
+        return self._only().class_names
+
     def prepare_data(self) -> None:
         """Download the data of the only task where it was asked to."""
         self._only().prepare_data()

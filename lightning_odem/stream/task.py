@@ -1,8 +1,10 @@
 """One task of a stream."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -32,6 +34,7 @@ class Task(LightningDataModule):
         num_workers: Worker processes per dataloader; 0 reads in the main process.
         seed: Seed of the training shuffle, which is otherwise independent of the global random state.
         prepare: Called in ``prepare_data``, hence in one process only, before the data is first read; for downloads.
+        class_names: Names of the classes in the order of their labels; by default those that the data has.
 
     Raises:
         ValueError: If the weight is negative or not finite, or there are no classes. On reading: if a split is empty,
@@ -59,6 +62,7 @@ class Task(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         prepare: Callable[[], object] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
@@ -75,6 +79,7 @@ class Task(LightningDataModule):
         self.seed = seed
         self._read = splits
         self._prepare = prepare
+        self._class_names = class_names
 
     @cached_property
     def splits(self) -> Splits:
@@ -83,6 +88,20 @@ class Task(LightningDataModule):
         for split, dataset in zip(Splits._fields, splits, strict=True):
             self._check(split, dataset)
         return splits
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their labels, None where they have none; reads the data if need be.
+
+        Those in the attribute ``classes`` of torchvision's datasets are spelt out: ``polar_bear`` as ``polar bear``.
+        """
+        if self._class_names is not None:
+            return list(self._class_names)
+        data: Any = self.splits.train
+        while not hasattr(data, "classes") and hasattr(data, "dataset"):
+            data = data.dataset
+        names = getattr(data, "classes", None)
+        return names and [re.sub(r"(?<=[a-z])[_/](?=[a-z])", " ", name) for name in names]
 
     def prepare_data(self) -> None:
         """Download the data where the task was asked to."""

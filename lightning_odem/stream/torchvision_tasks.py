@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_odem.clip_prompts import CLASS_NAMES
 from lightning_odem.stream.base import TaskStream
 from lightning_odem.stream.catalogue import CATALOGUE, Entry, labels_of
 from lightning_odem.stream.selection import Selection, preprocessing
@@ -56,6 +57,7 @@ def _build(name: str, root: Path, image_size: int, download: bool, seed: int, **
         source=f"torchvision in {root}",
         seed=seed,
         prepare=partial(_parts, entry, root, download=True) if download else None,
+        class_names=CLASS_NAMES.get(name),
         **options,
     )
 

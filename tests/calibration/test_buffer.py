@@ -205,3 +205,77 @@ def test_state_survives_a_safe_checkpoint_and_goes_on_alike():
         assert (mine.task, mine.share, mine.transferred) == (theirs.task, theirs.share, theirs.transferred)
         assert str(mine.samples) == str(theirs.samples)
         assert type(mine.samples) is type(theirs.samples)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(streams, capacities, quotas, st.integers(1, 50))
+@settings(deadline=None)
+def test_an_epoch_of_minibatches_holds_every_sample_once(stream, capacity, quota, size):
+    buffer = filled(stream, capacity, quota)
+    seen = {task: [] for task in buffer.counts}
+    lengths = []
+    for minibatch in buffer.minibatches(size, generator()):
+        lengths.append(sum(len(batch.samples[1]) for batch in minibatch))
+        assert len({batch.task for batch in minibatch}) == len(minibatch)
+        for batch in minibatch:
+            seen[batch.task].extend(zip(batch.samples[0][:, 0].tolist(), batch.samples[1].tolist(), strict=True))
+    assert set(lengths[:-1]) <= {size}
+    assert 0 < lengths[-1] <= size
+    held = {task: sorted(zip(*pairs, strict=True)) for task, pairs in content(buffer).items()}
+    assert {task: sorted(pairs) for task, pairs in seen.items()} == held
+
+
+@given(streams, capacities, quotas, st.integers(1, 50))
+@settings(deadline=None)
+def test_minibatch_losses_add_up_to_the_calibration_loss_over_an_epoch(stream, capacity, quota, size):
+    def loss(batch):
+        numbers, tasks = batch.samples[0].double().unbind(1)
+        return (numbers.sin() + tasks.cos()).mean().item()
+
+    buffer = filled(stream, capacity, quota)
+    expected = math.fsum(batch.share * loss(batch) for batch in buffer.micro_batches(1))
+    total = math.fsum(
+        batch.share * loss(batch) * sum(len(other.samples[1]) for other in minibatch) / len(buffer)
+        for minibatch in buffer.minibatches(size, generator())
+        for batch in minibatch
+    )
+    assert total == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+def test_every_sample_of_a_task_weighs_the_same_in_a_full_minibatch():
+    buffer = filled([(12, 2, 3.0), (4, 2, 1.0)], capacity=16, quota="utility")
+    for minibatch in buffer.minibatches(4, generator()):
+        for batch in minibatch:
+            weight = {"task_0": 0.75 / 12, "task_1": 0.25 / 4}[batch.task] * 16 / 4
+            assert batch.share / len(batch.samples[1]) == pytest.approx(weight)
+
+
+def test_minibatches_are_random_and_decided_by_the_generator():
+    buffer = filled([(50, 2, 1.0)] * 2, capacity=40)
+
+    def epoch(source):
+        return [
+            (batch.task, batch.samples[0][:, 0].tolist())
+            for batches in buffer.minibatches(7, source)
+            for batch in batches
+        ]
+
+    source = generator(1)
+    first, second = epoch(source), epoch(source)
+    assert first == epoch(generator(1))
+    assert first != second
+    assert first != epoch(generator(2))
+
+
+def test_minibatches_tell_which_samples_were_transferred():
+    buffer = CalibrationBuffer()
+    buffer.add("raw", offer(3))
+    buffer.add("moved", {"x": offer(3)[0], "label": offer(3)[1]}, transferred=True)
+    (whole,) = buffer.minibatches(6, generator())
+    assert {batch.task: (batch.transferred, type(batch.samples)) for batch in whole} == {
+        "raw": (False, tuple),
+        "moved": (True, dict),
+    }

@@ -124,6 +124,17 @@ def test_gamma_and_alignment_ratio_span_their_steps() -> None:
     assert "alignment ratio" in ratio.get_label()
 
 
+def test_steps_without_damping_are_drawn_by_their_lengths() -> None:
+    undamped = record(loss_incoming=0.6)
+    undamped.path |= {"gamma": [], "alignment_ratio": [], "step_norm": [3.0, 0.0, 1.5]}
+    figure = plot_path(undamped)
+    (length,) = figure.axes[1].patches
+    assert_allclose(length.get_data().values, [3.0, 0.0, 1.5])
+    assert_allclose(length.get_data().edges, [0.0, 0.2, 0.4, 0.5])
+    assert figure.axes[1].get_ylim()[1] > 3.0
+    assert length.get_label() == "length of the step"
+
+
 @pytest.mark.parametrize("path", [{}, {"t": [0.0], "loss": [1.0], "gamma": [], "alignment_ratio": []}])
 def test_merge_without_steps_has_no_path_to_plot(path: dict[str, list[float]]) -> None:
     with pytest.raises(ValueError, match="task 'a' \\(average\\) followed no path"):

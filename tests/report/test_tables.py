@@ -113,6 +113,13 @@ def test_costs_show_each_merge() -> None:
     assert second == ["task_b", "0.500", "1.0000", "0.8123", "2.5000", "0.75", "(0.50)", "0.0123", "10", "10.00", "25%"]
 
 
+def test_costs_of_a_path_without_damping_show_a_dash() -> None:
+    report = make_report(1)
+    report.merges = [MergeRecord("task_a", 0.5, "released", path={"t": [0.0, 0.5], "loss": [1.0, 0.9], "gamma": []})]
+    (row,) = (line.split() for line in render_costs(report, 120).splitlines() if line.startswith("task_"))
+    assert row[5] == "—"
+
+
 def test_costs_fit_a_narrow_terminal() -> None:
     text = render_costs(make_report(20), 80)
     assert max(map(len, text.splitlines())) <= 80

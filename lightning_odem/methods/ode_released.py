@@ -1,0 +1,193 @@
+"""ODE-M as its authors released it: per-task constraints, a descent share and a line search instead of gamma."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from heapq import nlargest
+
+import torch
+from torch import Tensor
+
+from lightning_odem.flow import NonFiniteLossError, Trajectory, TransportField
+from lightning_odem.flow.constraints import project_
+from lightning_odem.methods.arguments import check_range
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.refinement import refine
+from lightning_odem.methods.task_losses import TaskLosses
+
+# The constants of the released code that nobody is expected to change.
+_PROBE_BATCHES = 8
+_EXCESS_TASKS = _SENSITIVE_TASKS = 2
+_LARGEST_DESCENT = 1e6
+_BACKTRACK, _TRIES = 0.7, 8
+
+
+class ReleasedODEMerge(MergeMethod):
+    r"""ODE-M as in the code its authors released, which is another algorithm than the paper's (Lin & Kang, 2026).
+
+    The loss :math:`\ell_j` of task j, the incoming one included, is measured on its first 8 micro-batches. With
+    :math:`u = (\theta_1 - \theta) / (1 - t)` a step from t to t' = t + h is:
+
+    1. Every task has a ceiling
+       :math:`C_j(t) = (1 - t) \ell_j(\theta_0) + t \ell_j(\theta_1) + B_{max} (1 - t)^2`.
+    2. Constrained are the two tasks of largest :math:`\ell_j - C_j(t)`, and up to two of largest positive
+       :math:`\langle g_j, u\rangle`; :math:`g_j` is the gradient on the first batch of the task.
+    3. A share of descent is added to the transport: :math:`w = u - \eta g_M` with :math:`g_M = \sum_j s_j G_j /
+       \|G_j\|^p` and :math:`\eta = r \|u\| / \|g_M\|`; :math:`G_j` sums the gradients on the task's batches.
+    4. v is the velocity nearest to w with :math:`\langle g_j, v\rangle \le \min((C_j(t') - \ell_j) / h, 0)` for the
+       constrained tasks, see :func:`~lightning_odem.flow.constraints.project_`.
+    5. :math:`\theta` moves by s h v with the first s of 1, 0.7, 0.49, ... (8 in all) after which no task is above
+       :math:`C_j(t')`, or not at all. Time goes on by h in any case; the rate 1 / (1 - t) makes up for some of it.
+
+    Ceilings may sink below a model that stays. Then it stays until a single step brings every task below its ceiling,
+    which can be for the rest of the path: steps of length 0 in the report tell.
+
+    The weights :math:`s_j` are the tasks' shares of the calibration loss: equal with the buffer's quota ``"equal"``, as
+    published, their utility weights with ``"utility"``. Constraints count every task alike. A task without samples in
+    the buffer is not seen. The calibration's batch size, 128 as published, is part of the rule here.
+
+    Differences from the released code: the operating time follows from the utility weights and the last step is
+    shortened to end there, where it takes floor(1 / (k h)) steps of a path to 1 / k; the projection has no defect that
+    drops all constraints where a multiplier is above 1; ``refine`` refines after every merge, while the code does so
+    once, after the last merge of a stream whose length it knows; t = 1 takes the incoming model without a path. The
+    published runs hold 2048 calibration samples.
+
+    A step costs, in batches, one gradient on each of the first 8 of every task, and one pass without gradient over
+    them per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
+    to four constraints' gradients and two in the making. The trajectory's losses are means over the tasks by their
+    shares; there is no gamma, so ``gamma`` and ``alignment_ratio`` stay empty, and ``alignment`` is
+    :math:`\langle g_M, u\rangle`.
+
+    Args:
+        step_size: Step length h in (0, 1].
+        budget: :math:`B_{max} \ge 0`, in units of the loss: slack of the ceilings at the start of a path.
+        descent: :math:`r \ge 0`, length of the descent relative to the transport's; 0 leaves it out.
+        norm_power: p in [0, 1]; 1 makes all tasks' gradients equally long, 0 leaves them as they are.
+        refine: Whether to follow each merge up by 80 small steps of AdamW on the buffer, see
+            :func:`~lightning_odem.methods.refinement.refine`. The published runs do so at their end.
+
+    Raises:
+        ValueError: For an argument outside its range.
+    """
+
+    needs: frozenset[str] = frozenset({"calibration"})
+
+    def __init__(
+        self,
+        step_size: float = 0.01,
+        budget: float = 0.08,
+        descent: float = 0.24,
+        norm_power: float = 0.25,
+        refine: bool = False,
+    ) -> None:
+        check_range("step_size", step_size, 0, 1, open_low=True)
+        check_range("budget", budget, 0)
+        check_range("descent", descent, 0)
+        check_range("norm_power", norm_power, 0, 1)
+        self.step_size = step_size
+        self.budget = budget
+        self.descent = descent
+        self.norm_power = norm_power
+        self.refine = refine
+
+    def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
+        """Follow the path from ``merged`` towards ``incoming`` up to time ``t``, in the memory of ``merged``.
+
+        Raises:
+            NonFiniteLossError: If a loss of one of the models or a gradient on the path is not finite.
+        """
+        assert context.calibration is not None, "declared in needs"
+        if t == 1.0:
+            return MergeResult(merged.copy_(incoming))
+        theta, probe = merged, TaskLosses(context.calibration, _PROBE_BATCHES)
+        losses, losses1 = probe(theta), probe(incoming)
+        _check_finite(losses, "merged")
+        _check_finite(losses1, "incoming")
+        ceilings = partial(_ceilings, losses, losses1, self.budget)
+        path = Trajectory(theta, loss1=probe.mean(losses1), t=[0.0], loss=[probe.mean(losses)])
+        steps = math.ceil(t / self.step_size * (1.0 - 1e-12))
+        if context.on_step is not None:
+            context.on_step(0, steps)
+        for step in range(steps):
+            now = step * self.step_size
+            later = t if step + 1 == steps else now + self.step_size
+            velocity, gradients, alignment = self._descend(now, theta, incoming, probe, _excess(losses, ceilings(now)))
+            if not math.isfinite(size := norm(velocity)):
+                raise NonFiniteLossError(f"the velocity's norm, so a gradient or a weight, is {size}", step, now)
+            allowed = ceilings(later)
+            bounds = [min((allowed[task] - losses[task]) / (later - now), 0.0) for task in gradients]
+            project_(velocity, list(gradients.values()), bounds)
+            # Vectors go as soon as they are used up: the next ones are not held beside them.
+            del gradients
+            move = velocity.mul_(later - now)
+            scale, losses = _search_(theta, move, probe, losses, allowed)
+            path.alignment.append(alignment)
+            path.step_norm.append(scale * norm(move))
+            del velocity, move
+            path.t.append(later)
+            path.loss.append(probe.mean(losses))
+            if context.on_step is not None:
+                context.on_step(step + 1, steps)
+        if self.refine and steps:
+            path.theta = refine(theta, context.calibration)
+            path.loss[-1] = probe.mean(probe(path.theta))
+        path.gradient_evaluations = context.calibration.gradient_evaluations
+        return MergeResult(path.theta, path)
+
+    def _descend(
+        self, t: float, theta: Tensor, incoming: Tensor, probe: TaskLosses, excess: list[str]
+    ) -> tuple[Tensor, dict[str, Tensor], float]:
+        """The velocity w before its projection, the gradients of the constrained tasks and <g_M, u>."""
+        field = TransportField()
+        macro = torch.zeros_like(theta)
+        gradients: dict[str, Tensor] = {}
+        rises: dict[str, float] = {}
+        for task, (first, *others) in probe.batches.items():
+            gradient = probe.gradient(theta, [first])
+            rises[task] = field(t, theta, incoming, gradient, 0.0).alignment
+            total = probe.gradient(theta, others).add_(gradient) if others else gradient
+            macro.add_(total, alpha=probe.shares[task] / (norm(total) or 1.0) ** self.norm_power)
+            gradients[task] = gradient
+            rising = [task for task in rises if rises[task] > 0.0]
+            constrained = {*excess, *nlargest(_SENSITIVE_TASKS, rising, key=rises.__getitem__)}
+            gradients = {task: gradients[task] for task in gradients if task in constrained}
+            # As in merge: not held beside the next ones.
+            del gradient, total
+        transport = field(t, theta, incoming, macro, 0.0)
+        length = norm(macro)
+        eta = min(self.descent * transport.norm / length, _LARGEST_DESCENT) if length else 0.0
+        macro.mul_(-eta)
+        transport.add_to(macro, 1.0)
+        return macro, gradients, transport.alignment
+
+
+def _check_finite(losses: Mapping[str, float], model: str) -> None:
+    for task, loss in losses.items():
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the {model} model's loss on task {task!r} is {loss}", 0, 0.0)
+
+
+def _ceilings(losses0: Mapping[str, float], losses1: Mapping[str, float], budget: float, t: float) -> dict[str, float]:
+    slack = budget * (1.0 - t) ** 2
+    return {task: (1.0 - t) * losses0[task] + t * losses1[task] + slack for task in losses0}
+
+
+def _excess(losses: Mapping[str, float], ceilings: Mapping[str, float]) -> list[str]:
+    """The tasks furthest above their ceilings, or least below them."""
+    above = {task: losses[task] - ceilings[task] for task in losses}
+    return nlargest(_EXCESS_TASKS, above, key=above.__getitem__)
+
+
+def _search_(
+    theta: Tensor, move: Tensor, probe: TaskLosses, losses: dict[str, float], ceilings: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """Move ``theta`` in place by the first share of ``move`` that every ceiling admits; that share, and the losses."""
+    for attempt in range(_TRIES):
+        scale = _BACKTRACK**attempt
+        candidate = torch.add(theta, move, alpha=scale)
+        reached = probe(candidate)
+        if all(reached[task] <= ceilings[task] for task in reached):
+            theta.copy_(candidate)
+            return scale, reached
+    return 0.0, losses

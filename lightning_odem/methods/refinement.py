@@ -1,0 +1,71 @@
+"""A short supervised fine-tuning of a merged model on the calibration buffer, close to where it stands."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_odem.calibration import batches
+from lightning_odem.calibration.objective import CalibrationObjective
+from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.task_losses import TaskLosses
+
+
+def refine(
+    theta: Tensor,
+    objective: CalibrationObjective,
+    *,
+    steps: int = 80,
+    lr: float = 1e-6,
+    radius: float = 1e-3,
+    penalty: float = 1e-3,
+    rise: float = 0.02,
+) -> Tensor:
+    r"""The refinement that the released code of ODE-M ends with.
+
+    Steps of AdamW, without weight decay, on the loss of one random batch of every task, counted by its share, plus
+    :math:`\lambda \|\theta - \theta_a\|^2 / \|\theta_a\|^2`. The gradient is clipped to norm 1, the point is kept in a
+    ball around the start :math:`\theta_a`. The best point is chosen by the loss on the first four batches of each
+    task. The random batches depend on the buffer's seed and its number of tasks only.
+
+    It holds up to nine vectors of the model's size: start, point, offset, best point, gradient, Adam's two moments and
+    two of its temporaries.
+
+    Args:
+        theta: The start :math:`\theta_a`, shape [d]; not modified.
+        objective: Losses and gradients on the buffer; its ``batch_size`` is that of the random batches.
+        steps: Steps, each one gradient and one pass without.
+        lr: Learning rate, in units of the weights.
+        radius: Of the ball, relative to the norm of the start.
+        penalty: :math:`\lambda`.
+        rise: How much the loss of any task may rise above that of the start.
+
+    Returns:
+        The point of lowest mean loss at which no task's loss rose too much; ``theta`` itself if none is better.
+    """
+    losses = TaskLosses(objective, limit=4)
+    whole = list(objective.buffer.micro_batches(len(objective.buffer)))
+    generator = objective.buffer.generator()
+    start = losses(theta)
+    best, lowest = theta, losses.mean(start)
+    size = norm(theta)
+    point, offset = theta.clone(), torch.zeros_like(theta)
+    optimizer = torch.optim.AdamW([point], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        drawn = []
+        for batch in whole:
+            index = torch.randperm(batches.count(batch.samples), generator=generator)[: objective.batch_size]
+            drawn.append(replace(batch, samples=batches.select(batch.samples, index)))
+        _, gradient = objective.loss_and_grad(point, drawn)
+        gradient.add_(offset, alpha=2.0 * penalty / size**2)
+        point.grad = gradient.div_(max(norm(gradient), 1.0))
+        optimizer.step()
+        # Not held while the next one is taken.
+        del point.grad, gradient
+        distance = norm(torch.sub(point, theta, out=offset))
+        if distance > radius * size:
+            torch.add(theta, offset.mul_(radius * size / distance), out=point)
+        reached = losses(point)
+        if losses.mean(reached) < lowest and all(reached[task] <= start[task] + rise for task in start):
+            best, lowest = point.clone(), losses.mean(reached)
+    return best

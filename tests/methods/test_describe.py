@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from lightning_odem.methods import (
+    METHODS,
+    FunctionMerge,
+    LinearInterpolation,
+    MergeMethod,
+    ODEMerge,
+    TaskArithmeticMerge,
+    resolve_method,
+)
+from lightning_odem.methods.describe import describe_method
+
+
+def stay(merged, incoming, t, context):
+    return merged
+
+
+def go(merged, incoming, t, context):
+    return incoming
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_describes_itself_as_plain_data(name):
+    description = describe_method(resolve_method(name))
+    assert description["name"] == name
+    assert json.loads(json.dumps(description)) == json.loads(json.dumps(describe_method(resolve_method(name))))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (ODEMerge(0.1), ODEMerge(0.2)),
+        (ODEMerge(0.1), ODEMerge(0.1, "heun")),
+        (LinearInterpolation(0.1), LinearInterpolation(0.2)),
+        (TaskArithmeticMerge(0.5, "sum"), TaskArithmeticMerge(0.5, "utility")),
+        (FunctionMerge(stay), FunctionMerge(go)),
+    ],
+)
+def test_other_settings_give_another_description(first, second):
+    assert describe_method(first) != describe_method(second)
+
+
+def test_a_method_within_a_method_is_described_too():
+    class Around(MergeMethod):
+        def __init__(self, method):
+            self.method = method
+
+        def merge(self, merged, incoming, t, context):
+            return self.method.merge(merged, incoming, t, context)
+
+    description = describe_method(Around(ODEMerge(0.1)))
+    assert description["method"] == {"name": "ode", "step_size": 0.1, "solver": "euler"}
