@@ -7,8 +7,8 @@ import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_odem  # noqa: F401 (registers the short class names that a YAML may use)
-from lightning_odem import merge_command
 from lightning_odem.callback import ContinualMergeCallback
+from lightning_odem.offline import command as merge_command
 from lightning_odem.stream import TaskStream
 from lightning_odem.trainer import ContinualTrainer
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_odem.callback import ContinualMergeCallback
@@ -88,6 +89,7 @@ class ContinualTrainer(L.Trainer):
         full_matrix: bool = True,
         joint: bool = True,
         dirpath: str = "comparison",
+        models: str | None = None,
         pretrain_epochs: int = 0,
     ) -> Comparison:
         """Run merge methods side by side on the same fine-tuned models, orders, utility weights and samples.
@@ -112,6 +114,8 @@ class ContinualTrainer(L.Trainer):
             full_matrix: Evaluate all tasks seen after each merge; False only what the final ACC and BWT need.
             joint: Train on all tasks jointly as well, as an upper bound.
             dirpath: Where everything is kept.
+            models: ``dirpath`` of an earlier comparison, whose fine-tuned models and cells are used again as far as
+                they are the same; what is new of them goes there too.
             pretrain_epochs: As in :meth:`fit_tasks`.
 
         Returns:
@@ -131,14 +135,16 @@ class ContinualTrainer(L.Trainer):
             seeds=seeds,
             calibration_sizes=calibration_sizes,
         )
+        self._save_config(dirpath, "compare")
         self._prepare(model, datamodule, pretrain_epochs)
+        kept = models or dirpath
         snapshots = max((method.snapshots for method in resolved.values() if "snapshots" in method.needs), default=0)
-        bench = Workbench(self, model, datamodule, dirpath, checkpoints, snapshots)
+        bench = Workbench(self, model, datamodule, kept, checkpoints, snapshots)
         comparison = run_comparison(
             bench,
             resolved,
             plans,
-            Path(dirpath),
+            Path(kept),
             split=split,
             full_matrix=full_matrix,
             joint=joint,
@@ -158,7 +164,7 @@ class ContinualTrainer(L.Trainer):
         points: int = 11,
         calibration_size: int = 1024,
         seed: int = 0,
-        checkpoints: dict[str, str] | None = None,
+        checkpoints: dict[str, str] | str | None = None,
         dirpath: str = "comparison",
         pretrain_epochs: int = 0,
     ) -> list[PairPath]:
@@ -193,6 +199,7 @@ class ContinualTrainer(L.Trainer):
         check_points(flow, points)
         pairs = list(pairwise(datamodule.names)) if pairs is None else pairs
         check_pairs(pairs, datamodule.names)
+        self._save_config(dirpath, "trajectory")
         self._prepare(model, datamodule, pretrain_epochs)
         paths = run_trajectory(
             Workbench(self, model, datamodule, dirpath, checkpoints),
@@ -219,7 +226,7 @@ class ContinualTrainer(L.Trainer):
         follow: Literal["schedule", "best"] = "schedule",
         calibration_size: int = 1024,
         seed: int = 0,
-        checkpoints: dict[str, str] | None = None,
+        checkpoints: dict[str, str] | str | None = None,
         dirpath: str = "comparison",
         pretrain_epochs: int = 0,
     ) -> list[ScheduleStudy]:
@@ -264,6 +271,7 @@ class ContinualTrainer(L.Trainer):
             seeds=[seed],
             calibration_sizes=[calibration_size],
         )
+        self._save_config(dirpath, "schedule")
         self._prepare(model, datamodule, pretrain_epochs)
         studies = run_schedule(
             Workbench(self, model, datamodule, dirpath, checkpoints),
@@ -278,6 +286,14 @@ class ContinualTrainer(L.Trainer):
         print(render_schedule(studies))
         rank_zero_info(f"Results, table and figure: {dirpath}")
         return studies
+
+    def _save_config(self, directory: str, name: str) -> None:
+        """Save the command line's configuration beside the results, not with each fit."""
+        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
+        for saver in [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]:
+            callbacks.remove(saver)
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            saver.parser.save(saver.config, Path(directory) / f"{name}.yaml", overwrite=True)
 
     def _prepare(self, model: L.LightningModule, datamodule: TaskStream, pretrain_epochs: int) -> None:
         for task in datamodule:  # bad data of the last task is found before the first is trained

@@ -8,11 +8,14 @@ import yaml
 
 from lightning_odem import ContinualMergeCallback, ODEMerge
 from lightning_odem.cli import main
+from lightning_odem.comparison import Comparison
 from lightning_odem.stream import SUITE_8, SUITE_14, SUITE_20, DigitsStream
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 BACKBONES = ["clip_vit_b32.yaml", "clip_vit_b16.yaml", "clip_vit_l14.yaml"]
+TABLES = ["clip_table1_b32.yaml", "clip_table1_b16.yaml", "clip_table1_l14.yaml"]
+COMPARISONS = ["compare_eight_tasks.yaml", "sweep_step_size.yaml", "sweep_calibration_size.yaml"]
 SUITES = {"suite_8.yaml": SUITE_8, "suite_14.yaml": SUITE_14, "suite_20.yaml": SUITE_20}
 SMALL = ["--model=TaskClassifier", "--model.backbone=test_vit", "--model.backbone_args={in_chans: 1, img_size: 32}"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -30,7 +33,45 @@ def merge_callback(cli):
 
 
 def test_every_config_is_covered_here():
-    assert {path.name for path in CONFIGS.iterdir()} == {"quickstart.yaml", "eight_tasks.yaml", *BACKBONES, *SUITES}
+    streams = {"quickstart.yaml", "eight_tasks.yaml", "hcmm.yaml"}
+    assert {path.name for path in CONFIGS.iterdir()} == {*streams, *BACKBONES, *SUITES, *COMPARISONS, *TABLES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", COMPARISONS)
+def test_comparisons_run_on_a_stream(config, tmp_path):
+    limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", "--orders=1"]
+    limits += ["--trainer.limit_test_batches=1", "--calibration_sizes=[16]", "--dirpath=here", *QUIET]
+    stream = ["--config", str(CONFIGS / "quickstart.yaml"), "--data.tasks=[rotated, inverted]"]
+    main(["compare", *stream, "--config", str(CONFIGS / config), *limits])
+    methods = yaml.safe_load((CONFIGS / config).read_text())["methods"]
+    assert Comparison.load("here").methods == list(methods)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+    assert yaml.safe_load(Path("here/compare.yaml").read_text())["orders"] == 1
+
+
+@pytest.mark.slow
+def test_a_second_comparison_uses_the_models_of_the_first(tmp_path):
+    limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", "--orders=1"]
+    limits += ["--calibration_sizes=[16]", *QUIET]
+    for options in (["--dirpath=first"], ["--dirpath=second", "--models=first", "--methods=[average, magmax]"]):
+        main(
+            ["compare", "--config", str(CONFIGS / "quickstart.yaml"), "--pretrain_epochs=1", *limits, *options, *QUIET]
+        )
+    assert len(list(Path("first/fine_tuned").glob("*.json"))) == 5 + 1
+    assert len(list(Path("first/cells").iterdir())) == 3
+    assert not Path("second/fine_tuned").exists()
+    assert Comparison.load("second").methods == ["average", "magmax"]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tables_of_the_paper_reach_their_data(table, suite, tmp_path):
+    pytest.importorskip("transformers")
+    configs = ["--config", str(CONFIGS / table), "--config", str(CONFIGS / suite), "--print_config"]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *configs])
+    assert ended.value.code == 0
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ _TRAINER = (
     "gradient_clip_algorithm",
     "accumulate_grad_batches",
     "limit_train_batches",
+    "limit_test_batches",
     "world_size",
     "overfit_batches",
     "fast_dev_run",

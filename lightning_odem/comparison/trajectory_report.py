@@ -76,8 +76,8 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
         paths: What to show.
     """
     pairs = list(dict.fromkeys(path.pair for path in paths))
-    columns = min(len(pairs), 4)
-    blocks = math.ceil(len(pairs) / columns)
+    blocks = math.ceil(len(pairs) / 4)
+    columns = math.ceil(len(pairs) / blocks)
     figure = _figure(1.2 + 2.6 * columns, 0.6 + 4.2 * blocks)
     grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
     for unused in range(len(pairs), blocks * columns):

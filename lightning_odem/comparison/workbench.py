@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_odem.attach import attached
 from lightning_odem.callback import ContinualMergeCallback
-from lightning_odem.checkpoint import read_checkpoint
 from lightning_odem.comparison.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, loader
 from lightning_odem.comparison.fingerprint import describe_training, fingerprint, hash_tensors
 from lightning_odem.comparison.joint import JointData, JointTraining
 from lightning_odem.evaluation import accuracy
 from lightning_odem.guards import FreshStart
+from lightning_odem.offline.checkpoint import read_checkpoint
 from lightning_odem.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream import Task, TaskStream
 
@@ -36,7 +35,7 @@ class Workbench:
         directory: Where the files are kept.
         checkpoints: Models fine-tuned elsewhere, by name of the task, or one path for all with ``{task}`` in it; other
             tasks are fine-tuned here. Read by the model's ``read_checkpoint(path)`` if it has one, else by
-            :func:`~lightning_odem.checkpoint.read_checkpoint`.
+            :func:`~lightning_odem.offline.checkpoint.read_checkpoint`.
         snapshots: Weights of each training run to keep, for methods that need them.
 
     Raises:
@@ -63,11 +62,7 @@ class Workbench:
         found = [callback for callback in callbacks if isinstance(callback, ContinualMergeCallback)]
         self.settings = found[0] if found else ContinualMergeCallback()
         self._directory = Path(directory)
-        savers = [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
-        for saver in savers:  # a configuration belongs beside the results, not to each fit
-            self._directory.mkdir(parents=True, exist_ok=True)
-            saver.parser.save(saver.config, self._directory / saver.config_filename, overwrite=True)
-        trainer.callbacks = [other for other in callbacks if other not in [*found, *savers]]  # type: ignore[attr-defined]
+        trainer.callbacks = [other for other in callbacks if other not in found]  # type: ignore[attr-defined]
         self.division = self.settings.division
         self.division.check(model)
         self.base: Snapshot = take_snapshot(model, self.division.shared(model))

@@ -4,9 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.clip_prompts import CLASS_NAMES
 from lightning_odem.stream.base import TaskStream
 from lightning_odem.stream.catalogue import CATALOGUE, Entry, labels_of
+from lightning_odem.stream.class_names import CLASS_NAMES
 from lightning_odem.stream.selection import Selection, preprocessing
 from lightning_odem.stream.splits import Splits
 from lightning_odem.stream.task import Task

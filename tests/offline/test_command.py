@@ -16,8 +16,8 @@ from toy import Classifier, Task, close, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli import main
-from lightning_odem.merge_command import merge_checkpoints, task_names
 from lightning_odem.methods import MergeMethod, MergeResult, OPCMMerge
+from lightning_odem.offline.command import merge_checkpoints, task_names
 from lightning_odem.stream import DigitsStream
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -188,7 +188,7 @@ def test_folders_become_a_folder():
 
 
 def test_one_incoming_model_is_in_memory_at_a_time(monkeypatch):
-    from lightning_odem import model_files
+    from lightning_odem.offline import model_files
 
     read, alive, most = model_files.read_checkpoint, [], []
 

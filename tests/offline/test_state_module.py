@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from lightning_odem.batch_norm import BatchNormStatistics
+from lightning_odem.offline.state_module import StateModule
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.snapshot import load_snapshot, take_snapshot, undisturbed
-from lightning_odem.state_module import StateModule
 
 
 def states():

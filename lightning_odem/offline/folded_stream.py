@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_odem.division import Division
-from lightning_odem.folded_files import Incoming
 from lightning_odem.folding import Folding
 from lightning_odem.methods import MergeMethod
-from lightning_odem.model_files import ModelFiles
+from lightning_odem.offline.folded_files import Incoming
+from lightning_odem.offline.model_files import ModelFiles
 from lightning_odem.parameters import canonical_name
 from lightning_odem.report import MergeRecord
 from lightning_odem.snapshot import Snapshot, load_snapshot

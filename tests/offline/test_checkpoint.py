@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_odem.checkpoint import read_checkpoint, read_hyper_parameters
+from lightning_odem.offline.checkpoint import read_checkpoint, read_hyper_parameters
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2), "steps": torch.tensor(3)}
 

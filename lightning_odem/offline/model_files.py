@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_odem.checkpoint import read_checkpoint
+from lightning_odem.offline.checkpoint import read_checkpoint
 from lightning_odem.parameters import canonical_name, check_same_shapes, is_excluded
 from lightning_odem.snapshot import Snapshot
 
@@ -39,7 +39,7 @@ class ModelFiles:
     of batch-norm layers may differ. The base model may have more, as a CLIP with its text tower has.
 
     Args:
-        checkpoints: Paths of the models to merge, as :func:`~lightning_odem.checkpoint.read_checkpoint` takes them.
+        checkpoints: Paths of the models to merge, in what :func:`~lightning_odem.offline.read_checkpoint` takes.
         base: Path of the base model, or None.
         exclude: Patterns of tensors that are not merged and may be different ones in each model.
         own: Tensors of the module the models are for, whose names then hold; by default those of the first model.

@@ -14,13 +14,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lightning_odem
-from lightning_odem.folded_files import FoldedFiles, Incoming
-from lightning_odem.folded_stream import FoldedStream, choose_tasks
-from lightning_odem.merge_output import MergeOutput
 from lightning_odem.merging import check_needs
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.metrics import check_weights
+from lightning_odem.offline.folded_files import FoldedFiles, Incoming
+from lightning_odem.offline.folded_stream import FoldedStream, choose_tasks
+from lightning_odem.offline.output import MergeOutput
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream import TaskStream
 from lightning_odem.trace import TrainingTrace

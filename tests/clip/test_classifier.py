@@ -14,12 +14,13 @@ from toy import fit, make_trainer, same, weights
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.clip import ClipClassifier
-from lightning_odem.clip_prompts import CLASS_NAMES, PROMPTS
-from lightning_odem.clip_weights import read_clip_vision
+from lightning_odem.clip.prompts import PROMPTS
+from lightning_odem.clip.weights import read_clip_vision
 from lightning_odem.folding import Folding
 from lightning_odem.snapshot import take_snapshot
 from lightning_odem.stream import SUITE_20, ArrayDataset, Splits, Task, TorchvisionStream
 from lightning_odem.stream.catalogue import CATALOGUE
+from lightning_odem.stream.class_names import CLASS_NAMES
 from lightning_odem.stream.selection import Selection
 
 NAMES = {"pets": ["cat", "dog", "polar bear"], "signs": ["stop", "yield"]}
@@ -407,7 +408,7 @@ def test_every_task_of_the_suites_has_templates_of_its_own():
 
 @pytest.mark.parametrize(("size", "name"), [("b32", "base-patch32"), ("b16", "base-patch16"), ("l14", "large-patch14")])
 def test_configuration_takes_every_tower_from_the_base_model_it_was_fine_tuned_from(size, name):
-    path = Path(__file__).parents[1] / "configs" / f"clip_table1_{size}.yaml"
+    path = Path(__file__).parents[2] / "configs" / f"clip_table1_{size}.yaml"
     config = yaml.safe_load(path.read_text())
     assert config["model"]["init_args"]["model"] == f"openai/clip-vit-{name}"
     assert config["checkpoints"] == f"tanganke/clip-vit-{name}_{{task}}"

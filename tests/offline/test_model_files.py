@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_odem.model_files import ModelFiles, match_names
+from lightning_odem.offline.model_files import ModelFiles, match_names
 
 NAMES = ["body.weight", "body.bias", "top.weight"]
 

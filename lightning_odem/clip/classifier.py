@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy, normalize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from lightning_odem.clip_prompts import DEFAULT_PROMPTS, PROMPTS
-from lightning_odem.clip_text import TextEncoder
-from lightning_odem.clip_weights import read_clip, read_clip_vision
+from lightning_odem.clip.prompts import DEFAULT_PROMPTS, PROMPTS
+from lightning_odem.clip.text import TextEncoder
+from lightning_odem.clip.weights import read_clip, read_clip_vision
 
 
 class ClipClassifier(LightningModule):
@@ -34,7 +34,7 @@ class ClipClassifier(LightningModule):
             a model id on the Hugging Face hub, such as ``openai/clip-vit-base-patch32``.
         class_names: Names of the classes in the order of their labels, by task; instead of the datamodule's.
         prompts: Prompt templates with ``{}`` in the place of the class name, by task; instead of those that
-            :mod:`lightning_odem.clip_prompts` has for the paper's tasks, and of ``"a photo of a {}."`` for others.
+            :mod:`lightning_odem.clip.prompts` has for the paper's tasks, and of ``"a photo of a {}."`` for others.
         lr: Learning rate of Adam, constant. 1e-5 is what the published vision towers were fine-tuned with.
 
     Raises:
@@ -97,7 +97,7 @@ class ClipClassifier(LightningModule):
 
         Args:
             source: Folder or model id, such as ``tanganke/clip-vit-base-patch32_mnist``; see
-                :func:`~lightning_odem.clip_weights.read_clip_vision` for what it raises.
+                :func:`~lightning_odem.clip.weights.read_clip_vision` for what it raises.
 
         Raises:
             ValueError: If the tower was not fine-tuned from this module's base model, as far as its shape tells.

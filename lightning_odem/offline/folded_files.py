@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_odem.checkpoint import read_hyper_parameters
 from lightning_odem.folding import Folding
-from lightning_odem.model_files import ModelFiles
+from lightning_odem.offline.checkpoint import read_hyper_parameters
+from lightning_odem.offline.model_files import ModelFiles
+from lightning_odem.offline.state_module import StateModule
 from lightning_odem.parameters import is_excluded
 from lightning_odem.report import MergeRecord
 from lightning_odem.snapshot import Snapshot
-from lightning_odem.state_module import StateModule
 
 
 class Incoming(NamedTuple):

@@ -1,0 +1,198 @@
+import pytest
+import torch
+from toy import Classifier, Task, everything, make_trainer, same
+
+from lightning_odem import ODEMerge
+from lightning_odem.attach import attached
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.comparison.path import StraightLine, check_points, follow_path
+from lightning_odem.division import Division
+from lightning_odem.flow import NonFiniteLossError
+from lightning_odem.folding import Folding
+from lightning_odem.merging import Calibration
+from lightning_odem.methods import AverageMerge
+from lightning_odem.snapshot import take_snapshot
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "batch_norm"])
+def pair(request):
+    """Two fine-tuned models, and samples of their tasks."""
+    models, samples = [], []
+    for number in range(2):
+        task, module = Task(number), Classifier(batch_norm=request.param)
+        make_trainer().fit(module, datamodule=task)
+        models.append(take_snapshot(module))
+        samples.append(task.train_set.tensors)
+    return request.param, models, samples
+
+
+def follow(pair, flow, visit=None, points=11, **options):
+    """The module at every stop, and the record."""
+    batch_norm, (merged, incoming), samples = pair
+    module, buffer, stops = Classifier(batch_norm=batch_norm), CalibrationBuffer(16), {}
+
+    def keep(t):
+        stops[t] = everything(module)
+        if visit is not None:
+            visit(module, t)
+
+    with attached(module):
+        for task, held in zip("ab", samples, strict=True):
+            buffer.add(task, held)
+        record = follow_path(
+            module,
+            flow,
+            merged,
+            incoming,
+            task="b",
+            calibration=Calibration(buffer, ModuleLoss(module)),
+            points=points,
+            visit=keep,
+            division=Division(()),
+            **options,
+        )
+        after = everything(module)
+    return stops, record, after
+
+
+def merged_separately(pair, t, **options):
+    batch_norm, models, samples = pair
+    module = Classifier(batch_norm=batch_norm)
+    with attached(module):
+        folding = Folding(module, ODEMerge(), calibration_size=16, **options)
+        for task, model, weight, held in zip("ab", models, (1 - t, t), samples, strict=True):
+            folding.fold(model, task, weight, held)
+    return folding.merged
+
+
+def test_a_stop_is_what_a_merge_with_that_operating_time_gives(pair):
+    stops, _, _ = follow(pair, ODEMerge())
+    assert list(stops) == pytest.approx([0.1 * index for index in range(11)])
+    for t, stop in stops.items():
+        separate = merged_separately(pair, t)
+        # With batch norm the losses on the way are measured with other statistics.
+        tolerance = 5e-3 if pair[0] else 1e-6
+        for name in separate:
+            torch.testing.assert_close(stop[name], separate[name], atol=tolerance, rtol=1e-6)
+            if "running" in name:
+                torch.testing.assert_close(stop[name], separate[name], atol=1e-7, rtol=1e-6)
+
+
+def test_the_path_is_no_straight_line(pair):
+    stops, _, _ = follow(pair, ODEMerge())
+    line, _, _ = follow(pair, StraightLine(0.05))
+    assert (stops[0.9]["head.weight"] - line[0.9]["head.weight"]).abs().max() > 0.01
+
+
+def test_the_ends_are_the_two_models_bit_by_bit(pair):
+    _, (merged, incoming), _ = pair
+    for flow in (ODEMerge(), StraightLine(0.05)):
+        stops, _, after = follow(pair, flow)
+        assert same(stops[0.0], merged)
+        assert same(stops[1.0], incoming)
+        assert same(after, incoming)
+
+
+def test_the_straight_line_interpolates_weights_and_statistics(pair):
+    _, (merged, incoming), _ = pair
+    stops, _, _ = follow(pair, StraightLine(0.1))
+    for t, stop in stops.items():
+        for name, value in stop.items():
+            if value.is_floating_point():
+                assert torch.equal(value, merged[name].lerp(incoming[name], t)), name
+
+
+def test_all_stops_together_cost_one_integration(pair):
+    _, record, _ = follow(pair, ODEMerge(), points=21)
+    assert record.gradient_evaluations == 20
+    assert record.sample_gradients == 20 * 16
+
+
+def test_the_losses_of_the_path_are_those_of_the_models_at_its_stops(pair):
+    _, _, samples = pair
+    for flow in (ODEMerge(0.1), StraightLine(0.1)):
+        losses = []
+
+        def measure(module, t, losses=losses):
+            with torch.no_grad():
+                parts = [torch.nn.functional.cross_entropy(module(x), y) for x, y in balanced(samples)]
+            losses.append(torch.stack(parts).mean().item())
+
+        _, record, _ = follow(pair, flow, measure)
+        assert record.path["loss"] == pytest.approx(losses, rel=1e-5)
+        assert record.path["t"] == pytest.approx([0.1 * index for index in range(11)])
+
+
+def balanced(samples):
+    """What a buffer of 16 holds of each."""
+    buffer = CalibrationBuffer(16)
+    for task, held in zip("ab", samples, strict=True):
+        buffer.add(task, held)
+    return [batch.samples for batch in buffer.micro_batches(16)]
+
+
+def test_looking_at_the_models_leaves_the_path_alone(pair):
+    def disturb(module, t):
+        module.train()
+        module(torch.randn(4, 4))
+        module.eval()
+        for parameter in module.parameters():
+            parameter.data.add_(1.0)
+
+    quiet, record, _ = follow(pair, ODEMerge())
+    disturbed, other, _ = follow(pair, ODEMerge(), disturb)
+    for t in quiet:
+        moved = [name for name, value in quiet[t].items() if not torch.equal(value, disturbed[t][name])]
+        assert set(moved) <= {"body.1.num_batches_tracked"}
+    assert record.path["loss"] == other.path["loss"]
+
+
+@pytest.mark.parametrize("policy", ["keep", "recalibrate"])
+def test_statistics_at_a_stop_follow_the_policy_of_the_merge(policy):
+    models, samples = [], []
+    for number in range(2):
+        task, module = Task(number), Classifier(batch_norm=True)
+        make_trainer().fit(module, datamodule=task)
+        models.append(take_snapshot(module))
+        samples.append(task.train_set.tensors)
+    pair = (True, models, samples)
+    stops, _, _ = follow(pair, ODEMerge(), batch_norm=policy)
+    separate = merged_separately(pair, 0.3, batch_norm=policy)
+    for name in ("body.1.running_mean", "body.1.running_var"):
+        assert torch.allclose(stops[0.3][name], separate[name], rtol=0.05)
+
+
+def test_a_failing_visit_ends_the_path(pair):
+    def fail(module, t):
+        if t == 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(pair, ODEMerge(), fail)
+
+
+def test_a_loss_that_is_not_finite_names_the_task(pair):
+    batch_norm, models, ((inputs, targets), other) = pair
+    broken = (batch_norm, models, [(inputs.clone().fill_(torch.nan), targets), other])
+    with pytest.raises(NonFiniteLossError, match="Merging task 'b': the loss of the incoming model is nan"):
+        follow(broken, ODEMerge())
+
+
+@pytest.mark.parametrize(
+    ("step_size", "points", "message"),
+    [
+        (0.05, 10, "10 points .* lie 0.1111 apart, which is no multiple of the step size 0.05"),
+        (0.3, 2, "2 points .* no multiple of the step size 0.3"),
+        (0.1, 21, "21 points .* lie 0.05 apart, which is no multiple of the step size 0.1"),
+        (0.05, 1, "two points at least"),
+    ],
+)
+def test_points_that_the_steps_do_not_hit_are_refused(step_size, points, message):
+    with pytest.raises(ValueError, match=message):
+        check_points(ODEMerge(step_size), points)
+
+
+def test_a_method_without_a_path_is_refused():
+    with pytest.raises(TypeError, match="not that of AverageMerge"):
+        check_points(AverageMerge(), 11)

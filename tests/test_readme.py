@@ -1,0 +1,42 @@
+"""What the README shows as code is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from toy import Classifier, Task, fit
+
+from lightning_odem import ContinualMergeCallback
+from lightning_odem.methods import METHODS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def block_with(text):
+    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in block)
+
+
+@pytest.mark.parametrize("text", ["def overshoot", "class DescendingAverage"])
+def test_rules_of_ones_own_merge(text, small_stream):
+    shown = {}
+    exec(block_with(text), shown)
+    try:
+        merge = shown.get("merge") or ContinualMergeCallback(method=shown["DescendingAverage"]())
+        module = Classifier()
+        for number in range(2):
+            fit(module, Task(number), merge)
+        assert merge.report.merges[1].sample_gradients == (48 if text.startswith("class") else 0)
+    finally:
+        METHODS.pop("overshoot", None)
+
+
+def test_the_flow_runs_by_itself():
+    shown = {}
+    exec(block_with("integrate("), shown)
+    assert len(shown["path"].gamma) == 10
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_in_the_table(name):
+    table = README[README.index("## Merge methods") : README.index("### A rule of your own")]
+    assert f"`{name}`" in table
