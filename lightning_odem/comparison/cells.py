@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_odem.comparison.engine import _Display
-from lightning_odem.comparison.finetuning import _replace
+from lightning_odem.comparison.display import Display
+from lightning_odem.files import replacing
 
 
 class Cell(NamedTuple):
@@ -31,14 +30,14 @@ def run_cells(cells: Sequence[Cell], show_progress: bool) -> list[Any]:
         cells: The cells.
         show_progress: Show cells done and the time left.
     """
-    with _Display(len(cells), show_progress) as display:
+    with Display(len(cells), show_progress) as display:
         for cell in cells:
             if cell.path.exists():
                 display.skip()
                 continue
             display.begin(cell.description)
             text = json.dumps(cell.run(), indent=1, allow_nan=False)
-            cell.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(cell.path, partial(Path.write_text, data=text, encoding="utf-8"))
+            with replacing(cell.path) as draft:
+                draft.write_text(text, encoding="utf-8")
             display.done()
     return [json.loads(cell.path.read_text(encoding="utf-8")) for cell in cells]

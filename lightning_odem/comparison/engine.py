@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_odem.attach import attached
+from lightning_odem.comparison.display import Display
 from lightning_odem.comparison.finetuning import FineTuned, loader
 from lightning_odem.comparison.memory import peak_memory
 from lightning_odem.comparison.plan import StreamPlan
@@ -61,7 +59,7 @@ def run_comparison(
                 check_needs(method, base=True, calibration=True, trace=_trace(model, task))
     comparison = Comparison([], {seed: bench.joint(seed, split) for seed in seeds} if joint else {})
     todo = [(plan, label, method) for plan in plans for label, method in methods.items()]
-    with _Display(len(todo), show_progress) as display:
+    with Display(len(todo), show_progress) as display:
         for plan, label, method in todo:
             settings = [describe_method(method), plan.weights, plan.calibration_size, split, full_matrix]
             path = directory / "cells" / bench.fingerprint(plan.seed, plan.tasks, *settings)
@@ -123,36 +121,3 @@ def run_cell(
 
 def _trace(model: FineTuned, task: Task) -> TrainingTrace:
     return TrainingTrace(model.second_moments, model.snapshots, Epochs(task.train_dataloader()))
-
-
-class _Display:
-    """Cells done of all, the time they took and the time left."""
-
-    def __init__(self, cells: int, enabled: bool) -> None:
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells,")]
-        columns += [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
-        # Methods differ in cost by orders of magnitude, so the time left is judged by all cells so far.
-        self._progress = Progress(*columns, disable=not enabled, speed_estimate_period=1e9)
-        self._cells, self._skipped = cells, 0
-        self._line: Any = None
-
-    def __enter__(self) -> "_Display":
-        self._progress.start()
-        self._line = self._progress.add_task("", total=self._cells)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-        if self._skipped:
-            rank_zero_info(f"{self._skipped} of {self._cells} cells were done before.")
-
-    def begin(self, description: str) -> None:
-        self._progress.update(self._line, description=description)
-
-    def done(self) -> None:
-        self._progress.advance(self._line)
-
-    def skip(self) -> None:
-        # Cells that took no time would make the others look faster than they are.
-        self._skipped += 1
-        self._progress.update(self._line, total=self._cells - self._skipped)

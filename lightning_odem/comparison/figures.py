@@ -13,10 +13,10 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lightning_odem.comparison.results import CellResult, Comparison, mean_and_std, one_per_stream
 from lightning_odem.comparison.tables import markdown_comparison, render_comparison, render_sizes
-from lightning_odem.report.figures import _COLORS, _MARKERS, _figure, _open_frame
+from lightning_odem.report.figures import COLORS, MARKERS, new_figure, open_frame
 
 # the first six are the report's; the others stay apart from them and from the black and grey of the references
-_METHOD_COLORS = (*_COLORS, "#882255", "#999933", "#7B4A12", "#332288")
+_METHOD_COLORS = (*COLORS, "#882255", "#999933", "#7B4A12", "#332288")
 _ACC = {"uniform": "ACC", "dirichlet": r"$\mathrm{ACC}_w$"}
 _PATH_LABELS = {
     "gamma": r"damping factor $\gamma$ (1: undamped)",
@@ -51,7 +51,7 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
         if ours:
             curves[method] = (_task_means(tasks, ours, "merged"), {"lw": 1.4, "ms": 5, **style})
 
-    figure = _figure(5.6 + 0.2 * max(map(len, tasks)) + 0.1 * max(map(len, curves)), 5.8)
+    figure = new_figure(5.6 + 0.2 * max(map(len, tasks)) + 0.1 * max(map(len, curves)), 5.8)
     axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     for label, (values, style) in curves.items():
@@ -92,7 +92,7 @@ def accuracy_over_tasks(
         ValueError: If a method or the weighting does not occur, or no method was evaluated after every merge.
     """
     cells = _largest_size(comparison, weighting)
-    figure = _figure(7.6, 4.4)
+    figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
     evaluated = _fully_evaluated(cells)
     for method, style in _styles(comparison, methods).items():
@@ -108,7 +108,7 @@ def accuracy_over_tasks(
     axes.set_xlabel("number of tasks merged")
     axes.set_ylabel(f"{_ACC[weighting]} (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _open_frame(axes)
+    open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -141,7 +141,7 @@ def path_histogram(comparison: Comparison, name: str) -> Figure:
     top = max(math.ceil(10 * values.max() - 1e-6), 1) / 10
     counts, _, value_edges = np.histogram2d(t, values, bins=[t_edges, np.linspace(min(values.min(), 0), top, 41)])
 
-    figure = _figure(6.6, 4.2)
+    figure = new_figure(6.6, 4.2)
     axes = figure.subplots()
     norm = LogNorm(1, max(counts.max(), 10))
     image = axes.pcolormesh(t_edges, value_edges, np.ma.masked_equal(counts, 0).T, norm=norm, cmap="viridis")
@@ -171,7 +171,7 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     """
     _largest_size(comparison, weighting)
     styles = _styles(comparison, methods)
-    figure = _figure(7.6, 4.4)
+    figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
     for index, (method, style) in enumerate(styles.items()):
         cells = comparison.select(method=method, weighting=weighting)
@@ -190,7 +190,7 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("calibration samples")
     axes.set_ylabel(f"{_ACC[weighting]} (%)")
-    _open_frame(axes)
+    open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -249,7 +249,7 @@ def _styles(comparison: Comparison, methods: Sequence[str] | None) -> dict[str, 
     styles = {
         method: {
             "color": _METHOD_COLORS[index % len(_METHOD_COLORS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "marker": MARKERS[index % len(MARKERS)],
         }
         for index, method in enumerate(comparison.methods)
     }

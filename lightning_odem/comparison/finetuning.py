@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_odem.comparison.fingerprint import fingerprint
 from lightning_odem.division import Division
 from lightning_odem.evaluation import accuracy
+from lightning_odem.files import replacing
 from lightning_odem.guards import FreshStart
 from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.stream import Task
@@ -79,7 +80,6 @@ class FineTunedCache:
 
     def save(self, task: str, description: Any, model: FineTuned) -> None:
         """Write a model; it is there when its JSON is, so a write broken off leaves nothing that could be loaded."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         parts = {"weights": model.weights, "own": model.own, "second_moments": model.second_moments}
         parts |= {f"snapshot{number}": snapshot for number, snapshot in enumerate(model.snapshots)}
         tensors = {
@@ -93,8 +93,10 @@ class FineTunedCache:
             "made_by": description,
         }
         path = self.path(task, description)
-        _replace(path, lambda draft: save_file(tensors, draft))
-        _replace(path.with_suffix(".json"), lambda draft: draft.write_text(json.dumps(facts, indent=1, default=repr)))
+        with replacing(path) as draft:
+            save_file(tensors, draft)
+        with replacing(path.with_suffix(".json")) as draft:
+            draft.write_text(json.dumps(facts, indent=1, default=repr), encoding="utf-8")
 
 
 def fine_tune(
@@ -221,12 +223,3 @@ def _split(tensors: Mapping[str, Tensor]) -> dict[str, Snapshot]:
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = tensor
     return parts
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

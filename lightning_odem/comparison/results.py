@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_odem.report.record import StreamReport, _map_floats, _nan_to_none, _none_to_nan
+from lightning_odem.files import map_values, nan_to_none, none_to_nan, replacing
+from lightning_odem.report.record import StreamReport
 
 _SETTING = ("seed", "order", "weighting", "calibration_size")
 _KEY = ("method", *_SETTING)
@@ -122,12 +123,8 @@ class Comparison:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = [directory / name for name in ("results.json", "cells.csv", "accuracies.csv")]
-        draft = files[0].with_name(f".{files[0].name}.{os.getpid()}")
-        try:
-            draft.write_text(json.dumps(_map_floats(self._as_dict(), _nan_to_none), allow_nan=False), encoding="utf-8")
-            os.replace(draft, files[0])
-        finally:
-            draft.unlink(missing_ok=True)
+        with replacing(files[0]) as draft:
+            draft.write_text(json.dumps(map_values(self._as_dict(), nan_to_none), allow_nan=False), encoding="utf-8")
         _write_csv(files[1], _CELL_COLUMNS, (_cell_row(cell) for cell in self.cells))
         _write_csv(files[2], _ACCURACY_COLUMNS, (row for cell in self.cells for row in _accuracy_rows(cell)))
         return files
@@ -141,7 +138,7 @@ class Comparison:
         """
         path = Path(directory) / "results.json"
         try:
-            data = _map_floats(json.loads(path.read_text(encoding="utf-8")), _none_to_nan)
+            data = map_values(json.loads(path.read_text(encoding="utf-8")), none_to_nan)
             reports = [StreamReport.from_dict(cell["report"]) for cell in data["cells"]]
             cells = [CellResult(**{**cell, "report": rep}) for cell, rep in zip(data["cells"], reports, strict=True)]
             joint: dict[int, dict[str, float]] = {}
@@ -221,4 +218,4 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _nan_to_none(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: nan_to_none(value) for name, value in row.items()} for row in rows)

@@ -16,9 +16,9 @@ from rich.console import Console
 from lightning_odem.comparison.results import _write_csv, mean_and_std
 from lightning_odem.comparison.schedule import ScheduleStudy
 from lightning_odem.comparison.tables import _points, _spread
-from lightning_odem.report.figures import _BLUE, _figure, _open_frame
-from lightning_odem.report.record import _nan_to_none
-from lightning_odem.report.tables import _number, _render
+from lightning_odem.files import nan_to_none
+from lightning_odem.report.figures import BLUE, new_figure, open_frame
+from lightning_odem.report.tables import number, render
 
 _PER_MERGE = ("k", "task", "t_schedule", "t_best", "test_best", "test_schedule", "gain")
 
@@ -75,7 +75,7 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
     undefined = len(studies) - len(correlations)
     spearman = f"Spearman correlation of 1 - t* and (k - 1)/k: {_number_and_std(correlations, '.3f')}"
     spearman += f" (undefined in {undefined} of {len(studies)} orders)" if undefined else ""
-    table = _render("Best operating time of each merge", header, rows, width)
+    table = render("Best operating time of each merge", header, rows, width)
     return f"{table}\n{textwrap.fill(caption, width)}\n\n{textwrap.fill(spearman, width)}\n"
 
 
@@ -85,24 +85,22 @@ def plot_schedule(studies: Sequence[ScheduleStudy]) -> Figure:
     Args:
         studies: What to show; all with as many tasks.
     """
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     k = [merge.k for merge in studies[0].merges]
     beside = 0.05
     for index, study in enumerate(studies):
         x = [number + beside * (index - (len(studies) - 1) / 2) for number in k]
         label = "single orders" if index == 0 else None
-        axes.plot(
-            x, [merge.t_best for merge in study.merges], ls="", marker="o", ms=4, alpha=0.45, c=_BLUE, label=label
-        )
+        axes.plot(x, [merge.t_best for merge in study.merges], ls="", marker="o", ms=4, alpha=0.45, c=BLUE, label=label)
     means = [fmean(merge.t_best for merge in merges) for merges in zip(*(s.merges for s in studies), strict=True)]
-    axes.plot(k, means, color=_BLUE, lw=1.8, label="mean")
+    axes.plot(k, means, color=BLUE, lw=1.8, label="mean")
     axes.plot(k, [1 / number for number in k], color="black", ls="--", lw=1.4, label="1 / k")
     axes.set_xlabel("number of tasks k")
     axes.set_ylabel(r"best operating time $t_k^\star$")
     axes.set_ylim(-0.03, 1.03)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _open_frame(axes)
+    open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -120,7 +118,7 @@ def save_schedule(studies: Sequence[ScheduleStudy], directory: str | os.PathLike
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / f"schedule.{kind}" for kind in ("json", "csv", "txt", "png")]
-    data = [{**asdict(study), "spearman": _nan_to_none(study.spearman)} for study in studies]
+    data = [{**asdict(study), "spearman": nan_to_none(study.spearman)} for study in studies]
     files[0].write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
     rows = (
         {
@@ -139,4 +137,4 @@ def save_schedule(studies: Sequence[ScheduleStudy], directory: str | os.PathLike
 
 def _number_and_std(values: list[float], spec: str) -> str:
     mean, std = mean_and_std(values)
-    return _number(mean, spec) + ("" if math.isnan(std) else f" ± {std:{spec}}")
+    return number(mean, spec) + ("" if math.isnan(std) else f" ± {std:{spec}}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from lightning_odem.comparison.results import CellResult, Comparison, mean_and_std, one_per_stream, paired_difference
-from lightning_odem.report.tables import _number, _percent, _render
+from lightning_odem.report.tables import number, percent, render
 
 METRICS = {"uniform": ("ACC", "BWT"), "dirichlet": ("ACC_w", "BWT_w")}
 """Names of final accuracy (eq. 2) and backward transfer (eq. 3) under each weighting."""
@@ -146,20 +146,20 @@ def _difference(cells: list[CellResult], method: str) -> str:
 
 def _points(fraction: float, sign: str = "") -> str:
     """Percentage points with two decimals: pairing makes differences more exact than the accuracies themselves."""
-    return _number(round(100 * fraction, 2) + 0.0, f"{sign}.2f")
+    return number(round(100 * fraction, 2) + 0.0, f"{sign}.2f")
 
 
 def _spread(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    return _percent(mean, sign) if math.isnan(std) else f"{_percent(mean, sign)} ± {_percent(std)}"
+    return percent(mean, sign) if math.isnan(std) else f"{percent(mean, sign)} ± {percent(std)}"
 
 
 def _costs(cells: list[CellResult]) -> list[str]:
     costs = [cell.per_merge() for cell in cells]
     specs = {"seconds_per_merge": ".2f", "sample_gradients": ",.0f", "peak_memory_mb": ",.1f"}
-    return [_number(fmean(cost[name] for cost in costs), spec) for name, spec in specs.items()]
+    return [number(fmean(cost[name] for cost in costs), spec) for name, spec in specs.items()]
 
 
 def _caption(cells: list[CellResult], weightings: list[str], compared: bool) -> str:
@@ -193,7 +193,7 @@ def _spread_caption(cells: list[CellResult]) -> str:
 
 def _text(tables: list[_Table], width: int | None) -> str:
     width = width or Console().width
-    parts = [_render(table.title, table.header, table.rows, width) for table in tables]
+    parts = [render(table.title, table.header, table.rows, width) for table in tables]
     return _join(parts, [f"{textwrap.fill(table.caption, width)}\n" for table in tables])
 
 

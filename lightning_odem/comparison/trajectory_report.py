@@ -15,8 +15,8 @@ from rich.table import Table
 
 from lightning_odem.comparison.results import _write_csv
 from lightning_odem.comparison.trajectory import LINE, PairPath
-from lightning_odem.report.figures import _BLUE, _figure, _open_frame
-from lightning_odem.report.tables import _RULE_BELOW_HEADER, _column_widths, _columns_per_block, _percent
+from lightning_odem.report.figures import BLUE, new_figure, open_frame
+from lightning_odem.report.tables import RULE_BELOW_HEADER, column_widths, columns_per_block, percent
 
 _COLUMNS = ("start", "end", "method", "t", "accuracy_start", "accuracy_end", "mean", "loss")
 
@@ -53,10 +53,10 @@ def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> st
         rows = [row for path in paths if path.method == method for row in _rows(path)]
         decimals = 1 if len(paths[0].t) <= 11 else 2
         header = ["pair", "metric", *(f"{t:.{decimals}f}" for t in paths[0].t)]
-        labels, metrics, *others = _column_widths([header, *rows])
-        size = _columns_per_block([labels + metrics, *others], width)
+        labels, metrics, *others = column_widths([header, *rows])
+        size = columns_per_block([labels + metrics, *others], width)
         for first in range(2, len(header), size):
-            table = Table(box=_RULE_BELOW_HEADER, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+            table = Table(box=RULE_BELOW_HEADER, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
             for index, name in enumerate([*header[:2], *header[first : first + size]]):
                 table.add_column(name, justify="right" if index > 1 else "left", no_wrap=True)
             for row in rows:
@@ -78,7 +78,7 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
     pairs = list(dict.fromkeys(path.pair for path in paths))
     blocks = math.ceil(len(pairs) / 4)
     columns = math.ceil(len(pairs) / blocks)
-    figure = _figure(1.2 + 2.6 * columns, 0.6 + 4.2 * blocks)
+    figure = new_figure(1.2 + 2.6 * columns, 0.6 + 4.2 * blocks)
     grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
     for unused in range(len(pairs), blocks * columns):
         for axes in grid[2 * blocks - 2 :, unused % columns]:
@@ -88,7 +88,7 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
         row, column = 2 * (index // columns), index % columns
         upper, lower = grid[row : row + 2, column]
         for path in (path for path in paths if path.pair == pair):
-            style = {"color": "0.4", "ls": "--"} if path.method == LINE else {"color": _BLUE, "marker": "o", "ms": 3}
+            style = {"color": "0.4", "ls": "--"} if path.method == LINE else {"color": BLUE, "marker": "o", "ms": 3}
             handles[path.method] = upper.plot(path.t, [100 * mean for mean in path.mean], lw=1.6, **style)[0]
             lower.plot(path.t, path.loss, lw=1.6, **style)
         upper.set_title(f"{pair[0]} → {pair[1]}", fontsize="medium")
@@ -98,7 +98,7 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
             upper.set_ylabel("mean accuracy (%)")
             lower.set_ylabel("calibration loss")
         for axes in (upper, lower):
-            _open_frame(axes)
+            open_frame(axes)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
 
@@ -130,9 +130,9 @@ def save_trajectory(paths: Sequence[PairPath], directory: str | os.PathLike) -> 
 
 def _rows(path: PairPath) -> list[list[str]]:
     (start, first), (end, second) = path.accuracy.items()
-    mean = [f"{'*' if index == path.best else ''}{_percent(value)}" for index, value in enumerate(path.mean)]
+    mean = [f"{'*' if index == path.best else ''}{percent(value)}" for index, value in enumerate(path.mean)]
     return [
-        [f"{start} → {end}", start, *map(_percent, first)],
-        ["", end, *map(_percent, second)],
+        [f"{start} → {end}", start, *map(percent, first)],
+        ["", end, *map(percent, second)],
         ["", "mean", *mean],
     ]

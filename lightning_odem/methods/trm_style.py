@@ -135,11 +135,11 @@ class TRMStyleMerge(MergeMethod):
         Raises:
             NonFiniteLossError: If the loss or a weight becomes infinite or NaN.
         """
-        assert context.base is not None, "declared in needs"
-        assert context.task_data is not None, "declared in needs"
         way = norm(incoming - merged)
         if t == 0.0 or way == 0.0:
             return MergeResult(merged)
+        assert context.base is not None, "declared in needs"
+        assert context.task_data is not None, "declared in needs"
         sizes = [math.prod(shape) for shape in context.shapes]
         subspace = trajectory_subspace(merged, incoming, t, context.base, context.snapshots, sizes)
         # The usual balance of rounding and truncation in a central difference, at the scale of the merge.

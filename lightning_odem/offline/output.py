@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_odem.files import replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -66,7 +68,7 @@ class MergeOutput:
         """
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         with ExitStack() as stack:
-            weights, beside = [stack.enter_context(_replacing(path)) for path in self.paths]
+            weights, beside = [stack.enter_context(replacing(path)) for path in self.paths]
             save_file(state, weights, {"format": "pt", **metadata})
             if self._config is not None:
                 shutil.copyfile(self._config, beside)
@@ -74,13 +76,3 @@ class MergeOutput:
                 # What load_from_checkpoint and trainer.test(ckpt_path=...) ask for; there is no training to resume.
                 kept = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
                 torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": metadata}, beside)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from lightning_odem.report.record import MergeRecord, StreamReport
 
 # Okabe and Ito's colour-blind-safe palette without its black, which is the mean's, and its yellow, too pale for a line
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
-_BLUE, _ORANGE, _GREEN, _RED = _COLORS[:4]
-_MARKERS = "osD^vP*Xp<>"
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+BLUE, ORANGE, GREEN, RED = COLORS[:4]
+MARKERS = "osD^vP*Xp<>"
 
 
 def plot_accuracy_matrix(report: StreamReport) -> Figure:
@@ -33,7 +33,7 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
     measured = [value for value in (*references.flat, *merged.flat) if math.isfinite(value)]
     norm = Normalize(10 * math.floor(min(measured, default=0) / 10), 100)
     cell = 0.75 if size < 10 else 0.48
-    figure = _figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
+    figure = new_figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, size])
     _heat_map(upper, references, ["pretrained", "fine-tuned"], norm)
     image = _heat_map(lower, merged, [f"after {task}" for task in report.tasks], norm, triangular=True)
@@ -55,20 +55,20 @@ def plot_accuracy_over_stream(report: StreamReport) -> Figure:
     size = len(report.tasks)
     merges = np.arange(1, size + 1)
     matrix = 100 * report.matrix().numpy()
-    colors = _COLORS if size <= len(_COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
-    figure = _figure(7.2, max(4.0, 1.0 + 0.2 * size))
+    colors = COLORS if size <= len(COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
+    figure = new_figure(7.2, max(4.0, 1.0 + 0.2 * size))
     axes = figure.subplots()
     name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
     mean = [100 * report.acc(merge) for merge in range(size)]
     axes.plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
     for index, label in enumerate(_task_labels(report)):
-        color, marker = colors[index], _MARKERS[index % len(_MARKERS)]
+        color, marker = colors[index], MARKERS[index % len(MARKERS)]
         axes.plot(merges[index:], matrix[index:, index], color=color, marker=marker, lw=1.2, ms=5, label=label)
     axes.set_xlabel("number of merges")
     axes.set_ylabel("accuracy (%)")
     axes.set_xlim(0.5, size + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _open_frame(axes)
+    open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -98,41 +98,42 @@ def plot_path(record: MergeRecord) -> Figure:
     t, loss = np.array(record.path["t"]), np.array(record.path["loss"])
     change = record.loss_incoming - loss[0]
     chord = loss[0] + t * change
-    figure = _figure(7.4, 4.8)
+    figure = new_figure(7.4, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
 
     ends = t[[0, -1]]
     envelope = loss[0] + ends * max(change, 0.0)
-    upper.plot(ends, envelope, color=_ORANGE, lw=5, alpha=0.5, label="envelope (Theorem 3.4)")
+    upper.plot(ends, envelope, color=ORANGE, lw=5, alpha=0.5, label="envelope (Theorem 3.4)")
     label = rf"chord to $L(\theta_1)$ = {record.loss_incoming:.4g} at t = 1"
     upper.plot(ends, chord[[0, -1]], color="black", lw=1.2, ls="--", label=label)
-    upper.plot(t, loss, color=_BLUE, lw=2, marker="o", ms=4, label=r"path, $L(\theta(t))$")
+    upper.plot(t, loss, color=BLUE, lw=2, marker="o", ms=4, label=r"path, $L(\theta(t))$")
     if record.barrier > 0:
         highest = int(np.argmax(loss - chord))
         label = f"barrier = {record.barrier:.3g}"
-        upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=_RED, lw=2, marker="_", label=label)
+        upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=RED, lw=2, marker="_", label=label)
     upper.axvline(record.t, color="0.4", lw=1, ls=":", label=f"operating time t = {record.t:.3g}")
     upper.set_ylabel("calibration loss")
     upper.set_title(f"merging {record.task}", loc="left", fontsize="medium")
 
     if record.path["gamma"]:
         gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
-        lower.stairs(gamma, t, baseline=None, color=_GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
+        lower.stairs(gamma, t, baseline=None, color=GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
         label = r"alignment ratio $\Vert P_g u\Vert / \Vert u\Vert$"
-        lower.stairs(ratio, t, baseline=None, color=_RED, lw=2, ls=(0, (3, 1)), label=label)
+        lower.stairs(ratio, t, baseline=None, color=RED, lw=2, ls=(0, (3, 1)), label=label)
         lower.set_ylim(-0.05, 1.05)
     else:
-        lower.stairs(record.path["step_norm"], t, baseline=None, color=_GREEN, lw=2, label="length of the step")
+        lower.stairs(record.path["step_norm"], t, baseline=None, color=GREEN, lw=2, label="length of the step")
     lower.axvline(record.t, color="0.4", lw=1, ls=":")
     lower.set_ylabel("per step")
     lower.set_xlabel("time t")
     for axes in (upper, lower):
-        _open_frame(axes)
+        open_frame(axes)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, without matplotlib's global state."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -158,7 +159,8 @@ def _heat_map(axes: Axes, values: np.ndarray, rows: list[str], norm: Normalize, 
     return image
 
 
-def _open_frame(axes: Axes) -> None:
+def open_frame(axes: Axes) -> None:
+    """Give axes the style of all figures: a pale grid, and no frame above and to the right."""
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, float64, tensor
 
+from lightning_odem.files import map_values, nan_to_none, none_to_nan, replacing
 from lightning_odem.metrics import (
     backward_transfer,
     forgetting,
@@ -132,14 +133,9 @@ class StreamReport:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the report as JSON, in one step: a reader sees the old file or the new one, never half of it."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        text = json.dumps(_map_floats(self.as_dict(), _nan_to_none), indent=2, allow_nan=False)
-        try:
+        text = json.dumps(map_values(self.as_dict(), nan_to_none), indent=2, allow_nan=False)
+        with replacing(path) as draft:
             draft.write_text(text + "\n", encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -150,7 +146,7 @@ class StreamReport:
             ValueError: If the file is not a report; the message names the file and what is wrong.
         """
         try:
-            report = cls.from_dict(_map_floats(json.loads(Path(path).read_text(encoding="utf-8")), _none_to_nan))
+            report = cls.from_dict(map_values(json.loads(Path(path).read_text(encoding="utf-8")), none_to_nan))
             lengths = [len(row) for row in report.accuracy]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a merge report: {error!r}.") from error
@@ -169,20 +165,3 @@ class StreamReport:
         if not weights.any():
             return math.nan
         return metric(*(tensor(values, dtype=float64) for values in accuracies), weights).item()
-
-
-def _nan_to_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _none_to_nan(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _map_floats(data: Any, convert: Callable[[Any], Any]) -> Any:
-    """Apply ``convert`` to every leaf of nested dicts and lists."""
-    if isinstance(data, dict):
-        return {key: value if key == "checkpoint" else _map_floats(value, convert) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_map_floats(value, convert) for value in data]
-    return convert(data)

@@ -12,7 +12,7 @@ from rich.table import Table
 from lightning_odem.report.record import MergeRecord, StreamReport
 
 # rich's own open boxes draw the rule in characters that not every file encoding has
-_RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _GAP = 2
 
 
@@ -50,9 +50,9 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
     for numbered in (False, True):
         header, labels = _accuracy_names(report, numbered)
         rows = [[label, *cells] for label, cells in zip(labels, body, strict=False)]
-        if _columns_per_block(_column_widths([header, *rows]), width) == len(header) - 1:
+        if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
-    return _render("Accuracy (%)", header, rows, width)
+    return render("Accuracy (%)", header, rows, width)
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
@@ -67,7 +67,7 @@ def render_costs(report: StreamReport, width: int | None = None) -> str:
         "gradient\nevaluations", "seconds", "overhead",
     ]  # fmt: skip
     title = "Merges (overhead: time beyond the gradient evaluations, relative to them)"
-    return _render(title, header, [_cost_row(record) for record in report.merges], width or Console().width)
+    return render(title, header, [_cost_row(record) for record in report.merges], width or Console().width)
 
 
 def render_summary(report: StreamReport, width: int | None = None) -> str:
@@ -93,11 +93,11 @@ def _accuracy_rows(report: StreamReport) -> list[list[str]]:
     size = len(report.tasks)
     rows = []
     for reference in (report.pretrained, report.fine_tuned):
-        rows.append([*map(_percent, reference), _percent(report.weighted_accuracy(reference)), ""])
+        rows.append([*map(percent, reference), percent(report.weighted_accuracy(reference)), ""])
     for merge, accuracies in enumerate(report.accuracy):
         unseen = [""] * (size - len(accuracies))
-        summary = [_percent(report.acc(merge)), _percent(report.bwt(merge), "+")]
-        rows.append([*map(_percent, accuracies), *unseen, *summary])
+        summary = [percent(report.acc(merge)), percent(report.bwt(merge), "+")]
+        rows.append([*map(percent, accuracies), *unseen, *summary])
     return rows
 
 
@@ -106,32 +106,34 @@ def _cost_row(record: MergeRecord) -> list[str]:
     overhead = record.merge_seconds / record.gradient_seconds - 1 if record.gradient_seconds else math.nan
     return [
         record.task,
-        _number(record.t, ".3f"),
-        *(_number(loss, ".4f") for loss in (record.loss_before, record.loss_after, record.loss_incoming)),
+        number(record.t, ".3f"),
+        *(number(loss, ".4f") for loss in (record.loss_before, record.loss_after, record.loss_incoming)),
         f"{fmean(gamma):.2f} ({min(gamma):.2f})" if gamma else "—",
-        _number(record.barrier, ".4f"),
+        number(record.barrier, ".4f"),
         str(record.gradient_evaluations),
-        _number(record.merge_seconds, ".2f"),
-        _number(overhead, ".0%"),
+        number(record.merge_seconds, ".2f"),
+        number(overhead, ".0%"),
     ]
 
 
-def _number(value: float, spec: str) -> str:
+def number(value: float, spec: str) -> str:
+    """A formatted number, or a dash for NaN."""
     return "—" if math.isnan(value) else format(value, spec)
 
 
-def _percent(fraction: float, sign: str = "") -> str:
+def percent(fraction: float, sign: str = "") -> str:
+    """A fraction in percent with one decimal."""
     # adding 0.0 turns a rounded -0.0 into 0.0
-    return _number(round(100 * fraction, 1) + 0.0, f"{sign}.1f")
+    return number(round(100 * fraction, 1) + 0.0, f"{sign}.1f")
 
 
-def _column_widths(rows: list[list[str]]) -> list[int]:
+def column_widths(rows: list[list[str]]) -> list[int]:
     """Width each column needs, the gap to the next one included."""
     columns = zip(*rows, strict=True)
     return [_GAP + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
 
 
-def _columns_per_block(widths: list[int], width: int) -> int:
+def columns_per_block(widths: list[int], width: int) -> int:
     """Columns beside the first one, for the fewest blocks of about equal size that are not too wide."""
     label, *columns = [min(widths[0], width // 3), *widths[1:]]
     for blocks in range(1, len(columns) + 1):
@@ -142,7 +144,7 @@ def _columns_per_block(widths: list[int], width: int) -> int:
     return size
 
 
-def _render(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
+def render(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
     """One table, or several below each other that repeat the first column."""
     text = StringIO()
     console = Console(
@@ -150,10 +152,10 @@ def _render(title: str, header: list[str], rows: list[list[str]], width: int) ->
         markup=False, emoji=False, highlight=False,
     )  # fmt: skip
     console.print(title)
-    size = _columns_per_block(_column_widths([header, *rows]), width)
+    size = columns_per_block(column_widths([header, *rows]), width)
     for start in range(1, len(header), size):
         block = slice(start, start + size)
-        table = Table(box=_RULE_BELOW_HEADER, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        table = Table(box=RULE_BELOW_HEADER, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
         table.add_column(header[0], no_wrap=True, overflow="ellipsis", max_width=width // 3 - _GAP)
         for name in header[block]:
             table.add_column(name, justify="right", vertical="bottom", no_wrap=True)

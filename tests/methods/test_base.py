@@ -1,8 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
 
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods import (
     METHODS,
     AverageMerge,
@@ -12,6 +13,7 @@ from lightning_odem.methods import (
     ODEMerge,
     resolve_method,
 )
+from lightning_odem.parameters import ParameterVector
 
 
 class Counting(MergeMethod):
@@ -56,13 +58,22 @@ def test_a_method_without_state_refuses_that_of_another(method):
 
 
 def merge(name, t):
-    def loss_and_grad(theta):
-        return float(theta @ theta), 2 * theta
-
-    merged, incoming, base = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).unbind()
+    """Merge random models of a linear regression with all that a method can need but the task's own data."""
+    generator = torch.Generator().manual_seed(0)
+    merged, incoming, base, halfway, moments = torch.randn(5, 20, generator=generator).unbind()
     before = merged.clone()
+    net = nn.Linear(19, 1)
+    vector, buffer = ParameterVector(net), CalibrationBuffer(6)
+    buffer.add("a", (torch.randn(6, 19, generator=generator), torch.randn(6, 1, generator=generator)))
     context = MergeContext(
-        ["a"], [(20,)], base, SimpleNamespace(loss_and_grad=loss_and_grad, loss=lambda theta: loss_and_grad(theta)[0])
+        vector.names,
+        [tuple(shape) for shape in vector.shapes],
+        base=base,
+        calibration=CalibrationObjective(
+            vector, buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1])
+        ),
+        second_moments=moments.square(),
+        snapshots=[halfway],
     )
     return resolve_method(name).merge(merged, incoming, t, context).theta, before, incoming
 

@@ -1,0 +1,36 @@
+import json
+import math
+
+import pytest
+
+from lightning_odem.files import map_values, nan_to_none, none_to_nan, replacing
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "made" / "file.txt"
+    with replacing(path) as draft:
+        draft.write_text("old")
+    with replacing(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half"), replacing(path) as draft:
+        draft.write_text("half")
+        raise RuntimeError("half")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_json_has_not_go_there_and_back():
+    data = {"values": [1.0, math.nan, {"deep": math.inf}], "checkpoint": None, "name": "a"}
+    text = json.dumps(map_values(data, nan_to_none), allow_nan=False)
+    back = map_values(json.loads(text), none_to_nan)
+    assert math.isnan(back["values"][1])
+    assert math.isnan(back["values"][2]["deep"])
+    assert (back["checkpoint"], back["name"], back["values"][0]) == (None, "a", 1.0)
