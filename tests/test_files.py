@@ -20,9 +20,14 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half"), replacing(path) as draft:
-        draft.write_text("half")
-        raise RuntimeError("half")
+
+    def fail():
+        with replacing(path) as draft:
+            draft.write_text("half")
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

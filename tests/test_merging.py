@@ -320,7 +320,7 @@ def test_the_record_tells_what_was_done(solver, per_step):
     assert record.steps == 3
     assert record.path["t"] == pytest.approx([0.0, 0.1, 0.2, 0.25])
     assert {name: len(values) for name, values in record.path.items()} == {
-        "t": 4, "loss": 4, "alignment": 3, "gamma": 3, "alignment_ratio": 3, "step_norm": 3
+        "t": 4, "loss": 4, "alignment": 3, "gamma": 3, "alignment_ratio": 3, "step_norm": 3, "damped_share": 3
     }  # fmt: skip
     assert (record.loss_before, record.loss_after) == (record.path["loss"][0], record.path["loss"][-1])
     net.eval()

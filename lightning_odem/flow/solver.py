@@ -129,7 +129,9 @@ def integrate(
         _check_finite("the loss", value, step, t)
         loss0 = trajectory.loss[0] if trajectory.loss else value
         velocity = field(t, point, theta1, grad, trajectory.loss1 - loss0)
-        _check_finite("the velocity's norm, so a gradient or a weight,", velocity.norm, step, t)
+        # Where no upward move is allowed, an infinite slope shows in the alignment alone.
+        for name, number in (("norm", velocity.norm), ("alignment", velocity.alignment)):
+            _check_finite(f"the velocity's {name}, so a gradient or a weight,", number, step, t)
         return value, velocity
 
     if on_step is not None:

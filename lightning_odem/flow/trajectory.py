@@ -19,9 +19,15 @@ class Trajectory:
         t: Times of the points, from 0 to the operating time.
         loss: Calibration loss at each point.
         alignment: <g, u> at the start of each step.
-        gamma: Damping factor of each step; 1 is undamped. Empty for dynamics that do not damp the gradient's direction.
-        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity Theorem 3.3 needs below 1; empty likewise.
+        gamma: Damping factor of each step, one for all blocks; 1 is undamped. Empty for dynamics that do not damp the
+            gradient's direction.
+        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity Theorem 3.3 needs below 1, with P_g the blockwise
+            projection; empty likewise. Where every entry is a block it is the transport's share in entries with a
+            gradient, which is 1 for most losses; ``damped_share`` tells more there.
         step_norm: h ||v|| of each step, the length of its Euler move.
+        damped_share: ||u - v|| / ||u|| of each step, how much of the transport was taken out; empty likewise. If it
+            stays below some s < 1 the exact flow arrives at theta1, whatever the blocks: then
+            <theta1 - theta, v> >= (1 - s) ||theta1 - theta||^2 / (1 - t).
         gradient_evaluations: Gradients taken on the way.
 
     Example:
@@ -41,6 +47,7 @@ class Trajectory:
     gamma: list[float] = field(default_factory=list)
     alignment_ratio: list[float] = field(default_factory=list)
     step_norm: list[float] = field(default_factory=list)
+    damped_share: list[float] = field(default_factory=list)
     gradient_evaluations: int = 0
 
     def record(self, t: float, loss: float, h: float, velocity: Velocity) -> None:
@@ -51,6 +58,7 @@ class Trajectory:
         self.gamma.append(velocity.gamma)
         self.alignment_ratio.append(velocity.alignment_ratio)
         self.step_norm.append(h * velocity.norm)
+        self.damped_share.append(velocity.damped_share)
 
     def end(self, t: float, loss: float) -> None:
         """Note the end of the path."""
@@ -89,5 +97,5 @@ class Trajectory:
 
     def as_dict(self) -> dict[str, list[float]]:
         """The recorded lists by name, as they go into a report."""
-        names = ("t", "loss", "alignment", "gamma", "alignment_ratio", "step_norm")
+        names = ("t", "loss", "alignment", "gamma", "alignment_ratio", "step_norm", "damped_share")
         return {name: list(getattr(self, name)) for name in names}

@@ -18,7 +18,7 @@ def describe_method(method: MergeMethod) -> dict[str, Any]:
     Example:
         >>> from lightning_odem.methods import ODEMerge
         >>> describe_method(ODEMerge(step_size=0.1))
-        {'name': 'ode', 'step_size': 0.1, 'solver': 'euler'}
+        {'name': 'ode', 'step_size': 0.1, 'solver': 'euler', 'granularity': 'vector'}
     """
     if isinstance(method, FunctionMerge):
         return {"name": method_name(method), "source": _source(method.function)}

@@ -56,7 +56,7 @@ class ReleasedODEMerge(MergeMethod):
     A step costs, in batches, one gradient on each of the first 8 of every task, and one pass without gradient over
     them per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
     to four constraints' gradients and two in the making. The trajectory's losses are means over the tasks by their
-    shares; there is no gamma, so ``gamma`` and ``alignment_ratio`` stay empty, and ``alignment`` is
+    shares; there is no gamma, so ``gamma``, ``alignment_ratio`` and ``damped_share`` stay empty, and ``alignment`` is
     :math:`\langle g_M, u\rangle`.
 
     Args:

@@ -28,9 +28,9 @@ class MergeRecord:
         t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper with no earlier utility).
         method: Registered name of the merge method.
         path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
-            (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio`` and ``step_norm``
-            (n steps). ``gamma`` and ``alignment_ratio`` are empty for paths without such a damping; all is empty for
-            methods that follow no path and for the first task.
+            (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio``, ``step_norm`` and
+            ``damped_share`` (n steps). ``gamma``, ``alignment_ratio`` and ``damped_share`` are empty for paths
+            without such a damping; all is empty for methods that follow no path and for the first task.
         steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.

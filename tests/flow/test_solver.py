@@ -14,6 +14,8 @@ from lightning_odem.flow import (
 )
 
 FP64 = torch.float64
+GRANULARITIES = {"vector": "vector", "blocks": torch.tensor([1, 3, 1, 2]), "coordinate": "coordinate"}
+every_granularity = pytest.mark.parametrize("blocks", GRANULARITIES.values(), ids=GRANULARITIES.keys())
 
 
 def vectors(d=7, seed=0, dtype=FP64):
@@ -134,6 +136,85 @@ def test_the_envelope_of_theorem_3_4_holds_in_the_small_step_limit(seed):
     assert excess[-1] <= max(excess[0] / 5, 1e-9)  # first order: at least linear in h over a factor of 25
 
 
+def indefinite(seed):
+    """A quadratic loss with curvature of both signs."""
+    root = torch.randn(7, 7, generator=torch.Generator().manual_seed(50 + seed), dtype=FP64)
+    return quadratic(root + root.T, torch.randn(7, generator=torch.Generator().manual_seed(9 + seed), dtype=FP64))
+
+
+@every_granularity
+def test_no_step_outruns_the_budget_in_the_small_step_limit(blocks):
+    """dL/dt <= max(delta L, 0), the step to Theorem 3.4; Euler's own error is of first order in h."""
+
+    def excess(seed, h):
+        path = integrate(*vectors(seed=seed), indefinite(seed), 0.8, step_size=h, field=RectifiedField(blocks))
+        steps = zip(path.loss, path.loss[1:], path.t, path.t[1:], strict=False)
+        return max((after - before) / (t1 - t0) for before, after, t0, t1 in steps) - max(path.delta_loss, 0.0)
+
+    coarse, fine = ([excess(seed, h) for seed in range(6)] for h in (2e-2, 4e-3))
+    assert max(coarse) > 0.1
+    assert all(after <= max(before / 4.5, 1e-9) for before, after in zip(coarse, fine, strict=True))
+
+
+@every_granularity
+@pytest.mark.parametrize("seed", range(3))
+def test_the_envelope_holds_for_every_granularity_up_to_an_error_of_first_order(blocks, seed):
+    # Waves that are steepest where the path begins and rise along every entry: the budget is used up at once.
+    generator = torch.Generator().manual_seed(seed)
+    height, theta1 = 0.5 + torch.rand(2, 7, generator=generator, dtype=FP64)
+
+    def loss_and_grad(theta):
+        phase = 4 * theta - 1
+        return height @ (theta + phase.sin()), height * (1 + 4 * phase.cos())
+
+    paths = [
+        integrate(torch.zeros(7, dtype=FP64), theta1, loss_and_grad, 0.9, step_size=h, field=RectifiedField(blocks))
+        for h in (2e-2, 1e-2, 5e-3)
+    ]
+    excess = [path.envelope_excess for path in paths]
+    assert [math.log2(coarse / fine) for coarse, fine in zip(excess, excess[1:], strict=False)] == pytest.approx(
+        [1.0, 1.0], abs=0.1
+    )
+    assert excess[-1] < 0.01 * paths[-1].delta_loss
+
+
+@every_granularity
+@pytest.mark.parametrize("seed", range(4))
+def test_random_waves_keep_the_envelope_at_every_granularity(blocks, seed):
+    theta0, theta1 = (2 * vector for vector in vectors(seed=seed))
+    path = integrate(theta0, theta1, rough(7, seed), 0.9, step_size=1e-3, field=RectifiedField(blocks))
+    assert path.envelope_excess < 1e-2
+    assert max(path.damped_share) > 0.3
+
+
+@every_granularity
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_loss_that_falls_along_every_entry_is_followed_on_the_straight_line(blocks, solver):
+    theta0, theta1 = vectors()
+    path = integrate(theta0, theta1, linear(theta0 - theta1), 0.8, field=RectifiedField(blocks), solver=solver)
+    torch.testing.assert_close(path.theta, 0.2 * theta0 + 0.8 * theta1, rtol=1e-12, atol=1e-12)
+    assert (path.gamma, path.damped_share) == ([1.0] * 16, [0.0] * 16)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_the_order_is_the_solvers_own_with_blocks(solver, order):
+    # One loss per entry, all rising: every entry is damped by the same factor, whose flow is smooth.
+    theta0, theta1 = torch.zeros(3, dtype=FP64), torch.tensor([1.0, 0.8, 0.6], dtype=FP64)
+
+    def concave(theta):
+        return float((4 * theta - theta.square()).sum()), 4 - 2 * theta
+
+    def end(n):
+        field = RectifiedField("coordinate")
+        return integrate(theta0, theta1, concave, 0.5, step_size=0.5 / n, solver=solver, field=field)
+
+    ends = [end(n) for n in (16, 32, 64, 128)]
+    assert all(0 < gamma < 1 for gamma in ends[0].gamma)
+    steps = [(a.theta - b.theta).norm().item() for a, b in zip(ends, ends[1:], strict=False)]
+    slopes = [math.log2(coarse / fine) for coarse, fine in zip(steps, steps[1:], strict=False)]
+    assert min(slopes) > order - 0.1
+
+
 def test_the_straight_line_leaves_that_envelope_on_the_same_losses():
     excess = [
         integrate(
@@ -228,10 +309,15 @@ def test_a_non_finite_loss_stops_with_its_step_and_time(bad):
     assert torch.equal(theta0, before)
 
 
-def test_a_non_finite_gradient_stops_the_path():
+@every_granularity
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("entry", range(7))
+def test_a_non_finite_gradient_stops_the_path(blocks, bad, entry):
     theta0, theta1 = vectors()
+    gradient = torch.ones(7, dtype=FP64)
+    gradient[entry] = bad
     with pytest.raises(NonFiniteLossError, match="at step 0"):
-        integrate(theta0, theta1, lambda theta: (1.0, torch.full_like(theta, math.nan)), 0.5)
+        integrate(theta0, theta1, lambda theta: (1.0, gradient), 0.5, field=RectifiedField(blocks))
 
 
 def test_a_non_finite_incoming_loss_is_found_before_the_first_step():
@@ -281,7 +367,7 @@ def test_progress_is_told_before_the_first_and_after_every_step():
 
 def test_a_user_field_decides_the_path():
     class Frozen(RectifiedField):
-        def gamma(self, alignment, delta_loss):
+        def gamma(self, rise, delta_loss):
             return 0.0
 
     theta0, theta1 = vectors()

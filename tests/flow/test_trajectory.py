@@ -43,5 +43,18 @@ def test_a_hill_stops_the_flow_where_the_loss_may_not_rise():
 def test_the_dictionary_holds_a_point_more_than_steps():
     data = integrate(torch.tensor([-2.0]), torch.tensor([2.0]), bump, 0.2).as_dict()
     assert {name: len(values) for name, values in data.items()} == {
-        "t": 5, "loss": 5, "alignment": 4, "gamma": 4, "alignment_ratio": 4, "step_norm": 4,
+        "t": 5, "loss": 5, "alignment": 4, "gamma": 4, "alignment_ratio": 4, "step_norm": 4, "damped_share": 4,
     }  # fmt: skip
+
+
+def test_the_damped_share_is_what_a_step_lacks_of_the_straight_line():
+    path = integrate(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 3.0]), bump_beside, 0.2, step_size=0.2)
+    straight = 0.2 * torch.tensor([4.0, 3.0])
+    missing = straight - (path.theta - torch.tensor([-2.0, 0.0]))
+    assert path.damped_share == pytest.approx([(missing.norm() / straight.norm()).item()])
+    assert path.damped_share == pytest.approx([0.8])
+
+
+def bump_beside(theta):
+    value, slope = bump(theta)
+    return value, torch.cat([slope, torch.zeros(1)])

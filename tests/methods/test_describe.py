@@ -52,4 +52,4 @@ def test_a_method_within_a_method_is_described_too():
             return self.method.merge(merged, incoming, t, context)
 
     description = describe_method(Around(ODEMerge(0.1)))
-    assert description["method"] == {"name": "ode", "step_size": 0.1, "solver": "euler"}
+    assert description["method"] == {"name": "ode", "step_size": 0.1, "solver": "euler", "granularity": "vector"}

@@ -2,8 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import mse_loss
 
-from lightning_odem.flow import integrate
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.flow import RectifiedField, integrate
+from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
@@ -70,12 +74,74 @@ def test_it_tells_how_far_it_is():
     [
         ({"step_size": 0.0}, r"\(0, 1\], got step_size=0.0"),
         ({"step_size": 1.5}, "step_size=1.5"),
+        ({"granularity": "layer"}, "one of vector, tensor, row, coordinate, got 'layer'"),
         ({"solver": "rk4"}, "Unknown solver 'rk4'; the solvers are euler, heun"),
     ],
 )
 def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ODEMerge(**settings)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "blocks"),
+    [
+        ("vector", "vector"),
+        ("tensor", torch.tensor([12, 3, 16, 2, 1])),
+        ("row", torch.tensor([4, 4, 4, 3, 8, 8, 2, 1])),
+        ("coordinate", "coordinate"),
+    ],
+)
+def test_the_granularity_cuts_parameters_into_blocks(granularity, blocks):
+    shapes = [(3, 4), (3,), (2, 2, 2, 2), (0, 5), (2,), ()]
+    generator = torch.Generator().manual_seed(0)
+    merged, incoming = torch.randn(2, 34, generator=generator, dtype=torch.float64)
+
+    def hill(theta):
+        return -float((theta - top).square().sum()) / 2, top - theta
+
+    top = incoming + torch.randn(34, generator=generator, dtype=torch.float64)
+    objective = SimpleNamespace(loss_and_grad=hill, loss=lambda theta: hill(theta)[0])
+    expected = integrate(merged, incoming, hill, 0.5, field=RectifiedField(blocks))
+    context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, calibration=objective)
+    result = ODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)
+    assert torch.equal(result.theta, expected.theta)
+    assert result.trajectory.as_dict() == expected.as_dict()
+    assert max(expected.damped_share) > 0.1
+
+
+def test_a_module_is_rectified_row_by_row():
+    """One step of a module's merge against the rule written out on its parameters."""
+    torch.manual_seed(0)
+    net, before = (nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 4)).double() for _ in range(2))
+    inputs, targets = torch.randn(16, 2, 4, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
+    start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    incoming = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    losses = [mse_loss(module(inputs), targets) for module in (before, net)]
+    losses[0].backward()
+    blocks = []
+    for name, parameter in before.named_parameters():
+        transport = incoming[name] - start[name]
+        for row in range(len(parameter)) if parameter.dim() > 1 else [...]:
+            blocks.append((name, row, parameter.grad[row], transport[row]))
+    rise = sum(max(float((g * u).sum()), 0.0) for *_, g, u in blocks)
+    gamma = min(max((losses[1] - losses[0]).item(), 0.0) / rise, 1.0)
+    expected = {name: tensor.clone() for name, tensor in start.items()}
+    for name, row, g, u in blocks:
+        along = (g * u).sum()
+        v = u - (1 - gamma) * along / (g * g).sum() * g if along > 0 else u
+        expected[name][row] += 0.5 * v
+
+    buffer = CalibrationBuffer(16)
+    buffer.add("new", (inputs, targets))
+    calibration = Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
+    method = ODEMerge(step_size=0.5, granularity="row")
+    with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as record:
+        assert record.path["gamma"] == pytest.approx([gamma])
+        assert record.path["damped_share"][0] > 0.0
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
 
 
 def test_calibration_is_what_it_needs():

@@ -260,7 +260,7 @@ def test_it_tells_how_far_it_is():
 def test_a_path_without_damping_has_no_gamma():
     path = ReleasedODEMerge(0.1).merge(*models(), 0.3, context(QuadraticTasks(falling_tasks()))).trajectory
     assert {name: len(values) for name, values in path.as_dict().items()} == {
-        "t": 4, "loss": 4, "alignment": 3, "gamma": 0, "alignment_ratio": 0, "step_norm": 3
+        "t": 4, "loss": 4, "alignment": 3, "gamma": 0, "alignment_ratio": 0, "step_norm": 3, "damped_share": 0
     }  # fmt: skip
 
 

@@ -1,0 +1,170 @@
+"""Vectors cut into blocks, and the projection of the transport onto the gradient in each of them."""
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_odem.flow.field import Velocity
+
+# Vectors are walked in pieces that fit the cache: no temporary is ever as long as a model.
+_PIECE = 1 << 17
+# One block's sums keep to pieces of their own: the last bits of gamma, and so of published merges, depend on them.
+_SUM = 1 << 20
+
+
+class Projection(NamedTuple):
+    """The projection P u of the transport onto the gradient, block by block, in numbers.
+
+    ``rise`` sums the positive <g_b, u_b>, ``uphill_square`` the ||P_b u||^2 of the same blocks, and ``uphill`` holds
+    their components along g_b.
+    """
+
+    alignment: float
+    rise: float
+    transport_square: float
+    along_square: float
+    uphill_square: float
+    uphill: Tensor
+
+
+class Blocks(Protocol):
+    """A way to cut vectors into blocks."""
+
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
+        """Project the transport onto the gradient."""
+        ...
+
+    def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
+        """Add ``scale * velocity`` to ``out``."""
+        ...
+
+
+class WholeVector:
+    """One block."""
+
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
+        """Project the transport onto the gradient."""
+        sums = _wide(theta.new_zeros(3))
+        for point, target, gradient in _pieces(theta, theta1, grad, size=_SUM):
+            distance, gradient = _wide(target - point), _wide(gradient)
+            sums += torch.stack([distance.dot(gradient), gradient.dot(gradient), distance.dot(distance)])
+        product, grad_square, distance_square = sums.cpu().double().split(1)
+        return _project(product, grad_square, distance_square, alpha)
+
+    def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
+        """Add ``scale * velocity`` to ``out``."""
+        damping = float(velocity.damping)
+        for target, theta, theta1, grad in _pieces(out, velocity.theta, velocity.theta1, velocity.grad):
+            target.add_(theta1 - theta, alpha=scale * velocity.alpha)
+            if damping:
+                target.add_(grad, alpha=-scale * damping)
+
+
+class Segments:
+    """Consecutive blocks of given lengths. A block that lies in several pieces is summed part by part."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        ends = lengths.cpu().cumsum(0)
+        self._size = int(ends[-1])
+        part_ends = torch.cat([ends, torch.arange(1, math.ceil(self._size / _PIECE)) * _PIECE]).unique()
+        part_lengths = part_ends.diff(prepend=part_ends.new_zeros(1))
+        block_of_part = torch.searchsorted(ends, part_ends)
+        parts_per_piece = torch.bincount((part_ends - 1) // _PIECE).tolist()
+        self._parts_per_block = torch.bincount(block_of_part)
+        self._lengths, self._blocks = (
+            parts.to(lengths.device).split(parts_per_piece) for parts in (part_lengths, block_of_part)
+        )
+
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
+        """Project the transport onto the gradient."""
+        if len(theta) != self._size:
+            raise ValueError(f"The blocks hold {self._size} entries in all, the vectors {len(theta)}.")
+        # Results are written to memory of their own: small tensors that stay would tear holes into that of temporaries.
+        counts = [len(lengths) for lengths in self._lengths]
+        parts, distance_square = _wide(theta.new_zeros(2, sum(counts))), _wide(theta.new_zeros(()))
+        pieces = zip(_pieces(theta, theta1, grad), self._lengths, parts.split(counts, dim=1), strict=True)
+        for (point, target, gradient), lengths, sums in pieces:
+            distance, gradient = _wide(target - point), _wide(gradient)
+            distance_square += distance.dot(distance)
+            sums[0] = _sums(distance.mul_(gradient), lengths)
+            sums[1] = _sums(gradient * gradient, lengths)
+        product, grad_square = (_sums(row, self._parts_per_block) for row in parts.cpu().double())
+        return _project(product, grad_square, distance_square.cpu().double(), alpha)
+
+    def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
+        """Add ``scale * velocity`` to ``out``."""
+        # In fp64: a block may have a gradient so small that one over it is infinite in fp32.
+        damping = torch.as_tensor(velocity.damping, dtype=torch.float64, device=out.device)
+        vectors = _pieces(out, velocity.theta, velocity.theta1, velocity.grad)
+        for (target, theta, theta1, grad), lengths, blocks in zip(vectors, self._lengths, self._blocks, strict=True):
+            target.add_(theta1 - theta, alpha=scale * velocity.alpha)
+            of_part = damping[blocks.to(out.device)]
+            of_entry = of_part.repeat_interleave(lengths.to(out.device), output_size=len(target))
+            target.sub_(of_entry.mul_(grad), alpha=scale)
+
+
+class Coordinates:
+    """One block per entry. The projection of u_i has the length of u_i, and 0 where the gradient is zero.
+
+    Signs do what masks would, several times as fast, and unlike g_i u_i their products cannot underflow.
+    """
+
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
+        """Project the transport onto the gradient."""
+
+        def products(theta: Tensor, theta1: Tensor, grad: Tensor) -> Tensor:
+            distance = theta1 - theta
+            along = distance * grad.sign()
+            distance, along, uphill, slope = map(_wide, (distance, along, along.relu(), grad.abs()))
+            pairs = [(along, slope), (uphill, slope), (distance, distance), (along, along), (uphill, uphill)]
+            return torch.stack([first.dot(second) for first, second in pairs])
+
+        sums = reduce(torch.add, (products(*piece) for piece in _pieces(theta, theta1, grad))).cpu().double()
+        alignment, rise = (alpha * sums[:2]).tolist()
+        transport_square, along_square, uphill_square = (alpha**2 * sums[2:]).tolist()
+        return Projection(alignment, rise, transport_square, along_square, uphill_square, uphill=sums.new_ones(1))
+
+    def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
+        """Add ``scale * velocity`` to ``out``."""
+        damping = float(velocity.damping)
+        for target, theta, theta1, grad in _pieces(out, velocity.theta, velocity.theta1, velocity.grad):
+            distance = theta1 - theta
+            if damping:
+                direction = grad.sign()
+                distance.addcmul_((distance * direction).relu_(), direction, value=-damping)
+            target.add_(distance, alpha=scale * velocity.alpha)
+
+
+def _project(products: Tensor, grad_squares: Tensor, distance_square: Tensor, alpha: float) -> Projection:
+    """From <g_b, theta1 - theta> and ||g_b||^2 of all blocks, shape [B], and ||theta1 - theta||^2; fp64 on the CPU."""
+    alignments = alpha * products
+    # Without a gradient there is no direction to damp: the projection onto it is zero.
+    along = torch.where(grad_squares > 0.0, alignments / grad_squares, 0.0)
+    uphill = along.clamp(min=0.0)
+    return Projection(
+        alignments.sum().item(),
+        alignments.clamp(min=0.0).sum().item(),
+        alpha**2 * distance_square.item(),
+        (along * alignments).sum().item(),
+        (uphill * alignments).sum().item(),
+        uphill,
+    )
+
+
+def _pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(vector.split(size or _PIECE) for vector in vectors), strict=True)
+
+
+def _wide(vector: Tensor) -> Tensor:
+    # Apple's GPU has no fp64.
+    return vector.to(torch.float32 if vector.device.type == "mps" else torch.float64)
+
+
+def _sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over consecutive segments; unlike sums by index they have one order, so the same bits, on every run."""
+    return torch.segment_reduce(values, "sum", lengths=lengths.to(values.device), unsafe=True)
