@@ -8,6 +8,8 @@ from lightning_odem import ContinualMergeCallback, MergeMethod, MergeResult
 from lightning_odem.stream.sampler import EpochSampler
 from lightning_odem.trace import Epochs, Trail, check_second_moments, second_moments
 
+pytestmark = pytest.mark.usefixtures("small_stream")
+
 
 class WithAdam(Classifier):
     optimizer = torch.optim.Adam
