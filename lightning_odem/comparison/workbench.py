@@ -77,6 +77,8 @@ class Workbench:
         """What makes the fine-tuned model of a task, as plain data."""
         if (seed, task) not in self._descriptions:
             description = describe_training(self.model, self._task(seed, task), self.trainer, seed)
+            # Decides which tensors are merged and which are the task's own.
+            description["exclude"] = list(self.division.patterns(self.model))
             if task in self._checkpoints:
                 description["checkpoint"] = hash_tensors(self._given(task) or {})
             self._descriptions[seed, task] = description

@@ -114,6 +114,19 @@ def test_methods_that_cannot_have_what_they_need_are_refused_before_any_merge(tm
     assert not (tmp_path / "cells").exists()
 
 
+@pytest.mark.slow
+def test_parameters_excluded_later_are_not_taken_from_what_was_merged_before(tmp_path):
+    options = {"methods": ["average"], "orders": 1, "weighting": ["uniform"], "joint": False}
+    whole = compare(tmp_path, **options).cells[0]
+    merge = ContinualMergeCallback(exclude=["backbone.3"])
+    part = compare(tmp_path, make_trainer(merge), **options).cells[0]
+    fresh = compare(tmp_path / "fresh", make_trainer(ContinualMergeCallback(exclude=["backbone.3"])), **options).cells[
+        0
+    ]
+    assert part.report.accuracy == fresh.report.accuracy
+    assert part.report.accuracy != whole.report.accuracy
+
+
 def test_unknown_methods_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="Unknown merge method 'odem'"):
         compare(tmp_path, methods=["odem"])
