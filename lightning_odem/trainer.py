@@ -122,10 +122,13 @@ class ContinualTrainer(L.Trainer):
             All cells; tables, figures, CSV and JSON are in ``dirpath``.
 
         Raises:
-            ValueError: For an unknown method, task or weighting, or if a method needs what there is not.
+            ValueError: For no or an unknown method, an unknown task or weighting, fewer samples than tasks, or if a
+                method needs what there is not.
         """
         if isinstance(methods, list):
             methods = {name: name for name in methods}
+        if not methods:
+            raise ValueError("A comparison needs at least one merge method, got none.")
         resolved = {label: resolve_method(method) for label, method in methods.items()}
         plans = plan_streams(
             datamodule.names,

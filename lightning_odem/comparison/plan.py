@@ -46,8 +46,8 @@ def plan_streams(
     and belong to tasks, not to places in the order.
 
     Raises:
-        ValueError: For no order, seed or size, more orders than the tasks have permutations, a concentration that is
-            not positive, or an unknown weighting.
+        ValueError: For no order, seed or size, fewer samples than tasks, more orders than the tasks have permutations,
+            a concentration that is not positive, or an unknown weighting.
 
     Example:
         >>> options = {"concentration": 1.0, "seeds": [0], "calibration_sizes": [64]}
@@ -62,6 +62,10 @@ def plan_streams(
         raise ValueError(
             "A comparison needs at least one order, weighting, seed and calibration size, got "
             f"orders={orders}, weighting={list(weighting)}, seeds={list(seeds)}, sizes={list(calibration_sizes)}."
+        )
+    if min(calibration_sizes) < len(tasks):
+        raise ValueError(
+            f"{min(calibration_sizes)} calibration samples are too few for {len(tasks)} tasks, of which each needs one."
         )
     if concentration <= 0.0:
         raise ValueError(f"The concentration of a Dirichlet distribution is positive, got {concentration}.")

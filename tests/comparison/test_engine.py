@@ -130,4 +130,6 @@ def test_parameters_excluded_later_are_not_taken_from_what_was_merged_before(tmp
 def test_unknown_methods_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="Unknown merge method 'odem'"):
         compare(tmp_path, methods=["odem"])
+    with pytest.raises(ValueError, match="at least one merge method"):
+        compare(tmp_path, methods=[])
     assert not any(tmp_path.iterdir())

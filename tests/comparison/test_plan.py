@@ -50,6 +50,7 @@ def test_dirichlet_weights_have_mean_one_and_the_spread_of_their_concentration()
         ({"weighting": ["equal"]}, "Unknown weighting"),
         ({"orders": 0}, "at least one"),
         ({"seeds": []}, "at least one"),
+        ({"calibration_sizes": [16, 2]}, "2 calibration samples are too few for 3 tasks"),
         ({"concentration": 0.0}, "positive"),
     ],
 )
