@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_odem.batch_norm import POLICIES
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
-from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.sampling import Sampling
 from lightning_odem.division import Division
 from lightning_odem.flow import operating_time
@@ -74,7 +74,7 @@ class ContinualMergeCallback(L.Callback):
             ``merge_runs/version_N`` in the Trainer's root directory.
         batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
             :class:`~lightning_odem.batch_norm.BatchNormStatistics`. Other buffers become the incoming model's.
-        calibration: Further settings of the calibration.
+        calibration: Further settings of the calibration, among them whether its loss reads labels.
 
     Attributes:
         report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
@@ -124,7 +124,7 @@ class ContinualMergeCallback(L.Callback):
         self.calibration = calibration
         self.calibration_data: dict[str, Iterable] = {}
         self.last_merged_path: str | None = None
-        self._state = StreamState(CalibrationBuffer(calibration_size, calibration.quota, calibration.seed))
+        self._state = StreamState(calibration.buffer(calibration_size))
         self._directory = RunDirectory(dirpath)
         self._fresh_start = FreshStart()
         self._measurement = Measurement(self.division)
@@ -178,6 +178,8 @@ class ContinualMergeCallback(L.Callback):
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
         self._trained = True
         state = self._state
+        if self._needs_samples:
+            self.calibration.check(state.buffer)
         self._directory.claim(trainer, state)
         if not (self._resumed and state.started):
             self._begin(trainer, pl_module)
@@ -254,9 +256,7 @@ class ContinualMergeCallback(L.Callback):
                 t=operating_time([*report.weights, weight]),
                 merged=state.merged,
                 base=state.base or {},
-                calibration=Calibration(buffer, ModuleLoss(pl_module), self.calibration.batch_size)
-                if buffer is not None
-                else None,
+                calibration=self._measured_on(buffer, pl_module) if buffer is not None else None,
                 exclude=self.division.patterns(pl_module),
                 batch_norm=self.batch_norm,
                 trace=trace,
@@ -307,6 +307,10 @@ class ContinualMergeCallback(L.Callback):
 
     # -------------------------------------------------------------------------------------------------------- details
 
+    @property
+    def _needs_samples(self) -> bool:
+        return "calibration" in self.method.needs or self.batch_norm == "recalibrate"
+
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state = self._state
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
@@ -349,7 +353,7 @@ class ContinualMergeCallback(L.Callback):
         with isolate_rng():
             self._measurement.find_data(trainer, task)
             self._sampling = None
-            if "calibration" in self.method.needs or self.batch_norm == "recalibrate":
+            if self._needs_samples:
                 given = self.calibration_data.get(task)
                 self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
         self._measurement.warn_of_missing(self.report.tasks)
@@ -360,7 +364,12 @@ class ContinualMergeCallback(L.Callback):
         if pair is not None:
             with undisturbed(module):
                 vector = ParameterVector(module, self.division.patterns(module))
-                Calibration(pair, ModuleLoss(module)).objective(vector).loss_and_grad(vector.read())
+                calibration = self._measured_on(pair, module)
+                calibration.store_logits(self._state.started["task"])
+                calibration.objective(vector).loss_and_grad(vector.read())
+
+    def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> Calibration:
+        return Calibration(buffer, calibration_loss(module, self.calibration.loss), self.calibration.batch_size)
 
 
 @torch.no_grad()

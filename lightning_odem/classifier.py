@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_odem.backbone import Normalize, build_backbone
+from lightning_odem.prediction import missing_labels, split_targets
 from lightning_odem.probe import extract_features, fit_linear_probe
 from lightning_odem.tangent import Linearized
 from lightning_odem.weights import load_weights
@@ -181,14 +182,20 @@ class TaskClassifier(LightningModule):
         """Log the accuracy of the current task as ``test/acc``."""
         self._log_accuracy("test/acc", batch)
 
-    def calibration_step(self, batch: tuple[Tensor, Tensor], task: str) -> Tensor:
-        """Mean cross-entropy of a task's calibration samples."""
-        images, targets = batch
+    def calibration_step(self, batch: Any, task: str) -> Tensor:
+        """Mean cross-entropy of a task's calibration samples.
+
+        Raises:
+            ValueError: If the samples have no labels.
+        """
+        images, targets = split_targets(batch)
+        if targets is None:
+            raise missing_labels(task)
         return cross_entropy(self(images, task), targets)
 
-    def prediction_step(self, batch: tuple[Tensor, Tensor], task: str) -> tuple[Tensor, Tensor]:
-        """Logits [B, classes] and targets [B] of a task."""
-        images, targets = batch
+    def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, classes] and targets [B] of a task; None for the targets of images without labels."""
+        images, targets = split_targets(batch)
         return self(images, task), targets
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

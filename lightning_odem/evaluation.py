@@ -1,6 +1,6 @@
 """The accuracy of a module on a task's data, outside Lightning's own loops."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_odem.calibration.loss import move_to_device
+from lightning_odem.prediction import predict_with_targets
 
 
 def evaluation_data(trainer: L.Trainer) -> Iterable | None:
@@ -42,7 +43,7 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     total = 0
     for batch in _limited(data, module.trainer.limit_test_batches):
         with torch.no_grad():
-            scores, targets = predict(module, move_to_device(module, batch), task)
+            scores, targets = predict_with_targets(module, move_to_device(module, batch), task)
         if scores.dim() not in (1, 2) or len(scores) != len(targets) or targets.dim() != 1:
             raise ValueError(
                 f"Predictions of {type(module).__name__} on task {task!r} must be scores [B, C] or class ids [B] with "
@@ -55,24 +56,6 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     if not total:
         raise ValueError(f"Task {task!r} has no sample to measure an accuracy on.")
     return int(torch.stack(correct).sum()) / total
-
-
-def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of a batch that is on the module's device, under the Trainer's precision.
-
-    Raises:
-        ValueError: If the batch is no pair and the module has no ``prediction_step``.
-    """
-    with module.trainer.precision_plugin.forward_context():
-        step: Callable[..., tuple[Tensor, Tensor]] | None = getattr(module, "prediction_step", None)
-        if step is not None:
-            return step(batch, task)
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(
-                f"Accuracy on task {task!r} needs batches (inputs, targets), got {type(batch).__name__}. Give "
-                f"{type(module).__name__} a method prediction_step(batch, task) -> (predictions, targets)."
-            )
-        return module(batch[0]), batch[1]
 
 
 def _chained(loaders: Any) -> Iterable | None:

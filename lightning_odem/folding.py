@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
-from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.division import Division
 from lightning_odem.flow import operating_time
@@ -65,7 +65,7 @@ class Folding:
         self._division = Division(exclude)
         self._batch_norm = batch_norm
         self._calibration = calibration
-        self._buffer = CalibrationBuffer(calibration_size, calibration.quota, calibration.seed)
+        self._buffer = calibration.buffer(calibration_size)
         self._division.check(module)
 
     def fold(
@@ -84,7 +84,8 @@ class Folding:
                 stay.
             task: Name of its task.
             weight: Utility weight.
-            samples: Labelled samples of the task for the calibration buffer, first dimension their number, on the CPU.
+            samples: Samples of the task for the calibration buffer, first dimension their number, on the CPU; with
+                labels if the calibration loss reads them.
             trace: What the incoming model's training left behind.
             on_step: Told (steps done, steps in all).
 
@@ -117,12 +118,14 @@ class Folding:
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
         """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it will get.
 
-        Class-balanced where the dataset has integer ``targets``; the same samples for every method.
+        Class-balanced where the dataset has integer ``targets`` and the calibration loss reads labels; the same samples
+        for every method.
         """
         room = max(self._buffer.room_for_next(weight), 1)
-        return draw_by_index(dataset, room, self._buffer.generator())
+        return draw_by_index(dataset, room, self._buffer.generator(), balanced=self._buffer.balanced)
 
     def _measured_on(self, buffer: CalibrationBuffer) -> Calibration | None:
         if not len(buffer):
             return None
-        return Calibration(buffer, ModuleLoss(self.module), self._calibration.batch_size)  # type: ignore[arg-type]
+        loss = calibration_loss(self.module, self._calibration.loss)  # type: ignore[arg-type]
+        return Calibration(buffer, loss, self._calibration.batch_size)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_odem.batch_norm import BatchNormStatistics
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.objective import BatchLoss
+from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
 from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
@@ -28,7 +29,8 @@ class Calibration:
 
     Args:
         buffer: Samples of every task seen, the incoming one included.
-        batch_loss: Mean loss of a micro-batch at the module's current parameters.
+        batch_loss: Mean loss of a micro-batch at the module's current parameters. A
+            :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
         batch_size: Samples per micro-batch.
     """
 
@@ -39,6 +41,24 @@ class Calibration:
     def objective(self, vector: ParameterVector) -> CalibrationObjective:
         """The calibration loss as a function of the vector."""
         return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size)
+
+    @torch.no_grad()
+    def store_logits(self, task: str) -> None:
+        """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
+
+        The module holds that model and is in eval mode. The buffer is changed at the end, in one step.
+
+        Raises:
+            TypeError: If the module gives no class scores.
+            NonFiniteLossError: If a logit is NaN or infinite, but for classes masked by minus infinity.
+        """
+        if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
+            return
+        pieces = self.buffer.micro_batches_of(task, self.batch_size)
+        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in pieces])
+        if not logits.float().logsumexp(1).isfinite().all():
+            raise NonFiniteLossError("a logit of the incoming model is not finite", 0, 0.0)
+        self.buffer.store_logits(task, logits)
 
 
 @contextmanager
@@ -67,10 +87,11 @@ def merging(
             frozen parameters those are merged too in which it differs from the merged model.
         method: The merge method.
         task: Name of the incoming task.
-        t: Operating time in [0, 1].
+        t: Operating time in [0, 1]; the record has the method's own where it chose another.
         merged: Parameters and buffers of the merged model by name; None for the first task.
         base: Those of the base model, needed by methods that declare ``"base"``.
-        calibration: Samples and loss, needed by methods that declare ``"calibration"``.
+        calibration: Samples and loss, needed by methods that declare ``"calibration"``. Where the loss is measured
+            against logits, the incoming model's are put into the buffer, which is therefore a copy of the stream's.
         exclude: Patterns of parameters left alone.
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the incoming model's training left behind, as far as the method needs it.
@@ -92,6 +113,7 @@ def merging(
         parameter.requires_grad_(True)
     vector = ParameterVector(module, exclude)
     statistics = BatchNormStatistics(module, exclude, batch_norm)
+    incoming_statistics = statistics.read()
     objective = calibration.objective(vector) if calibration else None
     incoming = vector.read()
     task_data = None
@@ -102,6 +124,8 @@ def merging(
     method_state = deepcopy(method.state_dict())
     try:
         with undisturbed(module):
+            if calibration is not None:
+                calibration.store_logits(task)
             if merged is not None:
                 statistics.interpolate(merged, t)
             context = MergeContext(
@@ -120,6 +144,10 @@ def merging(
                 result = method.start(incoming, context)
             else:
                 result = method.merge(vector.gather(merged), incoming, t, context)
+                if result.t is not None:
+                    t = result.t
+                    statistics.write_(incoming_statistics)
+                    statistics.interpolate(merged, t)
             vector.write_(result.theta)
             if calibration and merged is not None and batch_norm == "recalibrate":
                 statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration.loss import move_to_device
-from lightning_odem.evaluation import predict
 from lightning_odem.parameters import ParameterVector
+from lightning_odem.prediction import predict, predict_with_targets
 
 
 class TaskData:
@@ -40,13 +40,13 @@ class TaskData:
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Predictions (class scores [B, C] of most modules) and targets at the module's present weights."""
-        return predict(self.module, batch, self.task)
+        return predict_with_targets(self.module, batch, self.task)
 
     def features(self, batch: Any) -> Tensor:
         """What the module's ``features(inputs)`` gives, or its predictions where it has no such method."""
         features = getattr(self.module, "features", None)
         if features is None or not isinstance(batch, (tuple, list)):
-            return self.predictions(batch)[0]
+            return predict(self.module, batch, self.task)[0]
         with self.module.trainer.precision_plugin.forward_context():
             return features(batch[0])
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.classifier import TaskClassifier
 from lightning_odem.pretraining import pretrain
 from lightning_odem.tangent import Linearized
@@ -362,6 +363,45 @@ def test_prediction_step_returns_the_logits_of_the_named_task_and_the_targets():
     logits, targets = model.prediction_step(data.data[:8], "a")
     torch.testing.assert_close(logits, model.heads["a"](model.features(data.data[:8][0])))
     assert torch.equal(targets, data.data[:8][1])
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_images_alone_are_predicted_as_with_labels(count):
+    model, data = TaskClassifier(Backbone()), Stripes("a")
+    fit(model, data)
+    model.eval()
+    images, labels = data.data[:count]
+    expected, _ = model.prediction_step((images, labels), "a")
+    for batch in (images, [images]):
+        logits, targets = model.prediction_step(batch, "a")
+        assert torch.equal(logits, expected)
+        assert targets is None
+
+
+@pytest.mark.parametrize("loss", ["logits", "entropy"])
+def test_merging_by_predictions_needs_images_only(loss, small_stream):
+    merged = []
+    for samples_of in (lambda data: data.data, images_of, lambda data: TensorDataset(images_of(data))):
+        torch.manual_seed(0)
+        model = TaskClassifier(Backbone())
+        merge = ContinualMergeCallback(calibration_size=12, calibration=CalibrationOptions(loss=loss))
+        for seed, name in enumerate("ab"):
+            data = Stripes(name, seed=seed)
+            merge.calibration_data[name] = samples_of(data)
+            fit(model, data, callbacks=[merge])
+        assert merge.report.merges[1].gradient_evaluations > 0
+        merged.append(copy_of(model))
+    assert same(merged[0], merged[1])
+    assert same(merged[0], merged[2])
+
+
+def test_the_loss_on_labels_refuses_images_alone_before_training(small_stream):
+    model, data, merge = TaskClassifier(Backbone(), lr=0.1), Stripes("a"), ContinualMergeCallback(calibration_size=12)
+    before = copy_of(model.backbone)
+    merge.calibration_data["a"] = images_of(data)
+    with pytest.raises(ValueError, match=r"task 'a' have no labels.*`loss: logits`"):
+        fit(model, data, callbacks=[merge])
+    assert same(copy_of(model.backbone), before)
 
 
 def test_biases_and_normalisation_parameters_do_not_decay():

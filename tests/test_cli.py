@@ -171,6 +171,19 @@ def test_the_method_and_its_options_come_from_yaml(tmp_path):
     assert merge.report.weights == [2.0, 1.0]
 
 
+def test_the_calibration_loss_and_its_shares_come_from_yaml(tmp_path):
+    callback = {"class_path": "ContinualMergeCallback", "init_args": {"calibration": {"loss": "logits"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    shares = ["--trainer.callbacks.calibration.shares=utility", "--trainer.fast_dev_run=true"]
+    cli = main(["fit_tasks", "--config=config.yaml", *SMALL, *DIGITS, *QUIET, *shares])
+    merge = merge_callback(cli)
+    assert (merge.calibration.loss, merge.calibration.shares) == ("logits", "utility")
+    held = merge.state_dict()["buffer"]["tasks"]
+    assert {task: samples["logits"].shape for task, samples in held.items()} == {
+        task: (len(samples["samples"][1]), 10) for task, samples in held.items()
+    }
+
+
 def test_a_misspelt_option_is_refused_by_name(capsys):
     callback = ["--trainer.callbacks=ContinualMergeCallback", "--trainer.callbacks.metod=x"]
     with pytest.raises(SystemExit):

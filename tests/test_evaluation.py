@@ -77,6 +77,15 @@ def test_accuracy_is_the_fraction_counted_by_hand(kind, shift):
     assert measure(loader(), module) == by_hand(module, loader(), shift)
 
 
+def test_data_without_targets_have_no_accuracy():
+    class Unlabelled(Classifier):
+        def prediction_step(self, batch, task):
+            return self(batch[0]), None
+
+    with pytest.raises(ValueError, match=r"batch of task 'digits' has no targets.*\(inputs, targets\)"):
+        measure(loader(), Unlabelled())
+
+
 def test_accuracy_can_be_measured_again():
     module = Classifier()
     values = in_fit(lambda trainer, module: [accuracy(module, loader(), "digits") for _ in range(2)], module)

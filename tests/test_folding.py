@@ -2,9 +2,10 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 from toy import Classifier, Incoming, Task, close, fit, same
 
-from lightning_odem import ContinualMergeCallback
+from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.attach import attached
 from lightning_odem.folding import Folding
 from lightning_odem.methods import METHODS, AverageMerge, resolve_method
@@ -48,6 +49,47 @@ def test_folding_makes_of_the_models_what_the_callback_made(fitted, method):
     assert close(folding.merged, merge._state.merged, rtol=1e-5, atol=1e-6)
     assert record.t == merge.report.merges[-1].t
     assert record.gradient_evaluations == merge.report.merges[-1].gradient_evaluations
+
+
+def fold_three(options, scramble=False):
+    """Three models folded with eight samples, whose labels may be anything."""
+    module, generator = Classifier(), torch.Generator().manual_seed(0)
+    with attached(module):
+        folding = Folding(module, "ode", calibration_size=8, calibration=options)
+        for number in range(3):
+            model = take_snapshot(Classifier())
+            model = {name: value + torch.randn(value.shape, generator=generator) for name, value in model.items()}
+            inputs, labels = Task(number).train_set.tensors
+            labels = labels.flip(0) * 0 + number if scramble else labels
+            samples = folding.draw(TensorDataset(inputs, labels), weight=number + 1.0)
+            record = folding.fold(model, str(number), number + 1.0, samples)
+    return folding, record
+
+
+@pytest.mark.parametrize("loss", ["logits", "entropy"])
+def test_labels_change_nothing_where_the_loss_does_not_read_them(loss):
+    options = CalibrationOptions(loss=loss)
+    (first, record), (second, _) = fold_three(options), fold_three(options, scramble=True)
+    assert same(first.merged, second.merged)
+    assert record.loss_after > 0.0
+    assert not same(first.merged, fold_three(CalibrationOptions())[0].merged)
+
+
+def test_every_task_keeps_the_logits_of_its_own_model():
+    folding, _ = fold_three(CalibrationOptions(loss="logits"))
+    assert folding._buffer.counts == {"0": 3, "1": 3, "2": 2}
+    assert folding._buffer.without_logits() == []
+
+
+def test_shares_by_utility_change_the_path_but_not_the_places():
+    results = []
+    for shares in ("quota", "equal", "utility"):
+        folding, record = fold_three(CalibrationOptions(loss="logits", shares=shares))
+        results.append((folding.merged, record.calibration, record.loss_after))
+    (quota, places, loss), (equal, _, _), (utility, others, other_loss) = results
+    assert same(quota, equal)
+    assert places == others
+    assert loss != other_loss
 
 
 def test_an_incoming_model_is_not_kept():

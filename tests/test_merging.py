@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from toy import Classifier
 
+from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.prediction_loss import EntropyLoss, LogitsLoss
 from lightning_odem.flow import NonFiniteLossError, integrate
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import AverageMerge, MergeMethod, MergeResult, ODEMerge
@@ -375,3 +378,97 @@ def test_a_gradient_takes_two_vectors_besides_the_models():
 def test_nothing_left_to_merge_is_an_error():
     with pytest.raises(ValueError, match="No trainable parameter"):
         merge(make_net(1), AverageMerge(), exclude=("*",))
+
+
+def make_classifier(seed):
+    """A user's module in training mode, with what eval mode changes."""
+    torch.manual_seed(seed)
+    module = Classifier(dropout=0.5, batch_norm=True).train()
+    for tensor in (*module.parameters(), module.body[1].running_mean):
+        tensor.data.normal_()
+    return module
+
+
+def make_samples(*tasks):
+    buffer, generator = CalibrationBuffer(16, balanced=False), torch.Generator().manual_seed(5)
+    for task in tasks:
+        buffer.add(task, (torch.randn(7, 4, generator=generator), torch.zeros(7, dtype=torch.long)))
+    return buffer
+
+
+def held_logits(buffer, task):
+    """Inputs and logits of a task's samples."""
+    batches = list(buffer.micro_batches_of(task, 100))
+    return batches[0].samples[0], batches[0].logits
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("batch_norm", ["average", "recalibrate"])
+def test_the_incoming_models_logits_are_those_of_a_direct_pass_before_anything_moves(first, batch_norm):
+    module, buffer = make_classifier(1), make_samples("new")
+    with attached(module), torch.no_grad():
+        expected = module.eval()(held_logits(buffer, "new")[0])
+        module.train()
+        calibration = Calibration(buffer, LogitsLoss(module), batch_size=3)
+        merged = None if first else take_snapshot(make_classifier(0))
+        t = 1.0 if first else 0.5
+        merge(module, ODEMerge(), t=t, merged=merged, calibration=calibration, batch_norm=batch_norm)
+        assert module.training
+    logits = held_logits(buffer, "new")[1]
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    assert not logits.requires_grad
+
+
+def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
+    old, module, buffer = make_classifier(0), make_classifier(1), make_samples("old", "new")
+    with attached(old), torch.no_grad():
+        buffer.store_logits("old", old(held_logits(buffer, "old")[0]))
+    with attached(module):
+        calibration = Calibration(buffer, LogitsLoss(module))
+        record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
+        assert record.gradient_evaluations == 10
+        (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
+        p, q = (z.double().softmax(1) for z in (own, kept))
+        with torch.no_grad():
+            divergences = [
+                (a * (a / module(x).double().softmax(1)).log()).sum(1).mean() for x, a in ((inputs, p), (others, q))
+            ]
+    assert record.loss_after == pytest.approx(sum(divergences).item() / 2, rel=1e-5)
+
+
+def test_other_losses_store_no_logits():
+    module, buffer = make_classifier(1), make_samples("new")
+    with attached(module):
+        merge(module, ODEMerge(), t=1.0, calibration=Calibration(buffer, EntropyLoss(module)))
+    assert held_logits(buffer, "new")[1] is None
+
+
+def test_a_task_without_samples_has_no_logits_to_store():
+    module, buffer = make_classifier(1), make_samples("other")
+    with attached(module):
+        merge(module, ODEMerge(), t=1.0, calibration=Calibration(buffer, LogitsLoss(module)))
+    assert buffer.without_logits() == ["other"]
+
+
+@pytest.mark.parametrize(("failure", "error"), [("scores", TypeError), ("nan", NonFiniteLossError), ("late", OSError)])
+def test_logits_that_cannot_be_had_leave_module_and_samples_as_they_were(failure, error):
+    module, buffer = make_classifier(1), make_samples("new")
+    passes = []
+
+    def prediction_step(batch, task):
+        passes.append(len(batch[0]))
+        if failure == "late" and len(passes) == 2:
+            raise OSError("the second micro-batch")
+        scores = module(batch[0])
+        return (scores.argmax(1) if failure == "scores" else scores * float("nan")), batch[1]
+
+    module.prediction_step = prediction_step
+    before, flags = bits(module), training_flags(module)
+    with attached(module):
+        module.train()
+        calibration = Calibration(buffer, LogitsLoss(module), batch_size=4)
+        with pytest.raises(error, match="floating point|Merging task 'new': a logit .* not finite|second micro-batch"):
+            merge(module, ODEMerge(), merged=take_snapshot(make_classifier(0)), calibration=calibration)
+    assert same(bits(module), before)
+    assert training_flags(module) == flags
+    assert buffer.without_logits() == ["new"]

@@ -30,6 +30,18 @@ def test_rules_of_ones_own_merge(text, small_stream):
         METHODS.pop("overshoot", None)
 
 
+def test_samples_without_labels_do(small_stream):
+    shown = {"images": Task(0).train_set.tensors[0]}
+    exec(block_with("images"), shown)
+    merge, module = shown["merge"], Classifier()
+    for number, name in enumerate(["digits", "letters"]):
+        fit(module, Task(number, name), merge)
+    assert merge.report.merges[1].gradient_evaluations == 10
+    held = merge.state_dict()["buffer"]["tasks"]
+    assert held["digits"]["samples"].shape == (24, 4)
+    assert [samples["logits"].shape for samples in held.values()] == [(24, 3), (24, 3)]
+
+
 def test_the_flow_runs_by_itself():
     shown = {}
     exec(block_with("integrate("), shown)

@@ -1,52 +1,19 @@
-"""The rolling calibration buffer: a bounded number of labelled samples of every task seen."""
+"""The rolling calibration buffer: a bounded number of samples of every task seen."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.quota import allocate, balanced_order
+from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 
 QUOTAS = ("equal", "utility")
-
-
-@dataclass(frozen=True)
-class TaskSamples:
-    """The samples of one task, in the order in which they would be kept.
-
-    Args:
-        samples: Nested containers of CPU tensors, first dimension n.
-        weight: Utility weight of the task.
-        transferred: Whether the samples were taken after the module's batch-transfer hooks, which must then not be
-            applied to them again.
-    """
-
-    samples: Any
-    weight: float = 1.0
-    transferred: bool = False
-
-    def __len__(self) -> int:
-        return batches.count(self.samples)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A piece of the calibration set that fits on the device; all its samples are of one task.
-
-    Args:
-        samples: As they come out of the task's collate function, on the CPU.
-        task: Name of the task.
-        share: Weight of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
-        transferred: As in :class:`TaskSamples`.
-    """
-
-    samples: Any
-    task: str
-    share: float
-    transferred: bool
+SHARES = ("quota", "equal", "utility")
 
 
 class CalibrationBuffer:
@@ -59,12 +26,15 @@ class CalibrationBuffer:
 
     Args:
         capacity: Samples kept in all, N. 1024 is the paper's; its Table 3 is flat from 512 on.
-        quota: ``"equal"`` gives every task the same share of the places and of the calibration loss, as in the paper;
-            ``"utility"`` shares both in proportion to the utility weights.
+        quota: ``"equal"`` gives every task the same share of the places, as in the paper; ``"utility"`` shares them in
+            proportion to the utility weights.
         seed: Seed of the choice among a task's samples; task and seed alone decide it.
+        shares: Each task's share of the calibration loss: like that of the places (``"quota"``), ``"equal"`` or in
+            proportion to the utility weights (``"utility"``).
+        balanced: Whether the choice among a task's samples reads their labels; otherwise it is plainly random.
 
     Raises:
-        ValueError: For a capacity below 1 or an unknown quota.
+        ValueError: For a capacity below 1, an unknown quota or unknown shares.
 
     Example:
         >>> import torch
@@ -77,14 +47,25 @@ class CalibrationBuffer:
         [('digits', 0.3333333333333333), ('digits', 0.16666666666666666), ('letters', 0.5)]
     """
 
-    def __init__(self, capacity: int = 1024, quota: str = "equal", seed: int = 0) -> None:
+    def __init__(
+        self,
+        capacity: int = 1024,
+        quota: str = "equal",
+        seed: int = 0,
+        shares: str = "quota",
+        balanced: bool = True,
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"The calibration buffer needs room for at least one sample, got capacity={capacity}.")
         if quota not in QUOTAS:
             raise ValueError(f"Unknown quota {quota!r}; the quotas are {', '.join(QUOTAS)}.")
+        if shares not in SHARES:
+            raise ValueError(f"Unknown shares {shares!r}; there are {', '.join(SHARES)}.")
         self.capacity = capacity
         self.quota = quota
         self.seed = seed
+        self.balanced = balanced
+        self._shared_by = shares
         self._tasks: dict[str, TaskSamples] = {}
 
     def __len__(self) -> int:
@@ -137,36 +118,57 @@ class CalibrationBuffer:
         self.room_for_next(weight)
         tasks = {**self._tasks, task: TaskSamples(samples, weight, transferred)}
         places = self._allocate([held.weight for held in tasks.values()], [len(held) for held in tasks.values()])
-        order = balanced_order(batches.labels(samples), size, self.generator())
+        order = balanced_order(batches.labels(samples) if self.balanced else None, size, self.generator())
         kept: dict[str, TaskSamples] = {}
         for (name, held), room in zip(tasks.items(), places, strict=True):
             index = order[:room] if name == task else slice(room)
             unchanged = name != task and room == len(held)
-            kept[name] = held if unchanged else replace(held, samples=batches.select(held.samples, index))
+            kept[name] = held if unchanged else held.select(index)
         self._tasks = kept
 
+    def store_logits(self, task: str, logits: Tensor) -> None:
+        """Keep logits [n, C] with the n samples of a task, in the order of :meth:`micro_batches_of`.
+
+        Raises:
+            ValueError: If their number is not that of the samples.
+        """
+        held = self._tasks[task]
+        if len(logits) != len(held):
+            raise ValueError(f"Task {task!r} holds {len(held)} samples, got logits of {len(logits)}.")
+        self._tasks[task] = replace(held, logits=logits.detach().cpu())
+
+    def without_logits(self) -> list[str]:
+        """Tasks that hold samples without logits."""
+        return [task for task, held in self._tasks.items() if len(held) and held.logits is None]
+
     def shares(self) -> dict[str, float]:
-        """Each task's share of the calibration loss; they sum to 1 over the tasks that hold samples."""
+        """Each task's share of the calibration loss, of those that hold samples and have one; they sum to 1."""
         weights = {task: held.weight for task, held in self._tasks.items() if len(held)}
-        raw = self._shares(list(weights.values()))
-        return {task: share / sum(raw) for task, share in zip(weights, raw, strict=True)}
+        rule = self.quota if self._shared_by == "quota" else self._shared_by
+        raw = _proportions(rule, list(weights.values()))
+        return {task: share / sum(raw) for task, share in zip(weights, raw, strict=True) if share}
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """One pass over the buffer, task by task, always in the same order."""
         for task, share in self.shares().items():
-            held = self._tasks[task]
-            count = len(held)
-            for start in range(0, count, size):
-                piece = batches.view(held.samples, slice(start, start + size))
-                part = (min(start + size, count) - start) / count
-                yield MicroBatch(piece, task, share * part, held.transferred)
+            yield from self.micro_batches_of(task, size, share)
+
+    def micro_batches_of(self, task: str, size: int, share: float = 1.0) -> Iterator[MicroBatch]:
+        """The samples of one task, always in the same order; the shares of its micro-batches sum to ``share``."""
+        held = self._tasks[task]
+        count = len(held)
+        for start in range(0, count, size):
+            part = (min(start + size, count) - start) / count
+            yield held.view(slice(start, start + size)).as_batch(task, share * part)
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[list[MicroBatch]]:
         r"""One epoch of random minibatches: every sample once, those of one task together within a minibatch.
 
+        Left out are the samples of tasks that have no share of the loss.
+
         Each minibatch is an unbiased estimate of the calibration loss: a sample of task j counts
         :math:`\frac{s_j}{n_j} \frac{N}{B}` in a minibatch of B samples, with :math:`s_j` the task's share,
-        :math:`n_j` its samples and N those of the buffer. So the shares sum to 1 in the mean over an epoch, not in each
+        :math:`n_j` its samples and N all of them. So the shares sum to 1 in the mean over an epoch, not in each
         minibatch.
 
         Args:
@@ -181,21 +183,22 @@ class CalibrationBuffer:
             >>> [(batch.task, len(batch.samples[1]), batch.share) for batch in whole]
             [('digits', 3, 0.5), ('letters', 1, 0.5)]
         """
-        for chunk in torch.randperm(len(self), generator=generator).split(size):
+        shares = self.shares()
+        total = sum(len(self._tasks[task]) for task in shares)
+        for chunk in torch.randperm(total, generator=generator).split(size):
             minibatch, first = [], 0
-            for task, share in self.shares().items():
+            for task, share in shares.items():
                 held = self._tasks[task]
                 index = chunk[(first <= chunk) & (chunk < first + len(held))] - first
                 first += len(held)
                 if len(index):
-                    part = len(index) / len(held) * len(self) / len(chunk)
-                    samples = batches.select(held.samples, index)
-                    minibatch.append(MicroBatch(samples, task, share * part, held.transferred))
+                    part = len(index) / len(held) * total / len(chunk)
+                    minibatch.append(held.select(index).as_batch(task, share * part))
             yield minibatch
 
     def copy(self) -> "CalibrationBuffer":
         """A buffer that can be added to without touching this one; the samples are shared, they are never modified."""
-        other = CalibrationBuffer(self.capacity, self.quota, self.seed)
+        other = CalibrationBuffer(self.capacity, self.quota, self.seed, self._shared_by, self.balanced)
         other._tasks = dict(self._tasks)
         return other
 
@@ -209,13 +212,17 @@ class CalibrationBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the content, and the settings it was chosen under, by those of a :meth:`state_dict`."""
+        """Replace the content, and the settings it was chosen under, by those of a :meth:`state_dict`.
+
+        What belongs to the loss stays: ``shares`` and ``balanced``.
+        """
         self.capacity, self.quota, self.seed = state["capacity"], state["quota"], state["seed"]
         self._tasks = {name: TaskSamples(**held) for name, held in state["tasks"].items()}
 
-    def _shares(self, weights: list[float]) -> list[float]:
-        # A stream of weightless tasks so far still needs samples to measure a loss on.
-        return weights if self.quota == "utility" and any(weights) else [1.0] * len(weights)
-
     def _allocate(self, weights: list[float], available: list[int]) -> list[int]:
-        return allocate(self.capacity, self._shares(weights), available)
+        return allocate(self.capacity, _proportions(self.quota, weights), available)
+
+
+def _proportions(rule: str, weights: list[float]) -> list[float]:
+    # A stream of weightless tasks so far still needs samples to measure a loss on.
+    return weights if rule == "utility" and any(weights) else [1.0] * len(weights)

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_odem.calibration.buffer import MicroBatch
+from lightning_odem.calibration.samples import MicroBatch
 
 
 class ModuleLoss:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration.batches import count
-from lightning_odem.calibration.buffer import CalibrationBuffer, MicroBatch
+from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.parameters import ParameterVector
 
 BatchLoss = Callable[[MicroBatch], Tensor]

@@ -31,7 +31,7 @@ class Sampling:
         room = max(buffer.room_for_next(weight), 1)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             room = min(room, _DEV_SAMPLES)  # goes through every line, measures nothing
-        self._offer = draw(trainer, given, room, buffer.generator())
+        self._offer = draw(trainer, given, room, buffer.generator(), buffer.balanced)
         self._reservoir = None
         if self._offer is None:
             if trainer.world_size > 1:
@@ -50,7 +50,9 @@ class Sampling:
 
     def pair(self) -> CalibrationBuffer | None:
         """Two samples by themselves, to try a loss on; None before any were seen."""
-        return None if self._offer is None else self._added_to(CalibrationBuffer(capacity=2), self._offer)
+        if self._offer is None:
+            return None
+        return self._added_to(CalibrationBuffer(capacity=2, balanced=self._buffer.balanced), self._offer)
 
     def buffer(self) -> CalibrationBuffer:
         """The buffer with this task's samples in it; the one given stays as it is.

@@ -72,12 +72,12 @@ class Reservoir:
         return self._kept
 
 
-def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator) -> Offer | None:
+def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True) -> Offer | None:
     """Draw up to ``count`` samples of the task a Trainer is fitting, without touching the global random state.
 
     In this order: what the user gave; the datamodule's ``calibration_dataset()`` or ``calibration_dataloader()``; the
-    training dataset, by index. A dataset is sampled, class-balanced where it has integer ``targets``; batches of a
-    loader are taken as they come until there are enough.
+    training dataset, by index. A dataset is sampled, class-balanced where it has integer ``targets`` unless told
+    otherwise; batches of a loader are taken as they come until there are enough.
 
     Returns:
         The offer, or None where the training data is iterable only and has to be sampled while it is used.
@@ -93,17 +93,22 @@ def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator)
         if source is None:
             return None
         is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        samples = draw_by_index(source, count, generator, collate) if is_dataset else _take(source, count)
+        samples = draw_by_index(source, count, generator, collate, balanced) if is_dataset else _take(source, count)
     if samples is None:
         raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
     return Offer(samples, origin)
 
 
-def draw_by_index(dataset: Any, count: int, generator: torch.Generator, collate: Any = default_collate) -> Any:
-    """Up to ``count`` samples of a map-style dataset, class-balanced where it has integer ``targets``; None of none."""
+def draw_by_index(
+    dataset: Any, count: int, generator: torch.Generator, collate: Any = default_collate, balanced: bool = True
+) -> Any:
+    """Up to ``count`` samples of a map-style dataset, None of none; balanced by its integer ``targets`` if it has any.
+
+    With ``balanced=False`` the choice is plainly random, and no label is read for it.
+    """
     if len(dataset) == 0:
         return None
-    index = balanced_order(targets_of(dataset), len(dataset), generator)[:count]
+    index = balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)[:count]
     return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
 
 

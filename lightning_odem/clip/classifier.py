@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 from lightning_odem.clip.prompts import DEFAULT_PROMPTS, PROMPTS
 from lightning_odem.clip.text import TextEncoder
 from lightning_odem.clip.weights import read_clip, read_clip_vision
+from lightning_odem.prediction import missing_labels, split_targets
 
 
 class ClipClassifier(LightningModule):
@@ -186,14 +187,20 @@ class ClipClassifier(LightningModule):
         """Log the accuracy of the current task as ``test/acc``."""
         self._log_accuracy("test/acc", batch)
 
-    def calibration_step(self, batch: tuple[Tensor, Tensor], task: str) -> Tensor:
-        """Mean cross-entropy of a task's calibration samples."""
-        images, targets = batch
+    def calibration_step(self, batch: Any, task: str) -> Tensor:
+        """Mean cross-entropy of a task's calibration samples.
+
+        Raises:
+            ValueError: If the samples have no labels.
+        """
+        images, targets = split_targets(batch)
+        if targets is None:
+            raise missing_labels(task)
         return cross_entropy(self(images, task), targets)
 
-    def prediction_step(self, batch: tuple[Tensor, Tensor], task: str) -> tuple[Tensor, Tensor]:
-        """Logits [B, classes] and targets [B] of a task."""
-        images, targets = batch
+    def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, classes] and targets [B] of a task; None for the targets of images without labels."""
+        images, targets = split_targets(batch)
         return self(images, task), targets
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

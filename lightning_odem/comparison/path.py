@@ -8,12 +8,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_odem.batch_norm import BatchNormStatistics
+from lightning_odem.comparison.finetuning import FineTuned
 from lightning_odem.division import Division
 from lightning_odem.flow import Trajectory
+from lightning_odem.measurement import load_task_parameters
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, ODEMerge
 from lightning_odem.report import MergeRecord
-from lightning_odem.snapshot import Snapshot, load_snapshot
+from lightning_odem.snapshot import Snapshot, load_snapshot, undisturbed
 
 
 class StraightLine(MergeMethod):
@@ -105,6 +107,26 @@ def follow_path(
         batch_norm=batch_norm,
     ) as record:
         return record
+
+
+def store_logits_of(
+    model: FineTuned, module: LightningModule, *, task: str, calibration: Calibration, division: Division
+) -> None:
+    """Keep what the model where a first path starts gives for its task's samples, if the loss compares with it.
+
+    Those of the model where a path ends are kept when it is followed.
+
+    Args:
+        model: The fine-tuned model.
+        module: The module, attached to a Trainer; afterwards it is this model.
+        task: Name of the model's task, whose samples are in the buffer.
+        calibration: Samples and loss.
+        division: Which parameters are merged.
+    """
+    load_snapshot(module, model.weights, division.shared(module))
+    load_task_parameters(module, model.own)
+    with undisturbed(module):
+        calibration.store_logits(task)
 
 
 def check_points(flow: MergeMethod, points: int) -> None:

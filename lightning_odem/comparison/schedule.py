@@ -13,11 +13,10 @@ from torch import nn
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_odem.attach import attached
-from lightning_odem.calibration import CalibrationBuffer
-from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.comparison.cells import Cell, run_cells
 from lightning_odem.comparison.finetuning import loader
-from lightning_odem.comparison.path import check_points, follow_path
+from lightning_odem.comparison.path import check_points, follow_path, store_logits_of
 from lightning_odem.comparison.plan import StreamPlan
 from lightning_odem.comparison.workbench import Workbench
 from lightning_odem.folding import Folding
@@ -153,7 +152,6 @@ def _run_order(
     is_shared = bench.division.shared(module)
     options = replace(bench.settings.calibration, seed=bench.settings.calibration.seed + plan.seed)
     validation, test = Measurement(bench.division), Measurement(bench.division)
-    buffer = CalibrationBuffer(plan.calibration_size, options.quota, options.seed)
     own: dict[str, Snapshot] = {}
     merges = []
     with attached(module, bench.trainer) as trainer:
@@ -165,6 +163,8 @@ def _run_order(
             batch_norm=bench.settings.batch_norm,
             calibration=options,
         )
+        buffer = options.buffer(plan.calibration_size)
+        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.batch_size)
 
         def mean_accuracy(on: Measurement) -> float:
             return fmean(on.every_task(trainer, module, own))
@@ -176,7 +176,9 @@ def _run_order(
             validation.given[name], test.given[name] = loader(task, "val"), loader(task, "test")
             samples = folding.draw(task.calibration_dataset())
             buffer.add(name, samples)
-            if merged is not None:
+            if merged is None:
+                store_logits_of(model, module, task=name, calibration=calibration, division=bench.division)
+            else:
                 candidates = _Candidates(module, is_shared, partial(mean_accuracy, validation))
                 follow_path(
                     module,
@@ -184,7 +186,7 @@ def _run_order(
                     merged,
                     model.weights,
                     task=name,
-                    calibration=Calibration(buffer, ModuleLoss(module), options.batch_size),
+                    calibration=calibration,
                     points=points,
                     visit=candidates.visit,
                     division=bench.division,

@@ -1,19 +1,18 @@
 """Accuracies along the whole path between two fine-tuned models (Table 6 of the paper)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lightning_odem.attach import attached
-from lightning_odem.calibration import CalibrationBuffer
-from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.comparison.cells import Cell, run_cells
 from lightning_odem.comparison.finetuning import loader
-from lightning_odem.comparison.path import StraightLine, check_points, follow_path
+from lightning_odem.comparison.path import StraightLine, check_points, follow_path, store_logits_of
 from lightning_odem.comparison.workbench import Workbench
 from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration
@@ -127,16 +126,19 @@ def _run_pair(
 ) -> list[dict[str, Any]]:
     models = {name: bench.fine_tuned(seed, name) for name in pair}
     options = bench.settings.calibration
-    buffer = CalibrationBuffer(calibration_size, options.quota, options.seed + seed)
+    buffer = replace(options, seed=options.seed + seed).buffer(calibration_size)
     measurement = Measurement(bench.division)
     for name in pair:
         dataset = bench.stream[name].calibration_dataset()
-        buffer.add(name, draw_by_index(dataset, buffer.room_for_next(), buffer.generator()))
+        samples = draw_by_index(dataset, buffer.room_for_next(), buffer.generator(), balanced=buffer.balanced)
+        buffer.add(name, samples)
         measurement.given[name] = loader(bench.stream[name], "test")
     start, end = models.values()
     module, own = bench.module(seed), {name: model.own for name, model in models.items()}
     paths = []
     with attached(module, bench.trainer) as trainer:
+        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.batch_size)
+        store_logits_of(start, module, task=pair[0], calibration=calibration, division=bench.division)
         for label, flow in {method_name(method): method, LINE: StraightLine(1 / (points - 1))}.items():
             rows: list[list[float]] = []
             load_task_parameters(module, end.own)
@@ -146,7 +148,7 @@ def _run_pair(
                 start.weights,
                 end.weights,
                 task=pair[1],
-                calibration=Calibration(buffer, ModuleLoss(module), options.batch_size),
+                calibration=calibration,
                 points=points,
                 visit=lambda t, rows=rows: rows.append(measurement.every_task(trainer, module, own)),  # type: ignore[misc]
                 division=bench.division,

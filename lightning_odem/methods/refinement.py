@@ -1,7 +1,5 @@
 """A short supervised fine-tuning of a merged model on the calibration buffer, close to where it stands."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -55,7 +53,7 @@ def refine(
         drawn = []
         for batch in whole:
             index = torch.randperm(batches.count(batch.samples), generator=generator)[: objective.batch_size]
-            drawn.append(replace(batch, samples=batches.select(batch.samples, index)))
+            drawn.append(batch.select(index))
         _, gradient = objective.loss_and_grad(point, drawn)
         gradient.add_(offset, alpha=2.0 * penalty / size**2)
         point.grad = gradient.div_(max(norm(gradient), 1.0))

@@ -279,3 +279,135 @@ def test_minibatches_tell_which_samples_were_transferred():
         "raw": (False, tuple),
         "moved": (True, dict),
     }
+
+
+def logits_of(buffer, task):
+    """Logits that tell the samples apart as their numbers do."""
+    numbers = torch.cat([batch.samples[0][:, 0] for batch in buffer.micro_batches_of(task, 3)])
+    return torch.stack([numbers, -numbers.float()], dim=1)
+
+
+def with_logits(stream, **settings):
+    buffer = filled(stream, **settings)
+    for task in buffer.counts:
+        buffer.store_logits(task, logits_of(buffer, task))
+    return buffer
+
+
+def pairs(batches):
+    """Number of the sample and its logit, of all micro-batches."""
+    return [
+        (number, logit)
+        for batch in batches
+        for number, logit in zip(batch.samples[0][:, 0].tolist(), batch.logits[:, 0].tolist(), strict=True)
+    ]
+
+
+@given(streams, capacities, quotas, st.integers(1, 30))
+@settings(deadline=None)
+def test_logits_stay_with_their_samples_as_quotas_shrink(stream, capacity, quota, size):
+    buffer = CalibrationBuffer(capacity, quota)
+    for number, (offered, classes, weight) in enumerate(stream):
+        buffer.add(f"task_{number}", offer(offered, classes, number), weight=weight)
+        if buffer.counts[f"task_{number}"]:
+            buffer.store_logits(f"task_{number}", logits_of(buffer, f"task_{number}"))
+        assert buffer.without_logits() == []
+        passes = [list(buffer.micro_batches(size)), sum(buffer.minibatches(size, generator()), [])]
+        for held in map(pairs, passes):
+            assert len(held) == len(buffer)
+            assert all(number == logit for number, logit in held)
+
+
+def test_logits_are_kept_on_a_copy_only():
+    buffer = filled([(5, 2, 1.0)])
+    other = buffer.copy()
+    other.store_logits("task_0", logits_of(other, "task_0"))
+    assert buffer.without_logits() == ["task_0"]
+    assert other.copy().without_logits() == []
+
+
+def test_logits_of_another_number_of_samples_are_refused():
+    buffer = filled([(5, 2, 1.0)])
+    with pytest.raises(ValueError, match="'task_0' holds 5 samples, got logits of 4"):
+        buffer.store_logits("task_0", torch.zeros(4, 2))
+    assert buffer.without_logits() == ["task_0"]
+
+
+def test_logits_survive_a_safe_checkpoint_in_their_own_dtype():
+    buffer = filled([(6, 2, 1.0), (3, 2, 1.0)])
+    logits = torch.randn(6, 2).to(torch.bfloat16).requires_grad_()
+    buffer.store_logits("task_0", logits)
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    restored = CalibrationBuffer()
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert restored.without_logits() == ["task_1"]
+    held = torch.cat([batch.logits for batch in restored.micro_batches_of("task_0", 4)])
+    assert torch.equal(held, logits)
+    assert (held.dtype, held.requires_grad) == (torch.bfloat16, False)
+
+
+def test_a_state_from_before_there_were_logits_is_loaded():
+    buffer = filled([(6, 2, 1.0)])
+    state = buffer.state_dict()
+    for held in state["tasks"].values():
+        del held["logits"]
+    restored = CalibrationBuffer(1)
+    restored.load_state_dict(state)
+    assert content(restored) == content(buffer)
+    assert restored.without_logits() == ["task_0"]
+
+
+@pytest.mark.parametrize(
+    ("quota", "shares", "expected"),
+    [
+        ("equal", "quota", [0.5, 0.5]),
+        ("equal", "equal", [0.5, 0.5]),
+        ("equal", "utility", [0.75, 0.25]),
+        ("utility", "quota", [0.75, 0.25]),
+        ("utility", "equal", [0.5, 0.5]),
+        ("utility", "utility", [0.75, 0.25]),
+    ],
+)
+def test_loss_and_places_can_be_shared_by_different_rules(quota, shares, expected):
+    buffer = CalibrationBuffer(20, quota, shares=shares)
+    for task, weight in {"a": 3.0, "b": 1.0}.items():
+        buffer.add(task, offer(100), weight=weight)
+    assert list(buffer.counts.values()) == ([15, 5] if quota == "utility" else [10, 10])
+    assert list(buffer.shares().values()) == expected
+    assert list(buffer.copy().shares().values()) == expected
+    other = CalibrationBuffer(shares=shares)
+    other.load_state_dict(buffer.state_dict())
+    assert list(other.shares().values()) == expected
+
+
+def test_tasks_without_a_share_are_passed_over():
+    buffer = CalibrationBuffer(12, shares="utility")
+    for number, weight in enumerate([0.0, 2.0, 0.0, 6.0]):
+        buffer.add(f"task_{number}", offer(3, task=number), weight=weight)
+        if number == 0:
+            assert buffer.shares() == {"task_0": 1.0}
+    assert buffer.shares() == {"task_1": 0.25, "task_3": 0.75}
+    assert [(batch.task, batch.share) for batch in buffer.micro_batches(5)] == [("task_1", 0.25), ("task_3", 0.75)]
+    epoch = [batch for batches in buffer.minibatches(4, generator()) for batch in batches]
+    assert sorted({batch.task for batch in epoch}) == ["task_1", "task_3"]
+    for task, number in {"task_1": 1, "task_3": 3}.items():
+        rows = torch.cat([batch.samples[0] for batch in epoch if batch.task == task])
+        assert sorted(rows.tolist()) == [[sample, number] for sample in range(3)]
+
+
+def test_a_choice_that_is_not_balanced_reads_no_label():
+    held = []
+    for labels in (torch.arange(50) % 5, torch.zeros(50, dtype=torch.long), None):
+        inputs = torch.arange(50).view(50, 1)
+        buffer = CalibrationBuffer(10, balanced=False)
+        buffer.add("a", inputs if labels is None else (inputs, labels))
+        samples = next(buffer.micro_batches(10)).samples
+        held.append((samples if labels is None else samples[0]).tolist())
+    assert held[0] == held[1] == held[2]
+
+
+def test_unknown_shares_are_refused():
+    with pytest.raises(ValueError, match="Unknown shares 'fair'; there are quota, equal, utility"):
+        CalibrationBuffer(shares="fair")

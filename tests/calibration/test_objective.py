@@ -26,8 +26,8 @@ def task_data(dtype=FP64):
     }
 
 
-def make_objective(net, quota="equal", batch_size=128, exclude=(), dtype=FP64):
-    buffer = CalibrationBuffer(100, quota)
+def make_objective(net, quota="equal", batch_size=128, exclude=(), dtype=FP64, shares="quota"):
+    buffer = CalibrationBuffer(100, quota, shares=shares)
     for task, samples in task_data(dtype).items():
         buffer.add(task, samples, weight=WEIGHTS[task])
 
@@ -46,12 +46,17 @@ def written_out(net, shares, dtype=FP64):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 @pytest.mark.parametrize(
-    ("quota", "shares"),
-    [("equal", dict.fromkeys(SIZES, 1 / 3)), ("utility", {"a": 1 / 3.5, "b": 2 / 3.5, "c": 0.5 / 3.5})],
+    ("quota", "rule", "shares"),
+    [
+        ("equal", "quota", dict.fromkeys(SIZES, 1 / 3)),
+        ("utility", "quota", {"a": 1 / 3.5, "b": 2 / 3.5, "c": 0.5 / 3.5}),
+        ("equal", "utility", {"a": 1 / 3.5, "b": 2 / 3.5, "c": 0.5 / 3.5}),
+        ("utility", "equal", dict.fromkeys(SIZES, 1 / 3)),
+    ],
 )
-def test_loss_and_gradient_are_those_of_the_weighted_sum_over_tasks(batch_size, quota, shares):
+def test_loss_and_gradient_are_those_of_the_weighted_sum_over_tasks(batch_size, quota, rule, shares):
     net, reference = make_net(), make_net()
-    objective = make_objective(net, quota, batch_size)
+    objective = make_objective(net, quota, batch_size, shares=rule)
     theta = torch.randn(len(objective.vector), dtype=FP64, generator=torch.Generator().manual_seed(3))
     ParameterVector(reference).write_(theta)
     expected_loss, expected = written_out(reference, shares)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
-from lightning_odem.calibration.source import Offer, Reservoir, draw, targets_of
+from lightning_odem.calibration.source import Offer, Reservoir, draw, draw_by_index, targets_of
 
 LABELS = torch.tensor([0] * 30 + [1] * 6 + [2] * 4)
 
@@ -109,6 +109,22 @@ def test_training_loaders_passed_to_fit_are_drawn_from_by_index():
     offer = draw_in_fit(DataLoader(dataset, batch_size=5, shuffle=True), count=6)
     assert offer.samples[1].bincount().tolist() == [2, 2, 2]
     assert dataset.loaded == 6 + 5  # the fit's own batch
+
+
+def test_a_choice_that_is_not_balanced_reads_no_target():
+    class Unlabelled(Images):
+        @property
+        def targets(self):
+            raise AssertionError("read")
+
+    plain = SimpleNamespace(train_dataloader=DataLoader(Unlabelled(targets=False)), datamodule=None)
+    drawn = draw(plain, None, 6, torch.Generator().manual_seed(0), balanced=False).samples[0][:, 0]
+    by_index = draw_by_index(numbered(0, 40), 6, torch.Generator().manual_seed(0), balanced=False)[0].flatten()
+    assert (
+        drawn.tolist()
+        == by_index.tolist()
+        == torch.randperm(40, generator=torch.Generator().manual_seed(0))[:6].tolist()
+    )
 
 
 def test_sources_behind_the_first_are_not_asked():

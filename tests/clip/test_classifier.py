@@ -155,6 +155,15 @@ def test_prediction_and_calibration_steps_use_the_head_of_the_task(classifier, i
         torch.testing.assert_close(loss, cross_entropy(predictions, targets))
 
 
+def test_images_alone_are_predicted_but_have_no_loss_on_labels(classifier, images):
+    for batch in (images[:2], [images[:2]]):
+        logits, targets = classifier.prediction_step(batch, "pets")
+        assert torch.equal(logits, classifier(images[:2], "pets"))
+        assert targets is None
+        with pytest.raises(ValueError, match=r"task 'pets' have no labels.*`loss: logits`"):
+            classifier.calibration_step(batch, "pets")
+
+
 def test_logits_are_the_scaled_cosines_of_features_and_head(classifier, images):
     cosines = cosine_similarity(classifier.features(images)[:, None], classifier.heads["pets"][None], dim=-1)
     torch.testing.assert_close(classifier(images, "pets"), classifier.logit_scale.exp() * cosines)

@@ -9,17 +9,21 @@ import torch
 from images import make_model, make_stream, make_trainer
 from scipy.stats import spearmanr
 
-from lightning_odem import ODEMerge
-from lightning_odem.comparison import Workbench
+from lightning_odem import CalibrationOptions, ContinualMergeCallback, ODEMerge
+from lightning_odem.comparison import Workbench, schedule
 from lightning_odem.comparison.schedule import OperatingPoint, ScheduleStudy
 from lightning_odem.comparison.schedule_report import plot_schedule, render_schedule, save_schedule
 
 OPTIONS = {"orders": 2, "points": 5, "calibration_size": 24, "seed": 3}
 
 
-def study(directory, number=3, **options):
+def trainer_of(loss):
     torch.manual_seed(0)
-    return make_trainer().schedule(make_model(), make_stream(number), dirpath=str(directory), **OPTIONS | options)
+    return make_trainer(ContinualMergeCallback(calibration=CalibrationOptions(loss=loss)))
+
+
+def study(directory, number=3, loss="labels", **options):
+    return trainer_of(loss).schedule(make_model(), make_stream(number), dirpath=str(directory), **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,22 @@ def test_the_stream_goes_on_with_the_model_that_follow_names(tmp_path):
     expected = fmean(by_hand(module, task, "val") for task in bench.stream)
     assert best.merges[1].validation[0] == pytest.approx(expected)
     assert scheduled.merges[1].validation[0] != pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", ["logits", "entropy"])
+def test_candidates_lie_on_the_path_of_the_loss_chosen(loss, studies, directory, monkeypatch):
+    records, original = [], schedule.follow_path
+
+    def recording(*arguments, **options):
+        records.append(original(*arguments, **options))
+
+    monkeypatch.setattr(schedule, "follow_path", recording)
+    found = study(directory, orders=1, loss=loss)[0]
+    assert len(records) == 2
+    pair = tuple(found.tasks[:2])
+    options = {name: OPTIONS[name] for name in ("points", "calibration_size", "seed")}
+    flow, _ = trainer_of(loss).trajectory(make_model(), make_stream(), pairs=[pair], dirpath=str(directory), **options)
+    assert records[0].path["loss"][:: records[0].steps // 4] == pytest.approx(flow.loss, rel=1e-6)
 
 
 def test_a_merge_costs_one_path_and_the_scheduled_merge(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from dataclasses import replace
 from statistics import fmean
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 import yaml
 from images import make_model, make_stream, make_trainer
+from torch.utils.data import default_collate
 
-from lightning_odem import ContinualMergeCallback, ODEMerge, TaskClassifier
+from lightning_odem import CalibrationOptions, ContinualMergeCallback, ODEMerge, TaskClassifier
 from lightning_odem.cli import main
+from lightning_odem.comparison import Workbench, trajectory
 from lightning_odem.comparison.trajectory import LINE, PairPath
 from lightning_odem.comparison.trajectory_report import plot_trajectory, render_trajectory, save_trajectory
 from lightning_odem.methods import AverageMerge
@@ -17,9 +20,10 @@ from lightning_odem.methods import AverageMerge
 OPTIONS = {"points": 6, "calibration_size": 24, "seed": 3}
 
 
-def study(directory, stream=None, **options):
+def study(directory, stream=None, loss="labels", **options):
     torch.manual_seed(0)
-    return make_trainer().trajectory(make_model(), stream or make_stream(), dirpath=str(directory), **OPTIONS | options)
+    trainer = make_trainer(ContinualMergeCallback(calibration=CalibrationOptions(loss=loss)))
+    return trainer.trajectory(make_model(), stream or make_stream(), dirpath=str(directory), **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,66 @@ def test_batch_norm_models_end_exactly_in_the_fine_tuned_models(tmp_path):
     for file in (tmp_path / "fine_tuned").glob("*.json"):
         data = json.loads(file.read_text())
         assert flow.accuracy[data["task"]]["ab".index(data["task"])] == data["fine_tuned"]["test"]
+
+
+def kl_divergence(p, q):
+    return (p * (p / q).log()).sum(1).mean().item()
+
+
+def entropy(p):
+    return -(p * p.log()).sum(1).mean().item()
+
+
+def make_bench(directory, model=None):
+    torch.manual_seed(0)
+    return Workbench(make_trainer(), model or make_model(), make_stream(), directory)
+
+
+def probabilities(bench, model, own, task):
+    """Of the model fine-tuned on a task, with what another keeps for itself, on all training samples of a third."""
+    dataset = bench.stream[task].calibration_dataset()
+    images, _ = default_collate([dataset[index] for index in range(len(dataset))])
+    module = bench.module(3).eval()
+    module.load_state_dict(bench.fine_tuned(3, model).weights | bench.fine_tuned(3, own).own, strict=False)
+    with torch.no_grad():
+        return module(images, task).double().softmax(1)
+
+
+def test_losses_without_labels_are_those_written_out_at_both_ends(paths, directory):
+    bench, options = make_bench(directory), {"pairs": [("a", "b")], "calibration_size": 72}
+    p = {(model, task): probabilities(bench, model, model, task) for model in "ab" for task in "ab"}
+    # A model's own task adds nothing to the divergence.
+    ends = [kl_divergence(p["b", "b"], p["a", "b"]) / 2, kl_divergence(p["a", "a"], p["b", "a"]) / 2]
+    for path in study(directory, loss="logits", **options):
+        assert [path.loss[0], path.loss[-1]] == pytest.approx(ends, rel=1e-4)
+    ends = [(entropy(p[model, "a"]) + entropy(p[model, "b"])) / 2 for model in "ab"]
+    for path in study(directory, loss="entropy", **options):
+        assert [path.loss[0], path.loss[-1]] == pytest.approx(ends, rel=1e-4)
+
+
+def test_logits_of_the_start_are_given_with_what_its_task_keeps_for_itself(tmp_path):
+    model, trainer = make_model(), make_trainer(ContinualMergeCallback(calibration=CalibrationOptions(loss="logits")))
+    model.task_specific = ("heads", "backbone.1")
+    options = OPTIONS | {"pairs": [("a", "b")], "calibration_size": 72}
+    flow, _ = trainer.trajectory(model, make_stream(), dirpath=str(tmp_path), **options)
+    bench = make_bench(tmp_path, model)
+    # While the loss is measured, the layer that is not merged is that of the path's end.
+    own_task = kl_divergence(probabilities(bench, "a", "a", "a"), probabilities(bench, "a", "b", "a"))
+    other_task = kl_divergence(probabilities(bench, "b", "b", "b"), probabilities(bench, "a", "b", "b"))
+    assert own_task > 0.01
+    assert flow.loss[0] == pytest.approx((own_task + other_task) / 2, rel=1e-4)
+
+
+def test_labels_of_the_calibration_samples_are_not_read_without_need(paths, directory, tmp_path, monkeypatch):
+    options, original = {"loss": "logits", "pairs": [("a", "b")]}, trajectory.draw_by_index
+
+    def draw_images(dataset, *arguments, **options):
+        return original([image for image, _ in dataset], *arguments, **options)
+
+    labelled = study(directory, **options)
+    shutil.copytree(directory / "fine_tuned", tmp_path / "fine_tuned")
+    monkeypatch.setattr(trajectory, "draw_by_index", draw_images)
+    assert study(tmp_path, **options) == labelled
 
 
 @pytest.mark.parametrize(

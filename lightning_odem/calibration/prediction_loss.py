@@ -1,0 +1,123 @@
+"""Calibration losses that look at a module's class scores and at no label."""
+
+from collections.abc import Callable, Sequence
+
+import lightning as L
+from torch import Tensor
+
+from lightning_odem.calibration import batches
+from lightning_odem.calibration.distributions import entropy, kl_divergence
+from lightning_odem.calibration.loss import ModuleLoss, move_to_device
+from lightning_odem.calibration.objective import BatchLoss
+from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.prediction import predict
+
+
+class ClassScores:
+    """A module's class scores on micro-batches, whose labels are not read if there are any.
+
+    They come from the module's ``prediction_step(batch, task)`` if it has one, of whose result the targets are left;
+    otherwise from ``module(inputs)`` on batches that are the inputs, or a tuple or list that begins with them. The
+    batches go to the device, and the module runs, as for :class:`~lightning_odem.calibration.loss.ModuleLoss`.
+
+    Args:
+        module: The module, attached to its Trainer.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self._module = module
+
+    def scores(self, batch: MicroBatch) -> Tensor:
+        """Scores [n, C] of the n samples, with a gradient where gradients are on.
+
+        Raises:
+            TypeError: If the module gives something else, or a single class.
+        """
+        module = self._module
+        moved = move_to_device(module, batch.samples, batch.transferred)
+        if getattr(module, "prediction_step", None) is None and isinstance(moved, (Tensor, tuple, list)):
+            moved = (moved if isinstance(moved, Tensor) else moved[0], None)
+        predicted = predict(module, moved, batch.task)
+        scores = predicted[0] if isinstance(predicted, (tuple, list)) else predicted
+        found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        size = batches.count(batch.samples)
+        is_scores = isinstance(scores, Tensor) and scores.is_floating_point() and scores.dim() == 2
+        if not is_scores or len(scores) != size or scores.shape[1] < 2:
+            raise TypeError(
+                f"Without labels the calibration loss needs class scores of {type(module).__name__}, floating point "
+                f"[{size}, C] for {size} samples and C of 2 or more; on task {batch.task!r} it gave {found}. A method "
+                "prediction_step(batch, task) -> (scores, targets) decides what they are; loss='labels' needs none."
+            )
+        return scores
+
+
+class LogitsLoss(ClassScores):
+    r"""Mean over the samples of :math:`KL(softmax(z^*) \| softmax(z))`, with z the module's class scores.
+
+    :math:`z^*` are the logits that the sample's own fine-tuned model gave when its task arrived, stored with the sample
+    as dark experience replay does (Buzzega et al., NeurIPS 2020), which compares them by squared distance. At that
+    model loss and gradient on its task are zero.
+    """
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of the batch, a scalar.
+
+        Raises:
+            TypeError: If the module gives no class scores.
+            ValueError: If the samples have no logits, or those of another number of classes than the module's.
+        """
+        if batch.logits is None:
+            raise missing_logits([batch.task])
+        scores = self.scores(batch)
+        if scores.shape != batch.logits.shape:
+            raise ValueError(
+                f"On task {batch.task!r} {type(self._module).__name__} gives scores of {scores.shape[1]} classes, but "
+                f"the model fine-tuned on the task gave {batch.logits.shape[1]}. A method prediction_step(batch, task) "
+                "can use the head of the task it is told."
+            )
+        return kl_divergence(scores, batch.logits.to(scores.device))
+
+
+class EntropyLoss(ClassScores):
+    """Mean over the samples of the entropy of softmax(z), with z the module's class scores.
+
+    What AdaMerging minimises on unlabelled test samples (Yang et al., ICLR 2024, arXiv:2310.02575). A model that is
+    sure of wrong classes has a low one as well.
+    """
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of the batch, a scalar.
+
+        Raises:
+            TypeError: If the module gives no class scores.
+        """
+        return entropy(self.scores(batch))
+
+
+LOSSES: dict[str, Callable[[L.LightningModule], BatchLoss]] = {
+    "labels": ModuleLoss,
+    "logits": LogitsLoss,
+    "entropy": EntropyLoss,
+}
+
+
+def calibration_loss(module: L.LightningModule, kind: str) -> BatchLoss:
+    """The calibration loss of a module: by its own loss on ``"labels"``, by ``"logits"`` or by ``"entropy"``.
+
+    Args:
+        module: The module, attached to its Trainer.
+        kind: One of :data:`LOSSES`.
+
+    Raises:
+        TypeError: If the module cannot serve for it.
+    """
+    return LOSSES[kind](module)
+
+
+def missing_logits(tasks: Sequence[str]) -> ValueError:
+    """The error of tasks whose samples came into the buffer under another loss."""
+    return ValueError(
+        f"The calibration samples of {', '.join(tasks)} have no logits: these tasks were merged with another loss than "
+        "'logits', and the models that could give them are gone. Continue this stream with loss='labels' or "
+        "loss='entropy', or merge its tasks anew with loss='logits' from the first one on."
+    )

@@ -1,0 +1,73 @@
+"""Calibration samples of a task, with the logits that belong to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from lightning_odem.calibration import batches
+
+_Held = TypeVar("_Held", "TaskSamples", "MicroBatch")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of the calibration set that fits on the device; all its samples are of one task.
+
+    Args:
+        samples: As they come out of the task's collate function, on the CPU.
+        task: Name of the task.
+        share: Weight of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
+        transferred: As in :class:`TaskSamples`.
+        logits: As in :class:`TaskSamples`.
+    """
+
+    samples: Any
+    task: str
+    share: float
+    transferred: bool
+    logits: Tensor | None = None
+
+    def select(self, index: Tensor | slice) -> "MicroBatch":
+        """The batch of the samples at ``index``, as copies; its share is the same."""
+        return _cut(batches.select, self, index)
+
+
+@dataclass(frozen=True)
+class TaskSamples:
+    """The samples of one task, in the order in which they would be kept.
+
+    Args:
+        samples: Nested containers of CPU tensors, first dimension n.
+        weight: Utility weight of the task.
+        transferred: Whether the samples were taken after the module's batch-transfer hooks, which must then not be
+            applied to them again.
+        logits: What the model fine-tuned on the task gave for the samples, shape [n, C], on the CPU and in the dtype of
+            the model's output; None where no loss has asked for it.
+    """
+
+    samples: Any
+    weight: float = 1.0
+    transferred: bool = False
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return batches.count(self.samples)
+
+    def select(self, index: Tensor | slice) -> "TaskSamples":
+        """The samples at ``index``, as copies."""
+        return _cut(batches.select, self, index)
+
+    def view(self, index: slice) -> "TaskSamples":
+        """The samples of a range, sharing memory with these."""
+        return _cut(batches.view, self, index)
+
+    def as_batch(self, task: str, share: float) -> MicroBatch:
+        """All of the samples as one micro-batch."""
+        return MicroBatch(self.samples, task, share, self.transferred, self.logits)
+
+
+def _cut(cut: Callable[[Any, Any], Any], held: _Held, index: Tensor | slice) -> _Held:
+    logits = None if held.logits is None else cut(held.logits, index)
+    return replace(held, samples=cut(held.samples, index), logits=logits)

@@ -1,0 +1,73 @@
+"""What a module predicts, outside Lightning's own loops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+
+def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
+    """Predictions and targets of a batch that is on the module's device, under the Trainer's precision.
+
+    The targets are None where the module's ``prediction_step`` gives none.
+
+    Raises:
+        ValueError: If the batch is no pair and the module has no ``prediction_step``.
+    """
+    with module.trainer.precision_plugin.forward_context():
+        step: Callable[..., tuple[Tensor, Tensor | None]] | None = getattr(module, "prediction_step", None)
+        if step is not None:
+            return step(batch, task)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"A prediction on task {task!r} needs batches (inputs, targets), got {type(batch).__name__}. Give "
+                f"{type(module).__name__} a method prediction_step(batch, task) -> (predictions, targets)."
+            )
+        return module(batch[0]), batch[1]
+
+
+def predict_with_targets(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    """As :func:`predict`, of a batch that must have targets.
+
+    Raises:
+        ValueError: Also if it has none.
+    """
+    predictions, targets = predict(module, batch, task)
+    if targets is None:
+        raise ValueError(
+            f"A batch of task {task!r} has no targets, which its predictions are to be compared with. Give the task "
+            "data with batches (inputs, targets)."
+        )
+    return predictions, targets
+
+
+def split_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Inputs and targets of a batch ``(inputs, targets)``; the targets of ``(inputs,)`` or bare inputs are None.
+
+    Raises:
+        ValueError: If the batch is none of these.
+
+    Example:
+        >>> from torch import zeros
+        >>> for batch in ((zeros(2, 3), zeros(2)), [zeros(2, 3)], zeros(2, 3)):
+        ...     inputs, targets = split_targets(batch)
+        ...     inputs.shape, targets is None
+        (torch.Size([2, 3]), False)
+        (torch.Size([2, 3]), True)
+        (torch.Size([2, 3]), True)
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"Expected a batch (inputs, targets), or inputs alone, got a {type(batch).__name__}{size}.")
+    return batch[0], batch[1] if len(batch) == 2 else None
+
+
+def missing_labels(task: str) -> ValueError:
+    """The error of a loss that reads labels on samples without any."""
+    return ValueError(
+        f"Samples of task {task!r} have no labels, which calibration_step reads. Give batches (inputs, labels), or a "
+        "calibration loss that reads none: `loss: logits` or `loss: entropy` in the callback's `calibration`."
+    )

@@ -1,0 +1,221 @@
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_odem.attach import attached
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
+from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.prediction_loss import LOSSES, EntropyLoss, LogitsLoss, calibration_loss
+from lightning_odem.parameters import ParameterVector
+
+FP64 = torch.float64
+INPUTS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(7) % 4
+
+
+class Classifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+
+    def forward(self, inputs):
+        return self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Heads(Classifier):
+    """The scores depend on the task, and on more of a batch than its inputs."""
+
+    def prediction_step(self, batch, task):
+        return len(task) * self(batch["x"]), batch.get("label")
+
+
+class Giving(Classifier):
+    def __init__(self, scores):
+        super().__init__()
+        self.given = scores
+
+    def forward(self, inputs):
+        return self.given
+
+
+def batch_of(samples, task="digits", logits=None):
+    return MicroBatch(samples, task, 1.0, False, logits)
+
+
+def objective(module, kind, reference=None, batch_size=3):
+    """The loss over two tasks of 4 and 3 samples, whose logits are ``reference``."""
+    buffer = CalibrationBuffer(100, balanced=False)
+    for task, rows in {"a": slice(4), "b": slice(4, 7)}.items():
+        buffer.add(task, (INPUTS[rows].double(), LABELS[rows], torch.arange(7)[rows]))
+    for task in buffer.counts if reference is not None else ():
+        held = [batch.samples[2] for batch in buffer.micro_batches_of(task, 9)]
+        buffer.store_logits(task, reference[held[0]])
+    return CalibrationObjective(ParameterVector(module), buffer, calibration_loss(module, kind), batch_size)
+
+
+def written_out(module, function):
+    """Loss and gradient of the mean of both tasks, from one graph in fp64."""
+    probabilities = module.net(INPUTS.double()).exp()
+    per_sample = function(probabilities / probabilities.sum(1, keepdim=True))
+    loss = (per_sample[:4].mean() + per_sample[4:].mean()) / 2
+    gradient = torch.autograd.grad(loss, list(module.parameters()))
+    return loss.item(), torch.cat([piece.flatten() for piece in gradient])
+
+
+def test_the_logits_loss_and_its_gradient_are_the_divergence_written_out():
+    module = Classifier().double()
+    reference = torch.randn(7, 4, dtype=FP64, generator=torch.Generator().manual_seed(1))
+    p_star = reference.exp() / reference.exp().sum(1, keepdim=True)
+    expected_loss, expected = written_out(module, lambda p: (p_star * (p_star / p).log()).sum(1))
+    with attached(module):
+        calibration = objective(module, "logits", reference)
+        loss, gradient = calibration.loss_and_grad(calibration.vector.read())
+        assert calibration.loss(calibration.vector.read()) == pytest.approx(expected_loss, rel=1e-12)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_the_entropy_loss_and_its_gradient_are_the_entropy_written_out():
+    module = Classifier().double()
+    expected_loss, expected = written_out(module, lambda p: -(p * p.log()).sum(1))
+    with attached(module):
+        calibration = objective(module, "entropy")
+        loss, gradient = calibration.loss_and_grad(calibration.vector.read())
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_loss_and_gradient_vanish_at_the_model_that_gave_the_logits():
+    module = Classifier()
+    with attached(module), torch.no_grad():
+        logits = LogitsLoss(module).scores(batch_of((INPUTS, LABELS)))
+    with attached(module):
+        loss = LogitsLoss(module)(batch_of((INPUTS, LABELS), logits=logits))
+        loss.backward()
+    assert loss.item() == 0.0
+    assert all(parameter.grad.abs().max() < 1e-7 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("samples", [INPUTS, [INPUTS], (INPUTS, LABELS), (INPUTS, torch.full((7,), -9))])
+def test_inputs_alone_do_and_labels_are_not_read(samples):
+    module = Classifier()
+    with attached(module):
+        assert torch.equal(LogitsLoss(module).scores(batch_of(samples)), module.net(INPUTS))
+
+
+@pytest.mark.parametrize("samples", [{"x": INPUTS}, {"x": INPUTS, "label": LABELS}])
+def test_prediction_step_is_preferred_and_told_the_task(samples):
+    module = Heads()
+    with attached(module):
+        scores = EntropyLoss(module).scores(batch_of(samples))
+    assert torch.equal(scores, 6 * module.net(INPUTS))
+    assert scores.requires_grad
+
+
+def test_prediction_step_may_leave_out_targets_that_are_not_there():
+    module = Classifier()
+    module.prediction_step = lambda batch, task: module(batch)
+    with attached(module):
+        assert torch.equal(EntropyLoss(module).scores(batch_of(INPUTS)), module.net(INPUTS))
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (torch.zeros(7), r"torch.float32 \[7\]"),
+        (torch.zeros(7, 1), r"torch.float32 \[7, 1\]"),
+        (torch.zeros(7, 4, 2), r"torch.float32 \[7, 4, 2\]"),
+        (torch.zeros(14, 4), r"torch.float32 \[14, 4\]"),
+        (torch.zeros(7, 4, dtype=torch.long), r"torch.int64 \[7, 4\]"),
+        ((torch.zeros(7, 4), None), "tuple"),
+        (None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["logits", "entropy"])
+def test_outputs_that_are_no_class_scores_are_refused(kind, scores, found):
+    module = Giving(scores)
+    message = rf"class scores of Giving.*\[7, C\] for 7 samples.* on task 'digits' it gave {found}\. .*prediction_step"
+    with attached(module), pytest.raises(TypeError, match=message):
+        calibration_loss(module, kind)(batch_of((INPUTS, LABELS), logits=torch.zeros(7, 4)))
+
+
+def test_a_dictionary_needs_a_prediction_step():
+    module = Classifier()
+    with attached(module), pytest.raises(ValueError, match=r"got dict. Give Classifier a method prediction_step"):
+        EntropyLoss(module)(batch_of({"x": INPUTS}))
+
+
+def test_samples_without_logits_are_refused_with_what_to_do():
+    module = Classifier()
+    message = "samples of digits have no logits.*loss='labels' or loss='entropy', or merge its tasks anew"
+    with attached(module), pytest.raises(ValueError, match=message):
+        LogitsLoss(module)(batch_of((INPUTS, LABELS)))
+
+
+def test_logits_of_another_number_of_classes_are_refused():
+    module = Classifier()
+    message = "On task 'digits' Classifier gives scores of 4 classes, but the model fine-tuned on the task gave 6"
+    with attached(module), pytest.raises(ValueError, match=message):
+        LogitsLoss(module)(batch_of((INPUTS, LABELS), logits=torch.zeros(7, 6)))
+
+
+def test_a_detached_prediction_has_no_gradient():
+    class Detached(Classifier):
+        @torch.no_grad()
+        def prediction_step(self, batch, task):
+            return self(batch[0]), batch[1]
+
+    module = Detached().double()
+    calibration = objective(module, "entropy")
+    with attached(module), pytest.raises(ValueError, match="The calibration loss has no gradient"):
+        calibration.loss_and_grad(calibration.vector.read())
+
+
+class AtTheEnd(L.Callback):
+    def __init__(self, function):
+        self.function = function
+
+    def on_train_end(self, trainer, pl_module):
+        self.result = self.function(pl_module)
+
+
+class Scaling(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(INPUTS, LABELS), batch_size=2)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0] * 10, batch[1]
+
+
+@pytest.mark.parametrize(("transferred", "factor"), [(False, 10), (True, 1)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("64-true", FP64)]
+)
+def test_scores_come_under_the_trainers_precision_and_transfer_hooks(precision, dtype, transferred, factor):
+    module = Classifier()
+    samples = MicroBatch((INPUTS, LABELS), "digits", 1.0, transferred)
+    callback = AtTheEnd(lambda module: (LogitsLoss(module).scores(samples), EntropyLoss(module)(samples)))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(accelerator="cpu", fast_dev_run=1, callbacks=[callback], precision=precision, **quiet).fit(
+        module, datamodule=Scaling()
+    )
+    scores, loss = callback.result
+    assert scores.dtype == dtype
+    assert loss.dtype == (FP64 if dtype == FP64 else torch.float32)
+    torch.testing.assert_close(scores.float(), module.float()(factor * INPUTS), rtol=0.05, atol=0.05)
+
+
+def test_every_kind_of_loss_has_its_name():
+    module = Classifier()
+    kinds = {name: type(calibration_loss(module, name)) for name in LOSSES}
+    assert kinds == {"labels": ModuleLoss, "logits": LogitsLoss, "entropy": EntropyLoss}
