@@ -30,3 +30,22 @@ def operating_time(weights: Sequence[float]) -> float:
     if len(weights) == 1:
         return 1.0
     return weights[-1] / sum(weights) if weights[-1] else 0.0
+
+
+def scaled_time(t: float, factor: float) -> float:
+    r"""The operating time of a task if its utility weight were ``factor`` times as large, :math:`ct / (ct + 1 - t)`.
+
+    It is 0 at t = 0 and 1 at t = 1 whatever the factor: tasks without weight and tasks that alone have one stay so.
+
+    Args:
+        t: Operating time in [0, 1].
+        factor: c > 0.
+
+    Example:
+        >>> weights = [1.0, 1.0, 0.5]
+        >>> scaled_time(operating_time(weights), 2.0) == operating_time([1.0, 1.0, 1.0])
+        True
+        >>> [scaled_time(t, 2.0) for t in (0.0, 0.5, 1.0)]
+        [0.0, 0.6666666666666666, 1.0]
+    """
+    return factor * t / (factor * t + (1.0 - t))

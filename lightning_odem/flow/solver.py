@@ -2,15 +2,24 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from lightning_odem.flow.control import ControlledSteps, FixedSteps, StepControl, Steps
 from lightning_odem.flow.field import Field, RectifiedField, Velocity
 from lightning_odem.flow.trajectory import Trajectory
 
 LossAndGrad = Callable[[Tensor], tuple[float | Tensor, Tensor]]
-Evaluate = Callable[[float, Tensor], Velocity]
+
+
+class Evaluate(Protocol):
+    """Gives the velocity at any time and point; costs one gradient unless ``grad`` is to stand for it."""
+
+    def __call__(self, t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
+        """Evaluate the field."""
+        ...
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -76,6 +85,9 @@ def integrate(
     loss: Callable[[Tensor], float | Tensor] | None = None,
     out: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    control: StepControl | None = None,
+    estimated: bool = False,
+    observe: Callable[[float, Tensor], None] | None = None,
 ) -> Trajectory:
     r"""Follow the flow from the merged model towards the incoming one and stop at the operating time.
 
@@ -83,7 +95,7 @@ def integrate(
     ``step_size``; the last one is shortened so that the path ends exactly at ``t_end``. A path to t = 1 ends in
     ``theta1``, the endpoint extension of Theorem 3.3: its last step goes there whatever the field says.
 
-    The loop holds three vectors of length d: the point, ``theta1`` and one gradient (Heun two more).
+    The loop holds three vectors of length d: the point, ``theta1`` and one gradient (Heun two more, ``control`` one).
 
     Args:
         theta0: Merged model, shape [d], floating point; not modified.
@@ -97,12 +109,18 @@ def integrate(
             by default the loss of ``loss_and_grad``.
         out: Vector to integrate in, overwritten; ``theta0`` itself may be given to save one vector.
         on_step: Called with (steps done, steps in all) before the first and after every step.
+        control: Lets the loss decide on the steps' lengths; ``step_size`` is that of the first. By default all are of
+            one length.
+        estimated: Whether ``loss_and_grad`` gives estimates, those of a random minibatch. The loss budget and the
+            losses at both ends are then those of ``loss``, which has to be given.
+        observe: Called with (time, point) at every point of the path; the point must not be modified.
 
     Returns:
         The trajectory; ``trajectory.theta`` has the dtype of ``theta0``.
 
     Raises:
-        ValueError: For t outside [0, 1], a step size outside (0, 1], an unknown solver or vectors that do not match.
+        ValueError: For t outside [0, 1], a step size outside (0, 1], an unknown solver, vectors that do not match, or
+            estimates without ``loss``.
         NonFiniteLossError: If a loss, a gradient or the distance between the models is not finite.
 
     Example:
@@ -115,43 +133,61 @@ def integrate(
     _check_problem(theta0, theta1, t_end, step_size)
     field = field if field is not None else RectifiedField()
     rule = _resolve_solver(solver)
+    if estimated and loss is None:
+        raise ValueError("With estimated gradients the loss itself is needed as well: give loss=.")
     evaluate_loss = loss if loss is not None else (lambda point: loss_and_grad(point)[0])
-    steps = math.ceil(t_end / step_size * (1.0 - 1e-12))
     theta = theta0.clone() if out is None else out.copy_(theta0)
-    trajectory = Trajectory(theta, loss1=float(evaluate_loss(theta1)))
-    _check_finite("the loss of the incoming model", trajectory.loss1, 0, 1.0)
 
-    def evaluate(t: float, point: Tensor) -> tuple[float, Velocity]:
+    def measure(t: float, point: Tensor, what: str = "the loss") -> float:
+        value = float(evaluate_loss(point))
+        _check_finite(what, value, len(trajectory.gamma), t)
+        return value
+
+    def differentiate(t: float, point: Tensor) -> tuple[float, Tensor]:
         value, grad = loss_and_grad(point)
         value = float(value)
         trajectory.gradient_evaluations += 1
-        step = len(trajectory.gamma)
-        _check_finite("the loss", value, step, t)
-        loss0 = trajectory.loss[0] if trajectory.loss else value
-        velocity = field(t, point, theta1, grad, trajectory.loss1 - loss0)
+        _check_finite("the loss", value, len(trajectory.gamma), t)
+        return value, grad
+
+    def evaluate(t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
+        grad = differentiate(t, point)[1] if grad is None else grad
+        velocity = field(t, point, theta1, grad, trajectory.delta_loss)
         # Where no upward move is allowed, an infinite slope shows in the alignment alone.
         for name, number in (("norm", velocity.norm), ("alignment", velocity.alignment)):
-            _check_finite(f"the velocity's {name}, so a gradient or a weight,", number, step, t)
-        return value, velocity
+            _check_finite(f"the velocity's {name}, so a gradient or a weight,", number, len(trajectory.gamma), t)
+        return velocity
 
-    if on_step is not None:
-        on_step(0, steps)
-    for step in range(steps):
-        t = step * step_size
-        t_next = t_end if step + 1 == steps else t + step_size
-        value, velocity = evaluate(t, theta)
-        trajectory.record(t, value, t_next - t, velocity)
+    def move(velocity: Velocity, t: float, t_next: float) -> None:
         if t_next < 1.0:
-            rule.step(theta, velocity, t, t_next - t, lambda t, point: evaluate(t, point)[1])
+            rule.step(theta, velocity, t, t_next - t, evaluate)
         else:
             theta.copy_(theta1)
+
+    trajectory = Trajectory(theta, loss1=float(evaluate_loss(theta1)), estimated=estimated)
+    _check_finite("the loss of the incoming model", trajectory.loss1, 0, 1.0)
+    loss0 = measure(0.0, theta) if estimated else None
+    steps: Steps = FixedSteps(t_end, step_size, loss0)
+    if control is not None:
+        steps = ControlledSteps(t_end, step_size, control, measure, trajectory, loss0)
+    if on_step is not None:
+        on_step(0, steps.total)
+    while steps.t < t_end:
+        t = steps.t
+        if observe is not None:
+            observe(t, theta)
+        value, grad = differentiate(t, theta)
+        trajectory.end(t, value if steps.loss is None else steps.loss)
+        velocity = evaluate(t, theta, grad)
+        t_next = steps.advance(theta, partial(move, velocity, t))
+        trajectory.leave(t_next - t, velocity)
         # The gradient goes before the next one comes: one less vector held.
-        del velocity
+        del velocity, grad
         if on_step is not None:
-            on_step(step + 1, steps)
-    value = float(evaluate_loss(theta))
-    _check_finite("the loss at the end", value, steps, t_end)
-    trajectory.end(t_end, value)
+            on_step(steps.taken, steps.total)
+    if observe is not None:
+        observe(t_end, theta)
+    trajectory.end(t_end, measure(t_end, theta, "the loss at the end") if steps.loss is None else steps.loss)
     return trajectory
 
 

@@ -1,10 +1,14 @@
 """What happened along a path: its losses, its damping, and how they compare with the theory."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_odem.flow.field import Velocity
+
+_PER_STEP = ("alignment", "gamma", "alignment_ratio", "step_norm", "damped_share")
+_OPTIONAL = ("rejected_t", "rejected_loss", "held_out_t", "held_out_loss")
 
 
 @dataclass
@@ -17,7 +21,7 @@ class Trajectory:
         theta: The end of the path, shape [d].
         loss1: L(theta1), the incoming model's calibration loss.
         t: Times of the points, from 0 to the operating time.
-        loss: Calibration loss at each point.
+        loss: Calibration loss at each point; if ``estimated``, between the ends that of one minibatch.
         alignment: <g, u> at the start of each step.
         gamma: Damping factor of each step, one for all blocks; 1 is undamped. Empty for dynamics that do not damp the
             gradient's direction.
@@ -29,6 +33,13 @@ class Trajectory:
             stays below some s < 1 the exact flow arrives at theta1, whatever the blocks: then
             <theta1 - theta, v> >= (1 - s) ||theta1 - theta||^2 / (1 - t).
         gradient_evaluations: Gradients taken on the way.
+        estimated: Whether the losses between the ends are estimates. Barrier and envelope excess, which are largest
+            values, would then be those of the noise; they are measured at the ends alone.
+        rejected_t: Times that steps led to which were taken back, see :class:`~lightning_odem.flow.StepControl`.
+        rejected_loss: Losses found there.
+        held_out_t: Times of the points that were candidates for the end, see
+            :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to the one that was chosen.
+        held_out_loss: Losses there on the held-out samples.
 
     Example:
         >>> import torch
@@ -49,11 +60,14 @@ class Trajectory:
     step_norm: list[float] = field(default_factory=list)
     damped_share: list[float] = field(default_factory=list)
     gradient_evaluations: int = 0
+    estimated: bool = False
+    rejected_t: list[float] = field(default_factory=list)
+    rejected_loss: list[float] = field(default_factory=list)
+    held_out_t: list[float] = field(default_factory=list)
+    held_out_loss: list[float] = field(default_factory=list)
 
-    def record(self, t: float, loss: float, h: float, velocity: Velocity) -> None:
-        """Note a step of length ``h`` that starts at time ``t``."""
-        self.t.append(t)
-        self.loss.append(loss)
+    def leave(self, h: float, velocity: Velocity) -> None:
+        """Note a step of length ``h`` from the point noted last."""
         self.alignment.append(velocity.alignment)
         self.gamma.append(velocity.gamma)
         self.alignment_ratio.append(velocity.alignment_ratio)
@@ -61,9 +75,21 @@ class Trajectory:
         self.damped_share.append(velocity.damped_share)
 
     def end(self, t: float, loss: float) -> None:
-        """Note the end of the path."""
+        """Note a point, for the time being the end of the path."""
         self.t.append(t)
         self.loss.append(loss)
+
+    def reject(self, t: float, loss: float) -> None:
+        """Note a step to time ``t`` that was taken back."""
+        self.rejected_t.append(t)
+        self.rejected_loss.append(loss)
+
+    def cut(self, t: float) -> None:
+        """Forget what came after the point of time ``t``."""
+        steps = self.t.index(t)
+        del self.t[steps + 1 :], self.loss[steps + 1 :]
+        for name in _PER_STEP:
+            del getattr(self, name)[steps:]
 
     @property
     def delta_loss(self) -> float:
@@ -83,7 +109,7 @@ class Trajectory:
     @property
     def barrier(self) -> float:
         """Measured barrier B(theta): largest excess of the loss over the chord, on the part travelled (Def. 3.2)."""
-        return max(loss - chord for loss, chord in zip(self.loss, self.chord, strict=True))
+        return max(self._measured(loss - chord for loss, chord in zip(self.loss, self.chord, strict=True)))
 
     @property
     def barrier_bound(self) -> float:
@@ -93,9 +119,13 @@ class Trajectory:
     @property
     def envelope_excess(self) -> float:
         """How far the loss rose above the envelope: 0 for the exact flow, of the order of the step size here."""
-        return max(loss - bound for loss, bound in zip(self.loss, self.envelope, strict=True))
+        return max(self._measured(loss - bound for loss, bound in zip(self.loss, self.envelope, strict=True)))
 
     def as_dict(self) -> dict[str, list[float]]:
-        """The recorded lists by name, as they go into a report."""
-        names = ("t", "loss", "alignment", "gamma", "alignment_ratio", "step_norm", "damped_share")
-        return {name: list(getattr(self, name)) for name in names}
+        """The recorded lists by name, as they go into a report; those of options only where they hold something."""
+        lists = {name: list(getattr(self, name)) for name in ("t", "loss", *_PER_STEP)}
+        return lists | {name: list(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)}
+
+    def _measured(self, values: Iterable[float]) -> list[float]:
+        values = list(values)
+        return [values[0], values[-1]] if self.estimated else values

@@ -52,10 +52,12 @@ class MergeResult:
     Args:
         theta: Merged weights, shape [d].
         trajectory: The path, or None.
+        t: Operating time of ``theta`` where the method chose one itself; None for the one it was given.
     """
 
     theta: Tensor
     trajectory: Trajectory | None = None
+    t: float | None = None
 
 
 class MergeMethod(ABC):

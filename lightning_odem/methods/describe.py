@@ -16,9 +16,9 @@ def describe_method(method: MergeMethod) -> dict[str, Any]:
     described by its source as well.
 
     Example:
-        >>> from lightning_odem.methods import ODEMerge
-        >>> describe_method(ODEMerge(step_size=0.1))
-        {'name': 'ode', 'step_size': 0.1, 'solver': 'euler', 'granularity': 'vector'}
+        >>> from lightning_odem.methods import LinearInterpolation
+        >>> describe_method(LinearInterpolation(0.1))
+        {'name': 'interpolation', 'coefficient': 0.1}
     """
     if isinstance(method, FunctionMerge):
         return {"name": method_name(method), "source": _source(method.function)}

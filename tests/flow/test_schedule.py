@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lightning_odem.flow import operating_time
+from lightning_odem.flow import operating_time, scaled_time
 
 
 def test_equal_weights_give_one_over_k():
@@ -39,3 +39,11 @@ def test_weights_that_are_no_utilities_are_refused(weight):
 def test_no_weight_at_all_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         operating_time([])
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.5, 1.0, 2.0, 3.3])
+def test_a_scaled_time_is_that_of_a_scaled_weight(factor):
+    weights = [1.0, 2.5, 0.7]
+    expected = operating_time([*weights[:-1], factor * weights[-1]])
+    assert scaled_time(operating_time(weights), factor) == pytest.approx(expected, rel=1e-14)
+    assert (scaled_time(0.0, factor), scaled_time(1.0, factor)) == (0.0, 1.0)

@@ -58,3 +58,33 @@ def test_the_damped_share_is_what_a_step_lacks_of_the_straight_line():
 def bump_beside(theta):
     value, slope = bump(theta)
     return value, torch.cat([slope, torch.zeros(1)])
+
+
+def test_a_path_that_is_cut_is_the_path_to_the_cut():
+    ends = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 3.0])
+    path, short = integrate(*ends, bump_beside, 0.4), integrate(*ends, bump_beside, 0.2)
+    path.cut(path.t[4])
+    assert path.as_dict() == short.as_dict()
+
+
+def test_of_estimated_losses_only_the_ends_count_for_barrier_and_excess():
+    points = {"t": [0.0, 0.2, 0.4], "loss": [1.0, 7.0, 1.5], "estimated": True}
+    path = Trajectory(torch.zeros(1), loss1=2.0, **points)
+    assert path.barrier == path.envelope_excess == pytest.approx(0.1)
+
+
+def test_estimates_keep_the_loss_at_both_ends_and_the_budget():
+    def noisy(theta):
+        value, slope = bump_beside(theta)
+        return value + 10.0, slope
+
+    ends = torch.tensor([-2.0, 0.0]), torch.tensor([0.5, 3.0])
+    settings = {"loss": lambda theta: bump_beside(theta)[0]}
+    exact = integrate(*ends, bump_beside, 0.2, **settings)
+    path = integrate(*ends, noisy, 0.2, estimated=True, **settings)
+    assert torch.equal(path.theta, exact.theta)
+    assert (path.gamma, path.delta_loss) == (exact.gamma, exact.delta_loss)
+    assert (path.loss[0], path.loss[-1]) == (exact.loss[0], exact.loss[-1])
+    assert path.loss[1:-1] == pytest.approx([loss + 10.0 for loss in exact.loss[1:-1]])
+    with pytest.raises(ValueError, match="loss="):
+        integrate(*ends, noisy, 0.2, estimated=True)

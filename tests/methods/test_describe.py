@@ -34,6 +34,7 @@ def test_every_method_describes_itself_as_plain_data(name):
     [
         (ODEMerge(0.1), ODEMerge(0.2)),
         (ODEMerge(0.1), ODEMerge(0.1, "heun")),
+        (ODEMerge(operating_time=0.5), ODEMerge(operating_time="search")),
         (LinearInterpolation(0.1), LinearInterpolation(0.2)),
         (TaskArithmeticMerge(0.5, "sum"), TaskArithmeticMerge(0.5, "utility")),
         (FunctionMerge(stay), FunctionMerge(go)),
@@ -51,5 +52,5 @@ def test_a_method_within_a_method_is_described_too():
         def merge(self, merged, incoming, t, context):
             return self.method.merge(merged, incoming, t, context)
 
-    description = describe_method(Around(ODEMerge(0.1)))
-    assert description["method"] == {"name": "ode", "step_size": 0.1, "solver": "euler", "granularity": "vector"}
+    description = describe_method(Around(LinearInterpolation(0.1)))
+    assert description["method"] == {"name": "interpolation", "coefficient": 0.1}

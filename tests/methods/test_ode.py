@@ -3,12 +3,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
-from lightning_odem.calibration import CalibrationBuffer
-from lightning_odem.flow import RectifiedField, integrate
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.flow import RectifiedField, StepControl, integrate
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge
+from lightning_odem.methods.sampling import hold_out
+from lightning_odem.parameters import ParameterVector
+from lightning_odem.report import StreamReport
+from lightning_odem.report.figures import plot_path
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
 
@@ -74,6 +78,13 @@ def test_it_tells_how_far_it_is():
     [
         ({"step_size": 0.0}, r"\(0, 1\], got step_size=0.0"),
         ({"step_size": 1.5}, "step_size=1.5"),
+        ({"operating_time": "best"}, "operating_time, unless a number, is one of utility, search, became, got 'best'"),
+        ({"operating_time": 1.1}, "operating_time=1.1"),
+        ({"search_to": 0.9}, "search_to=0.9"),
+        ({"holdout": 0.0}, "holdout=0.0"),
+        ({"holdout": 1.0}, "holdout=1.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"reuse": 0}, "reuse=0"),
         ({"granularity": "layer"}, "one of vector, tensor, row, coordinate, got 'layer'"),
         ({"solver": "rk4"}, "Unknown solver 'rk4'; the solvers are euler, heun"),
     ],
@@ -142,6 +153,167 @@ def test_a_module_is_rectified_row_by_row():
         assert record.path["damped_share"][0] > 0.0
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+SIZES = {"a": 20, "b": 7, "c": 13}
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)).double().eval()
+
+
+def make_objective(net):
+    buffer, generator = CalibrationBuffer(100), torch.Generator().manual_seed(1)
+    for task, size in SIZES.items():
+        buffer.add(task, (torch.randn(size, 3, generator=generator, dtype=torch.float64), torch.arange(size) % 4))
+    batch_loss = lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1])  # noqa: E731
+    return CalibrationObjective(ParameterVector(net), buffer, batch_loss)
+
+
+def merge(method, t=0.4):
+    """The merge of two random networks."""
+    merged, incoming = (5 * ParameterVector(make_net(seed)).read() for seed in (1, 2))
+    vector = ParameterVector(net := make_net())
+    objective = make_objective(net)
+    context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], calibration=objective)
+    return method.merge(merged.clone(), incoming, t, context), merged, incoming, objective
+
+
+OPTIONS = [
+    {"operating_time": 0.3},
+    {"operating_time": "search"},
+    {"operating_time": "became"},
+    {"batch_size": 8},
+    {"reuse": 3},
+    {"step_control": True},
+    {"operating_time": "search", "batch_size": 8, "reuse": 2, "step_control": True, "solver": "heun"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_task_without_weight_leaves_the_merged_model_untouched(options):
+    result, merged, *_ = merge(ODEMerge(**options), t=0.0)
+    assert torch.equal(result.theta, merged)
+    assert result.t in (None, 0.0)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:])
+def test_a_task_that_alone_has_a_weight_overwrites_the_merged_model(options):
+    result, _, incoming, _ = merge(ODEMerge(**options), t=1.0)
+    assert torch.equal(result.theta, incoming)
+    assert result.t in (None, 1.0)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_same_settings_give_the_same_model(options):
+    first, second = (merge(ODEMerge(**options))[0] for _ in range(2))
+    assert torch.equal(first.theta, second.theta)
+    assert first.trajectory.as_dict() == second.trajectory.as_dict()
+
+
+@pytest.mark.parametrize("t", [0.1, 0.9])
+def test_a_fixed_time_is_the_time_of_every_merge(t):
+    result, *_ = merge(ODEMerge(operating_time=0.35), t)
+    assert torch.equal(result.theta, merge(ODEMerge(), 0.35)[0].theta)
+    assert result.t == 0.35
+    assert torch.equal(merge(ODEMerge(operating_time=1.0), t)[0].theta, merge(ODEMerge(), 1.0)[0].theta)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.25, 0.4, 0.8])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 8}, {"step_control": True}, {"reuse": 2}])
+def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, options):
+    result, merged, incoming, objective = merge(ODEMerge(operating_time="search", **options), t)
+    path = result.trajectory
+    assert path.held_out_t[0] >= t / (2 - t) - 1e-9
+    assert path.held_out_t[-1] == 2 * t / (1 + t)
+    _, held_out = hold_out(objective, 0.25)
+    assert held_out.loss(result.theta) == min(path.held_out_loss)
+    assert result.t == path.t[-1] == path.held_out_t[path.held_out_loss.index(min(path.held_out_loss))]
+    assert len(path.loss) == len(path.gamma) + 1
+
+
+def test_the_search_follows_the_gradient_of_the_other_samples():
+    result, merged, incoming, objective = merge(ODEMerge(operating_time="search", holdout=0.4))
+    kept, _ = hold_out(objective, 0.4)
+    expected = integrate(merged, incoming, kept.loss_and_grad, 0.8 / 1.4, loss=kept.loss)
+    steps = len(result.trajectory.gamma)
+    assert result.trajectory.gamma == expected.gamma[:steps]
+    assert result.trajectory.loss[:steps] == expected.loss[:steps]
+    assert kept.loss(result.theta) == pytest.approx(result.trajectory.loss[-1])
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 40, 100])
+@pytest.mark.parametrize("t", [0.05, 1 / 3, 0.4])
+def test_minibatches_differentiate_as_many_samples(size, t):
+    *_, whole = merge(ODEMerge(), t)
+    result, _, _, objective = merge(ODEMerge(batch_size=size), t)
+    assert objective.sample_gradients == whole.sample_gradients
+    assert len(result.trajectory.gamma) == objective.gradient_evaluations
+    assert objective.gradient_evaluations == whole.gradient_evaluations * -(-40 // size)
+    assert result.trajectory.t[-1] == t
+
+
+def test_a_minibatch_of_everything_is_the_whole_buffer():
+    torch.testing.assert_close(merge(ODEMerge(batch_size=40))[0].theta, merge(ODEMerge())[0].theta)
+
+
+def test_minibatches_measure_the_ends_of_the_path_on_the_whole_buffer():
+    result, merged, incoming, objective = merge(ODEMerge(batch_size=8))
+    path = result.trajectory
+    assert path.loss[0] == objective.loss(merged)
+    assert (path.loss[-1], path.loss1) == (objective.loss(result.theta), objective.loss(incoming))
+
+
+def test_the_seed_decides_on_the_path_of_minibatches():
+    first, second = (merge(ODEMerge(batch_size=8, seed=seed))[0] for seed in (0, 1))
+    assert not torch.equal(first.theta, second.theta)
+
+
+@pytest.mark.parametrize(("options", "gradients"), [({}, 3), ({"batch_size": 8}, 14), ({"solver": "heun"}, 3)])
+def test_reused_gradients_are_taken_once(options, gradients):
+    result, _, _, objective = merge(ODEMerge(reuse=3, **options))  # 8 steps, or 40 with minibatches
+    assert objective.gradient_evaluations == result.trajectory.gradient_evaluations == gradients
+    assert result.trajectory.t[-1] == 0.4
+
+
+def test_step_control_takes_the_steps_that_the_rule_says():
+    result, merged, incoming, objective = merge(ODEMerge(step_size=0.2, step_control=True))
+    path = integrate(
+        merged, incoming, objective.loss_and_grad, 0.4, step_size=0.2, loss=objective.loss, control=StepControl()
+    )
+    assert torch.equal(result.theta, path.theta)
+    assert result.trajectory.as_dict() == path.as_dict()
+
+
+@pytest.mark.parametrize(("options", "t"), [({"operating_time": 0.1}, 0.1), ({"operating_time": 0.0}, 0.0), ({}, 0.5)])
+def test_record_and_batch_norm_statistics_are_those_of_the_time_reached(options, t):
+    net, before = make_net(1), make_net(2)
+    for number, module in enumerate((net, before)):
+        module[1].running_mean.fill_(number)  # 1 in the merged model
+    start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    objective = make_objective(net)
+    calibration = Calibration(objective.buffer, objective.batch_loss)
+    settings = {"task": "c", "t": 0.5, "merged": start, "base": {}, "calibration": calibration}
+    with merging(net, ODEMerge(**options), **settings) as record:
+        assert (record.t, record.path["t"][-1]) == (t, t)
+    torch.testing.assert_close(net[1].running_mean, torch.full((6,), 1 - t, dtype=torch.float64))
+    if t == 0.0:
+        assert all(torch.equal(tensor, start[name]) for name, tensor in net.state_dict().items())
+
+
+def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
+    net, before = make_net(1), make_net(2)
+    objective = make_objective(net)
+    calibration = Calibration(objective.buffer, objective.batch_loss)
+    settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
+    with merging(net, ODEMerge(0.2, operating_time="search", step_control=True), **settings) as record:
+        pass
+    assert record.t == record.path["t"][-1]
+    assert len(record.path["held_out_t"]) == len(record.path["held_out_loss"]) > 1
+    report = StreamReport(["c"], [1.0], [[0.5]], [0.1], [0.6], [0.1], [record])
+    assert StreamReport.load(report.save(tmp_path / "report.json")).merges[0].path == record.path
+    assert len(plot_path(record).axes) == 2
 
 
 def test_calibration_is_what_it_needs():

@@ -1,0 +1,66 @@
+"""The point of a path where a loss is lowest that the path does not follow."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_odem.flow.solver import NonFiniteLossError
+
+
+class LowestPoint:
+    """Looks at the points of a path as it goes and keeps the one of lowest loss: one more vector [d].
+
+    It looks at the first point from ``start`` on, at those that lie ``every`` or more behind the last one it looked at,
+    and at the end.
+
+    Args:
+        loss: Loss at a point, on samples that the path's gradients do not see.
+        start: Time of the first candidate.
+        end: Time at which the path ends.
+        every: Distance in time between looks.
+
+    Raises:
+        NonFiniteLossError: When looking, if the loss is not finite.
+
+    Attributes:
+        t: Times looked at.
+        loss: Losses there.
+        best_t: Time of the lowest one, the first if there are several.
+
+    Example:
+        >>> import torch
+        >>> lowest = LowestPoint(lambda theta: float((theta - 0.3).square()), start=0.1, end=0.5, every=0.1)
+        >>> for t in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+        ...     lowest(t, torch.tensor(t))
+        >>> lowest.best_t, len(lowest.t)
+        (0.3, 5)
+    """
+
+    def __init__(self, loss: Callable[[Tensor], float], start: float, end: float, every: float) -> None:
+        self._measure, self._due, self._end, self._every = loss, start, end, every
+        self.t: list[float] = []
+        self.loss: list[float] = []
+        self.best_t = start
+        self._best: Tensor | None = None
+
+    def __call__(self, t: float, theta: Tensor) -> None:
+        """Look at a point."""
+        # Multiples of a step length lie a rounding error off.
+        if t < min(self._due, self._end) * (1.0 - 1e-9):
+            return
+        value = float(self._measure(theta))
+        if not math.isfinite(value):
+            raise NonFiniteLossError(f"the loss on held-out samples is {value}", len(self.t), t)
+        if not self.loss or value < min(self.loss):
+            self._best = theta.clone() if self._best is None else self._best.copy_(theta)
+            self.best_t = t
+        self.t.append(t)
+        self.loss.append(value)
+        self._due = t + self._every
+
+    def write_(self, theta: Tensor) -> None:
+        """Set ``theta`` to the best point, whose copy is given up."""
+        assert self._best is not None, "a path has an end"
+        theta.copy_(self._best)
+        self._best = None

@@ -1,0 +1,41 @@
+"""Several steps with one gradient."""
+
+from torch import Tensor
+
+from lightning_odem.flow.field import Velocity
+from lightning_odem.flow.solver import Evaluate, Solver
+
+
+class ReusedGradient:
+    r"""A one-step rule that goes from t to t + h in several equal steps, all with the gradient taken at t.
+
+    The transport is the one of each new point, and the gradient's share is taken out of it anew; only g is old. Where
+    the gradient hardly changes along h this is the path of the shorter steps for the price of the longer one.
+
+    Args:
+        rule: The rule of each step. One that takes further gradients, as Heun's does, gets the same one instead.
+        times: Steps per gradient, >= 1.
+
+    Raises:
+        ValueError: If ``times`` is below 1.
+    """
+
+    order = 1
+
+    def __init__(self, rule: Solver, times: int) -> None:
+        if times < 1:
+            raise ValueError(f"A gradient is used for one step at least, got times={times}.")
+        self._rule, self._times = rule, times
+
+    def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
+        """Take the steps."""
+        gradient, length = velocity.grad, h / self._times
+
+        def with_same_gradient(t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
+            return evaluate(t, point, gradient)
+
+        for part in range(self._times):
+            start = t + part * length
+            if part:
+                velocity = with_same_gradient(start, theta)
+            self._rule.step(theta, velocity, start, length, with_same_gradient)

@@ -1,0 +1,92 @@
+"""Parts of the calibration buffer, and gradients on random minibatches of it."""
+
+from collections.abc import Callable
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.objective import CalibrationObjective
+from lightning_odem.calibration.samples import MicroBatch, TaskSamples
+
+Gradient = Callable[[Tensor], tuple[float, Tensor]]
+
+
+class CalibrationPart:
+    """The calibration loss on some of the samples, measured and counted by the objective of all.
+
+    Args:
+        objective: The calibration loss.
+        buffer: The samples.
+    """
+
+    def __init__(self, objective: CalibrationObjective, buffer: CalibrationBuffer) -> None:
+        self.buffer = buffer
+        self._objective = objective
+
+    def loss(self, theta: Tensor) -> float:
+        """Loss at ``theta`` [d], without a gradient."""
+        return self._objective.loss(theta, self._batches())
+
+    def loss_and_grad(self, theta: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient at ``theta`` [d]."""
+        return self._objective.loss_and_grad(theta, self._batches())
+
+    def _batches(self) -> list[MicroBatch]:
+        return list(self.buffer.micro_batches(self._objective.batch_size))
+
+
+def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[CalibrationPart, CalibrationPart]:
+    """The calibration loss on the samples to learn from, and on those held out.
+
+    Held out are the last ones of each task. A buffer keeps samples in a random, class-balanced order, so this is a
+    random, nearly balanced choice, the same in every merge until the task's quota shrinks. Nothing is copied. Tasks
+    keep their shares of the loss in both parts, among those that have samples there.
+
+    Args:
+        objective: The calibration loss; its buffer is not changed.
+        fraction: Share of a task's samples to hold out, in (0, 1), rounded. A task with two samples or more keeps at
+            least one on each side, one with a single sample holds none out.
+
+    Raises:
+        ValueError: If no task that counts has two samples.
+    """
+    buffer = objective.buffer
+    held = {task: min(max(round(fraction * n), 1), n - 1) if n else 0 for task, n in buffer.counts.items()}
+    if not any(held[task] for task in buffer.shares()):
+        raise ValueError(
+            f"Holding out calibration samples needs a task with two of them at least, the buffer has {buffer.counts}. "
+            "Raise calibration_size, or choose another operating_time."
+        )
+    kept = _cut(buffer, {task: slice(0, n - held[task]) for task, n in buffer.counts.items()})
+    held_out = _cut(buffer, {task: slice(n - held[task], n) for task, n in buffer.counts.items()})
+    return CalibrationPart(objective, kept), CalibrationPart(objective, held_out)
+
+
+def _cut(buffer: CalibrationBuffer, index: dict[str, slice]) -> CalibrationBuffer:
+    part, state = buffer.copy(), buffer.state_dict()
+    tasks: dict[str, Any] = state["tasks"]
+    state["tasks"] = {task: dict(vars(TaskSamples(**held).view(index[task]))) for task, held in tasks.items()}
+    part.load_state_dict(state)
+    return part
+
+
+def minibatches_per_epoch(buffer: CalibrationBuffer, size: int) -> int:
+    """Random minibatches of a size that make one pass over the samples which count in the loss."""
+    return -(-sum(buffer.counts[task] for task in buffer.shares()) // size)
+
+
+def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuffer, size: int, seed: int) -> Gradient:
+    """Loss and gradient, each call on the next random minibatch, epoch after epoch without end.
+
+    Args:
+        objective: Measures and counts.
+        buffer: Where the samples are from: the objective's buffer or a part of it.
+        size: Samples per minibatch.
+        seed: Seed of the minibatches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    minibatches = chain.from_iterable(buffer.minibatches(size, generator) for _ in count())
+    return lambda theta: objective.loss_and_grad(theta, next(minibatches))
