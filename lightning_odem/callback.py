@@ -60,8 +60,8 @@ class ContinualMergeCallback(L.Callback):
         parameters are refused.
 
     Args:
-        method: Name of a merge method, ``"ode"`` (Algorithm 1), ``"average"`` or another of
-            :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
+        method: Name of a merge method, ``"ode"`` (ODE-M with descent), ``"ode_paper"`` (Algorithm 1), ``"average"`` or
+            another of :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
         weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
             ``task_weight``, else 1. Non-negative and finite.
         calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.

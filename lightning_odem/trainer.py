@@ -163,7 +163,7 @@ class ContinualTrainer(L.Trainer):
         model: L.LightningModule,
         datamodule: TaskStream,
         pairs: list[tuple[str, str]] | None = None,
-        method: str | MergeMethod = "ode",
+        method: str | MergeMethod = "ode_paper",
         points: int = 11,
         calibration_size: int = 1024,
         seed: int = 0,
@@ -181,7 +181,7 @@ class ContinualTrainer(L.Trainer):
             model: The module; its weights are the base model.
             datamodule: The tasks.
             pairs: Names of the tasks where a path starts and ends; by default each task of the stream and the next.
-            method: The flow, an :class:`~lightning_odem.ODEMerge`.
+            method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
             points: Evenly spaced times at which the model is evaluated on both test sets, 0 and 1 included. Their
                 distance is a multiple of the flow's step size.
             calibration_size: Samples of both tasks together.
@@ -224,7 +224,7 @@ class ContinualTrainer(L.Trainer):
         model: L.LightningModule,
         datamodule: TaskStream,
         orders: int = 5,
-        method: str | MergeMethod = "ode",
+        method: str | MergeMethod = "ode_paper",
         points: int = 21,
         follow: Literal["schedule", "best"] = "schedule",
         calibration_size: int = 1024,
@@ -243,7 +243,7 @@ class ContinualTrainer(L.Trainer):
             model: The module; its weights are the base model.
             datamodule: The tasks; all count the same.
             orders: Number of task orders: the stream's own and random ones, those of :meth:`compare`.
-            method: The flow, an :class:`~lightning_odem.ODEMerge`.
+            method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
             points: Candidates at evenly spaced times, 0 and 1 included. Their distance is a multiple of the flow's
                 step size. Of equally good ones the smallest time counts as the best.
             follow: Model that the stream goes on with: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines

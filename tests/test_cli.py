@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from lightning_odem import ContinualMergeCallback, ODEMerge
 from lightning_odem.cli import main
 from lightning_odem.comparison import Comparison
+from lightning_odem.methods import method_name, resolve_method
 from lightning_odem.stream import SUITE_8, SUITE_14, SUITE_20, DigitsStream
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,23 @@ def test_the_tables_of_the_paper_reach_their_data(table, suite, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["compare", *configs])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("config", [*COMPARISONS, *TABLES])
+def test_configurations_that_compare_have_algorithm_1_among_their_methods(config):
+    methods = yaml.safe_load((CONFIGS / config).read_text())["methods"]
+    made = []
+    for method in methods.values() if isinstance(methods, dict) else methods:
+        options = {} if isinstance(method, str) else method.get("init_args", {})
+        made.append(resolve_method(method) if isinstance(method, str) else locate(method["class_path"])(**options))
+    names = [method_name(method) for method in made]
+    assert "ode_paper" in names
+    if config == "sweep_step_size.yaml":
+        assert names == ["average"] + ["ode_paper"] * 5
+        labels = [label.rpartition(" ")[2] for label in methods]
+        assert [float(label) for label in labels[1:]] == [method.step_size for method in made[1:]]
+    else:
+        assert "ode" in names
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def fitted(small_stream):
 DATA_FREE = [name for name in sorted(METHODS) if resolve_method(name).needs <= {"base"}]
 
 
-@pytest.mark.parametrize("method", [*DATA_FREE, "ode", "average_replay"])
+@pytest.mark.parametrize("method", [*DATA_FREE, "ode", "ode_paper", "average_replay"])
 def test_folding_makes_of_the_models_what_the_callback_made(fitted, method):
     merge, models = fitted(method)
     module = Classifier(batch_norm=True)

@@ -12,7 +12,7 @@ from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.prediction_loss import EntropyLoss, LogitsLoss
 from lightning_odem.flow import NonFiniteLossError, integrate
 from lightning_odem.merging import Calibration, merging
-from lightning_odem.methods import AverageMerge, MergeMethod, MergeResult, ODEMerge
+from lightning_odem.methods import AverageMerge, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.snapshot import take_snapshot
 
@@ -148,7 +148,7 @@ def test_ode_of_a_linear_model_is_the_flow_written_out(step_size, t, ends):
         gammas.append(1.0 if g @ u <= 0 else min(max((loss(incoming) - losses[0]) / float(g @ u), 0.0), 1.0))
         theta = incoming if end == 1 else theta + (end - time) * (u - parallel + gammas[-1] * parallel)
         losses.append(loss(theta))
-    record = merge(net, ODEMerge(step_size), t, merged={"weight": merged.view(1, 4)}, calibration=calibration)
+    record = merge(net, PaperODEMerge(step_size), t, merged={"weight": merged.view(1, 4)}, calibration=calibration)
     torch.testing.assert_close(net.weight.detach().flatten(), theta, rtol=1e-12, atol=0)
     assert record.path["t"] == pytest.approx(times)
     assert record.path["gamma"] == pytest.approx(gammas, rel=1e-9)
@@ -158,7 +158,7 @@ def test_ode_of_a_linear_model_is_the_flow_written_out(step_size, t, ends):
     assert min(gammas) < 1.0 or t < 0.5 or step_size == 1.0
 
 
-@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge(step_size=0.005)])
+@pytest.mark.parametrize("method", [AverageMerge(), PaperODEMerge(step_size=0.005)])
 def test_a_bf16_model_moves_along_an_fp32_path_and_is_rounded_once(method):
     torch.manual_seed(3)
     net = nn.Linear(4, 1, bias=False).to(BF16)
@@ -177,7 +177,7 @@ def test_a_bf16_model_moves_along_an_fp32_path_and_is_rounded_once(method):
             value += loss.item() * batch.share
         return value, gradient
 
-    if isinstance(method, ODEMerge):
+    if isinstance(method, PaperODEMerge):
         expected = integrate(merged.float().flatten(), incoming, loss_and_grad, 0.4, step_size=method.step_size).theta
     else:
         expected = merged.float().flatten().lerp(incoming, 0.4)
@@ -309,12 +309,12 @@ def test_the_base_model_is_there_for_methods_that_need_it():
 def test_the_record_tells_what_was_done(solver, per_step):
     net, merged = make_net(1), take_snapshot(make_net(0))
     calibration, steps = make_calibration(net.predict), []
-    method = ODEMerge(0.1, solver)
+    method = PaperODEMerge(0.1, solver)
     record = merge(
         net, method, t=0.25, merged=merged, calibration=calibration, on_step=lambda *step: steps.append(step)
     )
     after = calibration.objective(ParameterVector(net))
-    assert (record.task, record.t, record.method) == ("new", 0.25, "ode")
+    assert (record.task, record.t, record.method) == ("new", 0.25, "ode_paper")
     assert record.calibration == SIZES
     assert record.gradient_evaluations == 3 * per_step
     assert record.loss_evaluations == 2
@@ -355,7 +355,8 @@ def float_storages(d):
     return {big.untyped_storage().data_ptr() for big in tensors if big.is_floating_point() and big.numel() >= d}
 
 
-def test_a_gradient_takes_two_vectors_besides_the_models():
+@pytest.mark.parametrize(("method", "vectors"), [(PaperODEMerge, [5, 5, 5, 5]), (ODEMerge, [5, 5, 7, 7])])
+def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, vectors):
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself."""
     d = 5000
     net = nn.Linear(d, 1, bias=False)
@@ -371,8 +372,8 @@ def test_a_gradient_takes_two_vectors_besides_the_models():
             counts.append(len(float_storages(d) - others))
         return loss
 
-    merge(net, ODEMerge(0.25), merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
-    assert counts == [5] * 4  # two steps of two micro-batches
+    merge(net, method(0.25), merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
+    assert counts == vectors  # two steps of two micro-batches
 
 
 def test_nothing_left_to_merge_is_an_error():

@@ -13,7 +13,7 @@ from lightning_odem.division import Division
 from lightning_odem.flow import Trajectory
 from lightning_odem.measurement import load_task_parameters
 from lightning_odem.merging import Calibration, merging
-from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, ODEMerge
+from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, PaperODEMerge
 from lightning_odem.report import MergeRecord
 from lightning_odem.snapshot import Snapshot, load_snapshot, undisturbed
 
@@ -21,7 +21,7 @@ from lightning_odem.snapshot import Snapshot, load_snapshot, undisturbed
 class StraightLine(MergeMethod):
     """The straight line from the merged to the incoming model, whatever the loss: the flow of the transport alone.
 
-    It measures the loss like :class:`~lightning_odem.ODEMerge`, at every step, and costs no gradient.
+    It measures the loss like :class:`~lightning_odem.methods.PaperODEMerge`, at every step, and costs no gradient.
 
     Args:
         step_size: Distance in time between the points where the loss is measured; 1 is a multiple of it.
@@ -69,7 +69,7 @@ def follow_path(
 
     Args:
         module: The module, attached to a Trainer; afterwards it is the incoming model.
-        flow: What the path follows, :class:`~lightning_odem.ODEMerge` or :class:`StraightLine`.
+        flow: What the path follows, :class:`~lightning_odem.methods.PaperODEMerge` or :class:`StraightLine`.
         merged: Parameters and buffers of the merged model by name.
         incoming: Those of the incoming model.
         task: Name of the incoming task.
@@ -141,14 +141,14 @@ def check_points(flow: MergeMethod, points: int) -> None:
         ValueError: If a stop lies between two steps.
 
     Example:
-        >>> check_points(ODEMerge(step_size=0.05), points=11)
-        >>> check_points(ODEMerge(step_size=0.04), points=11)
+        >>> check_points(PaperODEMerge(step_size=0.05), points=11)
+        >>> check_points(PaperODEMerge(step_size=0.04), points=11)
         Traceback (most recent call last):
             ...
         ValueError: 11 points from t = 0 to t = 1 lie 0.1 apart, which is no multiple of the step size 0.04. ...
     """
-    if not isinstance(flow, (ODEMerge, StraightLine)):
-        raise TypeError(f"Only the path of ODEMerge can be followed, not that of {type(flow).__name__}.")
+    if not isinstance(flow, (PaperODEMerge, StraightLine)):
+        raise TypeError(f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}.")
     if points < 2:
         raise ValueError(f"A path has two points at least, its ends; got points={points}.")
     steps = round(1 / flow.step_size)

@@ -120,7 +120,7 @@ def run_schedule(
     Args:
         bench: The fine-tuned models.
         plans: The streams, with equal utility weights.
-        method: The flow, an :class:`~lightning_odem.ODEMerge`.
+        method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
         directory: Where the results are kept, under ``schedule``.
         points: Candidates at evenly spaced times, 0 and 1 included.
         follow: Model that the stream goes on with: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines the

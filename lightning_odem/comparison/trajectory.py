@@ -80,7 +80,7 @@ def run_trajectory(
     Args:
         bench: The fine-tuned models.
         pairs: Names of the tasks where a path starts and ends.
-        method: The flow, an :class:`~lightning_odem.ODEMerge`.
+        method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
         directory: Where the results are kept, under ``trajectory``.
         points: Evenly spaced times at which the model is evaluated, 0 and 1 included.
         calibration_size: Samples of both tasks together.

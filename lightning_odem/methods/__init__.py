@@ -10,6 +10,7 @@ from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
+from lightning_odem.methods.ode_paper import PaperODEMerge
 from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.methods.opcm import OPCMMerge
 from lightning_odem.methods.registry import METHODS, method_name, register_method, resolve_method
@@ -35,6 +36,7 @@ __all__ = [
     "NUFILTMerge",
     "ODEMerge",
     "OPCMMerge",
+    "PaperODEMerge",
     "ReleasedODEMerge",
     "ReplayMerge",
     "RepresentationCorrection",

@@ -13,6 +13,7 @@ from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
+from lightning_odem.methods.ode_paper import PaperODEMerge
 from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.methods.opcm import OPCMMerge
 from lightning_odem.methods.replay import ReplayMerge
@@ -30,6 +31,7 @@ METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
     "magmax": MagMaxMerge,
     "nufilt": NUFILTMerge,
     "ode": ODEMerge,
+    "ode_paper": PaperODEMerge,
     "ode_released": ReleasedODEMerge,
     "opcm": OPCMMerge,
     "second_moment": SecondMomentMerge,

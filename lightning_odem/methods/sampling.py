@@ -1,13 +1,14 @@
 """Parts of the calibration buffer, and gradients on random minibatches of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration import CalibrationBuffer, batches
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 
@@ -73,20 +74,36 @@ def _cut(buffer: CalibrationBuffer, index: dict[str, slice]) -> CalibrationBuffe
     return part
 
 
+def samples_per_epoch(buffer: CalibrationBuffer) -> int:
+    """Samples which count in the loss: those of tasks that have a share of it."""
+    return sum(buffer.counts[task] for task in buffer.shares())
+
+
 def minibatches_per_epoch(buffer: CalibrationBuffer, size: int) -> int:
     """Random minibatches of a size that make one pass over the samples which count in the loss."""
-    return -(-sum(buffer.counts[task] for task in buffer.shares()) // size)
+    return -(-samples_per_epoch(buffer) // size)
 
 
 def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuffer, size: int, seed: int) -> Gradient:
     """Loss and gradient, each call on the next random minibatch, epoch after epoch without end.
 
     Args:
-        objective: Measures and counts.
+        objective: Measures and counts; its ``batch_size`` bounds what goes through the module at once.
         buffer: Where the samples are from: the objective's buffer or a part of it.
         size: Samples per minibatch.
         seed: Seed of the minibatches.
     """
     generator = torch.Generator().manual_seed(seed)
     minibatches = chain.from_iterable(buffer.minibatches(size, generator) for _ in count())
-    return lambda theta: objective.loss_and_grad(theta, next(minibatches))
+    return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
+
+
+def _pieces(minibatch: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
+    """The same samples in micro-batches of a size that fits on the device."""
+    for batch in minibatch:
+        n = batches.count(batch.samples)
+        if n <= size:
+            yield batch
+            continue
+        for index in torch.arange(n).split(size):
+            yield replace(batch.select(index), share=batch.share * len(index) / n)

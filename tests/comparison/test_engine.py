@@ -45,7 +45,7 @@ def test_every_method_merges_every_stream_of_the_same_fine_tuned_models(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["average", "ode", "trm_style", "second_moment"])
+@pytest.mark.parametrize("method", ["average", "ode", "ode_paper", "trm_style", "second_moment"])
 def test_a_cell_is_the_stream_that_the_callback_merges(tmp_path, method):
     cell = compare(tmp_path, methods=[method], orders=1, weighting=["uniform"], seeds=[0], joint=False).cells[0]
     stream = make_stream()

@@ -2,7 +2,6 @@ import pytest
 import torch
 from toy import Classifier, Task, everything, make_trainer, same
 
-from lightning_odem import ODEMerge
 from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.loss import ModuleLoss
@@ -11,7 +10,7 @@ from lightning_odem.division import Division
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.folding import Folding
 from lightning_odem.merging import Calibration
-from lightning_odem.methods import AverageMerge
+from lightning_odem.methods import AverageMerge, ODEMerge, PaperODEMerge
 from lightning_odem.snapshot import take_snapshot
 
 
@@ -60,14 +59,14 @@ def merged_separately(pair, t, **options):
     batch_norm, models, samples = pair
     module = Classifier(batch_norm=batch_norm)
     with attached(module):
-        folding = Folding(module, ODEMerge(), calibration_size=16, **options)
+        folding = Folding(module, PaperODEMerge(), calibration_size=16, **options)
         for task, model, weight, held in zip("ab", models, (1 - t, t), samples, strict=True):
             folding.fold(model, task, weight, held)
     return folding.merged
 
 
 def test_a_stop_is_what_a_merge_with_that_operating_time_gives(pair):
-    stops, _, _ = follow(pair, ODEMerge())
+    stops, _, _ = follow(pair, PaperODEMerge())
     assert list(stops) == pytest.approx([0.1 * index for index in range(11)])
     for t, stop in stops.items():
         separate = merged_separately(pair, t)
@@ -80,14 +79,14 @@ def test_a_stop_is_what_a_merge_with_that_operating_time_gives(pair):
 
 
 def test_the_path_is_no_straight_line(pair):
-    stops, _, _ = follow(pair, ODEMerge())
+    stops, _, _ = follow(pair, PaperODEMerge())
     line, _, _ = follow(pair, StraightLine(0.05))
     assert (stops[0.9]["head.weight"] - line[0.9]["head.weight"]).abs().max() > 0.01
 
 
 def test_the_ends_are_the_two_models_bit_by_bit(pair):
     _, (merged, incoming), _ = pair
-    for flow in (ODEMerge(), StraightLine(0.05)):
+    for flow in (PaperODEMerge(), StraightLine(0.05)):
         stops, _, after = follow(pair, flow)
         assert same(stops[0.0], merged)
         assert same(stops[1.0], incoming)
@@ -104,14 +103,14 @@ def test_the_straight_line_interpolates_weights_and_statistics(pair):
 
 
 def test_all_stops_together_cost_one_integration(pair):
-    _, record, _ = follow(pair, ODEMerge(), points=21)
+    _, record, _ = follow(pair, PaperODEMerge(), points=21)
     assert record.gradient_evaluations == 20
     assert record.sample_gradients == 20 * 16
 
 
 def test_the_losses_of_the_path_are_those_of_the_models_at_its_stops(pair):
     _, _, samples = pair
-    for flow in (ODEMerge(0.1), StraightLine(0.1)):
+    for flow in (PaperODEMerge(0.1), StraightLine(0.1)):
         losses = []
 
         def measure(module, t, losses=losses):
@@ -140,8 +139,8 @@ def test_looking_at_the_models_leaves_the_path_alone(pair):
         for parameter in module.parameters():
             parameter.data.add_(1.0)
 
-    quiet, record, _ = follow(pair, ODEMerge())
-    disturbed, other, _ = follow(pair, ODEMerge(), disturb)
+    quiet, record, _ = follow(pair, PaperODEMerge())
+    disturbed, other, _ = follow(pair, PaperODEMerge(), disturb)
     for t in quiet:
         moved = [name for name, value in quiet[t].items() if not torch.equal(value, disturbed[t][name])]
         assert set(moved) <= {"body.1.num_batches_tracked"}
@@ -157,7 +156,7 @@ def test_statistics_at_a_stop_follow_the_policy_of_the_merge(policy):
         models.append(take_snapshot(module))
         samples.append(task.train_set.tensors)
     pair = (True, models, samples)
-    stops, _, _ = follow(pair, ODEMerge(), batch_norm=policy)
+    stops, _, _ = follow(pair, PaperODEMerge(), batch_norm=policy)
     separate = merged_separately(pair, 0.3, batch_norm=policy)
     for name in ("body.1.running_mean", "body.1.running_var"):
         assert torch.allclose(stops[0.3][name], separate[name], rtol=0.05)
@@ -169,14 +168,14 @@ def test_a_failing_visit_ends_the_path(pair):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        follow(pair, ODEMerge(), fail)
+        follow(pair, PaperODEMerge(), fail)
 
 
 def test_a_loss_that_is_not_finite_names_the_task(pair):
     batch_norm, models, ((inputs, targets), other) = pair
     broken = (batch_norm, models, [(inputs.clone().fill_(torch.nan), targets), other])
     with pytest.raises(NonFiniteLossError, match="Merging task 'b': the loss of the incoming model is nan"):
-        follow(broken, ODEMerge())
+        follow(broken, PaperODEMerge())
 
 
 @pytest.mark.parametrize(
@@ -190,9 +189,10 @@ def test_a_loss_that_is_not_finite_names_the_task(pair):
 )
 def test_points_that_the_steps_do_not_hit_are_refused(step_size, points, message):
     with pytest.raises(ValueError, match=message):
-        check_points(ODEMerge(step_size), points)
+        check_points(PaperODEMerge(step_size), points)
 
 
-def test_a_method_without_a_path_is_refused():
-    with pytest.raises(TypeError, match="not that of AverageMerge"):
-        check_points(AverageMerge(), 11)
+@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge()])
+def test_another_method_is_refused(method):
+    with pytest.raises(TypeError, match=f"path of PaperODEMerge can be followed, not that of {type(method).__name__}"):
+        check_points(method, 11)

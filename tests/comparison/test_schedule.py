@@ -9,10 +9,11 @@ import torch
 from images import make_model, make_stream, make_trainer
 from scipy.stats import spearmanr
 
-from lightning_odem import CalibrationOptions, ContinualMergeCallback, ODEMerge
+from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.comparison import Workbench, schedule
 from lightning_odem.comparison.schedule import OperatingPoint, ScheduleStudy
 from lightning_odem.comparison.schedule_report import plot_schedule, render_schedule, save_schedule
+from lightning_odem.methods import PaperODEMerge
 
 OPTIONS = {"orders": 2, "points": 5, "calibration_size": 24, "seed": 3}
 
@@ -49,7 +50,7 @@ def test_the_schedule_is_the_stream_that_compare_merges(studies, directory):
     comparison = make_trainer().compare(
         make_model(),
         make_stream(),
-        methods=["ode"],
+        methods=["ode_paper"],
         orders=2,
         seeds=[3],
         calibration_sizes=[24],
@@ -132,24 +133,24 @@ def test_candidates_lie_on_the_path_of_the_loss_chosen(loss, studies, directory,
 
 
 def test_a_merge_costs_one_path_and_the_scheduled_merge(tmp_path, monkeypatch):
-    times, original = [], ODEMerge.merge
+    times, original = [], PaperODEMerge.merge
 
     def counting(self, merged, incoming, t, context):
         times.append(t)
         return original(self, merged, incoming, t, context)
 
-    monkeypatch.setattr(ODEMerge, "merge", counting)
+    monkeypatch.setattr(PaperODEMerge, "merge", counting)
     study(tmp_path, orders=1, points=21)
     assert times == pytest.approx([1.0, 1 / 2, 1.0, 1 / 3])
 
 
 def test_a_second_run_merges_nothing(studies, directory, monkeypatch):
-    monkeypatch.setattr(ODEMerge, "merge", lambda *_: pytest.fail("merged again"))
+    monkeypatch.setattr(PaperODEMerge, "merge", lambda *_: pytest.fail("merged again"))
     assert study(directory) == studies
 
 
 def test_an_interrupted_study_goes_on_with_the_next_order(studies, tmp_path, monkeypatch):
-    done, original = [], ODEMerge.merge
+    done, original = [], PaperODEMerge.merge
 
     def failing(self, *arguments):
         if len(done) == 5:
@@ -157,7 +158,7 @@ def test_an_interrupted_study_goes_on_with_the_next_order(studies, tmp_path, mon
         done.append(1)
         return original(self, *arguments)
 
-    monkeypatch.setattr(ODEMerge, "merge", failing)
+    monkeypatch.setattr(PaperODEMerge, "merge", failing)
     with pytest.raises(KeyboardInterrupt):
         study(tmp_path)
     assert len(list((tmp_path / "schedule").iterdir())) == 1

@@ -10,12 +10,12 @@ import yaml
 from images import make_model, make_stream, make_trainer
 from torch.utils.data import default_collate
 
-from lightning_odem import CalibrationOptions, ContinualMergeCallback, ODEMerge, TaskClassifier
+from lightning_odem import CalibrationOptions, ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli import main
 from lightning_odem.comparison import Workbench, trajectory
 from lightning_odem.comparison.trajectory import LINE, PairPath
 from lightning_odem.comparison.trajectory_report import plot_trajectory, render_trajectory, save_trajectory
-from lightning_odem.methods import AverageMerge
+from lightning_odem.methods import AverageMerge, PaperODEMerge
 
 OPTIONS = {"points": 6, "calibration_size": 24, "seed": 3}
 
@@ -38,9 +38,9 @@ def paths(directory):
 
 def test_each_task_is_paired_with_the_next_on_both_paths(paths):
     assert [(path.pair, path.method) for path in paths] == [
-        (("a", "b"), "ode"),
+        (("a", "b"), "ode_paper"),
         (("a", "b"), LINE),
-        (("b", "c"), "ode"),
+        (("b", "c"), "ode_paper"),
         (("b", "c"), LINE),
     ]
     assert all(path.t == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] for path in paths)
@@ -96,12 +96,12 @@ def test_the_two_paths_have_the_same_ends(paths):
 
 
 def test_a_second_run_integrates_nothing(paths, directory, monkeypatch):
-    monkeypatch.setattr(ODEMerge, "merge", lambda *_: pytest.fail("integrated again"))
+    monkeypatch.setattr(PaperODEMerge, "merge", lambda *_: pytest.fail("integrated again"))
     assert study(directory) == paths
 
 
 def test_an_interrupted_study_goes_on_with_the_next_pair(paths, directory, tmp_path, monkeypatch):
-    done, original = [], ODEMerge.merge
+    done, original = [], PaperODEMerge.merge
 
     def failing(self, *arguments):
         if len(done) == 1:
@@ -109,7 +109,7 @@ def test_an_interrupted_study_goes_on_with_the_next_pair(paths, directory, tmp_p
         done.append(1)
         return original(self, *arguments)
 
-    monkeypatch.setattr(ODEMerge, "merge", failing)
+    monkeypatch.setattr(PaperODEMerge, "merge", failing)
     with pytest.raises(KeyboardInterrupt):
         study(tmp_path)
     assert len(list((tmp_path / "trajectory").iterdir())) == 1
@@ -281,4 +281,4 @@ def test_the_command_line_has_the_study(command, points, capsys):
         main([command, "--model=TaskClassifier", "--model.backbone=test_vit", "--data=DigitsStream", "--print_config"])
     assert end.value.code in (0, None)
     config = yaml.safe_load(capsys.readouterr().out)
-    assert (config["points"], config["method"], config["dirpath"]) == (points, "ode", "comparison")
+    assert (config["points"], config["method"], config["dirpath"]) == (points, "ode_paper", "comparison")

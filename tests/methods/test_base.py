@@ -84,7 +84,7 @@ def test_time_0_gives_the_merged_model_bit_by_bit(name):
     assert torch.equal(theta, merged)
 
 
-@pytest.mark.parametrize("name", ["average", "ode"])
+@pytest.mark.parametrize("name", ["average", "ode", "ode_paper"])
 def test_time_1_gives_the_incoming_model_bit_by_bit_where_the_rule_interpolates(name):
     theta, _, incoming = merge(name, 1.0)
     assert torch.equal(theta, incoming)

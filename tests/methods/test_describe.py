@@ -8,6 +8,7 @@ from lightning_odem.methods import (
     LinearInterpolation,
     MergeMethod,
     ODEMerge,
+    PaperODEMerge,
     TaskArithmeticMerge,
     resolve_method,
 )
@@ -35,6 +36,9 @@ def test_every_method_describes_itself_as_plain_data(name):
         (ODEMerge(0.1), ODEMerge(0.2)),
         (ODEMerge(0.1), ODEMerge(0.1, "heun")),
         (ODEMerge(operating_time=0.5), ODEMerge(operating_time="search")),
+        (ODEMerge(), ODEMerge(descent=0.0)),
+        (ODEMerge(), ODEMerge(batch_size=None)),
+        (ODEMerge(batch_size=None, descent=0.0), PaperODEMerge()),
         (LinearInterpolation(0.1), LinearInterpolation(0.2)),
         (TaskArithmeticMerge(0.5, "sum"), TaskArithmeticMerge(0.5, "utility")),
         (FunctionMerge(stay), FunctionMerge(go)),

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -6,71 +7,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
-from lightning_odem.flow import RectifiedField, StepControl, integrate
+from lightning_odem.flow import NonFiniteLossError, RectifiedField, StepControl, integrate
 from lightning_odem.merging import Calibration, merging
-from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge
-from lightning_odem.methods.sampling import hold_out
+from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge, PaperODEMerge
+from lightning_odem.methods.sampling import hold_out, minibatch_gradients
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.report import StreamReport
 from lightning_odem.report.figures import plot_path
 
-CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
 
-
-def loss(theta):
-    return float(CURVATURE @ theta.square()) / 2
-
-
-def loss_and_grad(theta):
-    return loss(theta), CURVATURE * theta
-
-
-def endpoints():
-    return torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64), torch.tensor([-0.5, 1.0, 1.0], dtype=torch.float64)
-
-
-def context(on_step=None, **settings):
-    objective = SimpleNamespace(**{"loss_and_grad": loss_and_grad, "loss": loss} | settings)
-    return MergeContext(["a"], [(3,)], calibration=objective, on_step=on_step)
-
-
-@pytest.mark.parametrize(("step_size", "solver"), [(0.05, "euler"), (0.3, "euler"), (0.1, "heun")])
-def test_the_merge_is_the_flow_stopped_at_the_operating_time(step_size, solver):
-    expected = integrate(*endpoints(), loss_and_grad, 0.7, step_size=step_size, solver=solver)
-    merged, incoming = endpoints()
-    result = ODEMerge(step_size, solver).merge(merged, incoming, 0.7, context())
-    assert torch.equal(result.theta, expected.theta)
-    assert result.trajectory.as_dict() == expected.as_dict()
-    assert result.theta is merged
-    assert torch.equal(incoming, endpoints()[1])
-
-
-def test_without_damping_it_is_the_running_average():
-    def downhill(theta):
-        return -float(theta[0]), torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64)
-
-    (merged, incoming), (other, _) = endpoints(), endpoints()
-    merged[0] = other[0] = -2.0  # towards the incoming model the loss falls
-    flow = ODEMerge().merge(merged, incoming, 0.4, context(loss_and_grad=downhill, loss=lambda x: downhill(x)[0]))
-    assert set(flow.trajectory.gamma) == {1.0}
-    torch.testing.assert_close(flow.theta, AverageMerge().merge(other, incoming, 0.4, context()).theta)
-
-
-def test_it_costs_one_gradient_per_step_and_two_losses():
-    calls = []
-
-    def counted(name, function):
-        return lambda theta: calls.append(name) or function(theta)
-
-    counting = context(loss_and_grad=counted("gradient", loss_and_grad), loss=counted("loss", loss))
-    ODEMerge(0.2).merge(*endpoints(), 0.5, counting)
-    assert (calls.count("gradient"), calls.count("loss")) == (3, 2)
-
-
-def test_it_tells_how_far_it_is():
-    steps = []
-    ODEMerge(0.25).merge(*endpoints(), 0.5, context(on_step=lambda *step: steps.append(step)))
-    assert steps == [(0, 2), (1, 2), (2, 2)]
+def paper(**options):
+    """An option by itself, on the paper's flow."""
+    return ODEMerge(**{"batch_size": None, "descent": 0.0} | options)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +32,8 @@ def test_it_tells_how_far_it_is():
         ({"holdout": 0.0}, "holdout=0.0"),
         ({"holdout": 1.0}, "holdout=1.0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"descent": -0.1}, "descent=-0.1"),
+        ({"step_control": True}, r"step_control takes steps back, .*\(descent=0.006\); set descent=0"),
         ({"reuse": 0}, "reuse=0"),
         ({"granularity": "layer"}, "one of vector, tensor, row, coordinate, got 'layer'"),
         ({"solver": "rk4"}, "Unknown solver 'rk4'; the solvers are euler, heun"),
@@ -115,7 +65,7 @@ def test_the_granularity_cuts_parameters_into_blocks(granularity, blocks):
     objective = SimpleNamespace(loss_and_grad=hill, loss=lambda theta: hill(theta)[0])
     expected = integrate(merged, incoming, hill, 0.5, field=RectifiedField(blocks))
     context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, calibration=objective)
-    result = ODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)
+    result = PaperODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)
     assert torch.equal(result.theta, expected.theta)
     assert result.trajectory.as_dict() == expected.as_dict()
     assert max(expected.damped_share) > 0.1
@@ -147,7 +97,7 @@ def test_a_module_is_rectified_row_by_row():
     buffer = CalibrationBuffer(16)
     buffer.add("new", (inputs, targets))
     calibration = Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
-    method = ODEMerge(step_size=0.5, granularity="row")
+    method = PaperODEMerge(step_size=0.5, granularity="row")
     with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as record:
         assert record.path["gamma"] == pytest.approx([gamma])
         assert record.path["damped_share"][0] > 0.0
@@ -184,10 +134,14 @@ OPTIONS = [
     {"operating_time": 0.3},
     {"operating_time": "search"},
     {"operating_time": "became"},
+    {},
     {"batch_size": 8},
+    {"batch_size": None},
     {"reuse": 3},
-    {"step_control": True},
-    {"operating_time": "search", "batch_size": 8, "reuse": 2, "step_control": True, "solver": "heun"},
+    {"granularity": "row"},
+    {"step_control": True, "descent": 0.0},
+    {"operating_time": "search", "batch_size": 8, "reuse": 2, "solver": "heun"},
+    {"operating_time": "search", "batch_size": 8, "reuse": 2, "step_control": True, "solver": "heun", "descent": 0.0},
 ]
 
 
@@ -221,7 +175,7 @@ def test_a_fixed_time_is_the_time_of_every_merge(t):
 
 
 @pytest.mark.parametrize("t", [0.1, 0.25, 0.4, 0.8])
-@pytest.mark.parametrize("options", [{}, {"batch_size": 8}, {"step_control": True}, {"reuse": 2}])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 8}, {"step_control": True, "descent": 0.0}, {"reuse": 2}])
 def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, options):
     result, merged, incoming, objective = merge(ODEMerge(operating_time="search", **options), t)
     path = result.trajectory
@@ -234,7 +188,7 @@ def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, opti
 
 
 def test_the_search_follows_the_gradient_of_the_other_samples():
-    result, merged, incoming, objective = merge(ODEMerge(operating_time="search", holdout=0.4))
+    result, merged, incoming, objective = merge(paper(operating_time="search", holdout=0.4))
     kept, _ = hold_out(objective, 0.4)
     expected = integrate(merged, incoming, kept.loss_and_grad, 0.8 / 1.4, loss=kept.loss)
     steps = len(result.trajectory.gamma)
@@ -245,17 +199,20 @@ def test_the_search_follows_the_gradient_of_the_other_samples():
 
 @pytest.mark.parametrize("size", [1, 8, 16, 40, 100])
 @pytest.mark.parametrize("t", [0.05, 1 / 3, 0.4])
-def test_minibatches_differentiate_as_many_samples(size, t):
-    *_, whole = merge(ODEMerge(), t)
+def test_minibatches_differentiate_as_many_samples_as_algorithm_1(size, t):
+    *_, whole = merge(PaperODEMerge(), t)
     result, _, _, objective = merge(ODEMerge(batch_size=size), t)
     assert objective.sample_gradients == whole.sample_gradients
+    assert (objective.loss_evaluations, whole.loss_evaluations) == (3, 2)
     assert len(result.trajectory.gamma) == objective.gradient_evaluations
     assert objective.gradient_evaluations == whole.gradient_evaluations * -(-40 // size)
     assert result.trajectory.t[-1] == t
 
 
-def test_a_minibatch_of_everything_is_the_whole_buffer():
-    torch.testing.assert_close(merge(ODEMerge(batch_size=40))[0].theta, merge(ODEMerge())[0].theta)
+@pytest.mark.parametrize("descent", [0.0, 0.006])
+def test_a_minibatch_of_everything_is_the_whole_buffer(descent):
+    first, second = (merge(ODEMerge(batch_size=size, descent=descent))[0] for size in (40, None))
+    torch.testing.assert_close(first.theta, second.theta)
 
 
 def test_minibatches_measure_the_ends_of_the_path_on_the_whole_buffer():
@@ -278,7 +235,7 @@ def test_reused_gradients_are_taken_once(options, gradients):
 
 
 def test_step_control_takes_the_steps_that_the_rule_says():
-    result, merged, incoming, objective = merge(ODEMerge(step_size=0.2, step_control=True))
+    result, merged, incoming, objective = merge(paper(step_size=0.2, step_control=True))
     path = integrate(
         merged, incoming, objective.loss_and_grad, 0.4, step_size=0.2, loss=objective.loss, control=StepControl()
     )
@@ -307,13 +264,111 @@ def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
     objective = make_objective(net)
     calibration = Calibration(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
-    with merging(net, ODEMerge(0.2, operating_time="search", step_control=True), **settings) as record:
+    with merging(net, ODEMerge(0.2, operating_time="search", step_control=True, descent=0.0), **settings) as record:
         pass
     assert record.t == record.path["t"][-1]
     assert len(record.path["held_out_t"]) == len(record.path["held_out_loss"]) > 1
     report = StreamReport(["c"], [1.0], [[0.5]], [0.1], [0.6], [0.1], [record])
     assert StreamReport.load(report.save(tmp_path / "report.json")).merges[0].path == record.path
     assert len(plot_path(record).axes) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- the descent
+
+
+@pytest.mark.parametrize(
+    ("t", "step_size", "size"),
+    [(0.4, 0.05, 8), (0.4, 0.05, None), (1 / 3, 0.1, 16), (0.02, 0.05, 8), (0.4, 0.05, 64)],
+)
+def test_the_path_is_transport_rectification_and_adam_written_out(t, step_size, size):
+    result, merged, incoming, objective = merge(ODEMerge(step_size, batch_size=size, descent=0.01, seed=5), t)
+    epochs, samples = math.ceil(t / step_size - 1e-9), 40
+    steps = epochs * (math.ceil(samples / size) if size else 1)
+    gradient = minibatch_gradients(objective, objective.buffer, size or samples, seed=5)
+    distance = float((incoming - merged).square().mean().sqrt())
+    length = 0.01 * distance * (t / step_size) ** 0.5 * samples / (size or samples)
+    # Whole-buffer steps have length h and a shorter last one, those of minibatches are all alike.
+    times = [min(k * (t / steps if size else step_size), t) for k in range(steps)] + [t]
+    budget = max(objective.loss(incoming) - objective.loss(merged), 0.0)
+    theta, mean, square = merged.clone(), torch.zeros_like(merged), torch.zeros_like(merged)
+    for k, (now, later) in enumerate(zip(times, times[1:], strict=False), start=1):
+        g = gradient(theta)[1]
+        u = (incoming - theta) / (1 - now)
+        rise = float(g @ u)
+        v = u - (1 - min(budget / rise, 1.0)) * rise / float(g @ g) * g if rise > 0 else u
+        mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g**2
+        direction = mean / (1 - 0.9**k) / (square / (1 - 0.99**k)).sqrt()
+        covered = length * ((1 - now / t) ** 2 - (1 - later / t) ** 2)
+        theta = theta + (later - now) * v - covered * direction.nan_to_num()
+    torch.testing.assert_close(result.theta, theta, rtol=1e-7, atol=1e-8)
+
+
+def test_a_short_path_hardly_moves_the_merged_model():
+    """The transport is of order t, the descent of order sqrt(t / h)."""
+    moved = {}
+    for t in (1e-2, 1e-4, 1e-6, 1e-8):
+        result, merged, incoming, _ = merge(ODEMerge(batch_size=8), t)
+        moved[t] = float((result.theta - merged).norm() / (incoming - merged).norm())
+        assert 0.0 < moved[t] <= t / (1 - t) + 2.35 * 0.006 * (t / 0.05) ** 0.5 * 40 / 8
+    assert moved[1e-8] / moved[1e-6] == pytest.approx(0.1, rel=0.05)
+
+
+def merge_linear(method, seed, t, scale=1.0):
+    """Two linear classifiers, whose loss is convex; the incoming one is ``scale`` times a random one."""
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 4).double()
+    vector, objective = ParameterVector(net), make_objective(net)
+    merged, incoming = torch.randn(2, len(vector), dtype=torch.float64)
+    context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], calibration=objective)
+    incoming *= scale
+    return method.merge(merged.clone(), incoming, t, context), merged, incoming, objective
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_the_loss_of_a_convex_problem_is_lower_than_the_averages(t, seed):
+    (descended, _, _, objective), (averaged, *_) = (
+        merge_linear(method, seed, t) for method in (ODEMerge(batch_size=8), AverageMerge())
+    )
+    assert objective.loss(descended.theta) < objective.loss(averaged.theta) - 0.01
+
+
+@pytest.mark.parametrize("t", [0.1, 0.4, 0.9])
+def test_no_weight_is_further_from_the_path_without_descent_than_the_length_allows(t):
+    """Where nothing is damped, the transport draws both paths to the same model, and so to each other."""
+    (first, merged, incoming, _), (second, *_) = (
+        merge_linear(ODEMerge(batch_size=None, descent=d), 0, t, scale=0.1) for d in (0.02, 0.0)
+    )
+    assert {*first.trajectory.gamma, *second.trajectory.gamma} == {1.0}
+    length = 0.02 * float((incoming - merged).square().mean().sqrt()) * (t / 0.05) ** 0.5
+    assert 0.0 < float((first.theta - second.theta).abs().max()) <= 2.35 * length
+
+
+def test_samples_that_do_not_count_do_not_lengthen_the_descent():
+    def merged_with(*tasks):
+        net = make_net()
+        full, buffer = make_objective(net), CalibrationBuffer(100, shares="utility")
+        held = {batch.task: batch.samples for batch in full.micro_batches()}
+        for task in tasks:
+            buffer.add(task, held[task], weight=float(task != "b"))
+        vector = full.vector
+        objective = CalibrationObjective(vector, buffer, full.batch_loss)
+        context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], calibration=objective)
+        merged, incoming = (ParameterVector(make_net(seed)).read() for seed in (1, 2))
+        return ODEMerge(batch_size=8).merge(merged, incoming, 0.4, context).theta
+
+    torch.testing.assert_close(merged_with("a", "c", "b"), merged_with("a", "c"), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_not_finite_are_reported_as_such():
+    net, before = make_net(1), make_net(2)
+    net[0].weight.data[0, 0] = math.nan
+    objective = make_objective(net)
+    calibration = Calibration(objective.buffer, objective.batch_loss)
+    settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
+    message = "Merging task 'c': the loss of the incoming model is nan"
+    with pytest.raises(NonFiniteLossError, match=message), merging(net, ODEMerge(), **settings):
+        pass
 
 
 def test_calibration_is_what_it_needs():

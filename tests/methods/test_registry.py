@@ -1,9 +1,17 @@
 import pytest
 
-from lightning_odem.methods import METHODS, AverageMerge, MergeMethod, ODEMerge, method_name, resolve_method
+from lightning_odem.methods import (
+    METHODS,
+    AverageMerge,
+    MergeMethod,
+    ODEMerge,
+    PaperODEMerge,
+    method_name,
+    resolve_method,
+)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ode", ODEMerge), ("average", AverageMerge)])
+@pytest.mark.parametrize(("name", "kind"), [("ode", ODEMerge), ("ode_paper", PaperODEMerge), ("average", AverageMerge)])
 def test_names_give_methods_and_methods_their_names(name, kind):
     method = resolve_method(name)
     assert type(method) is kind

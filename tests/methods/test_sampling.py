@@ -84,6 +84,18 @@ def test_minibatches_of_an_epoch_have_the_gradient_of_the_whole_in_the_mean():
         torch.testing.assert_close(mean, objective.loss_and_grad(theta)[1])
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_no_more_goes_through_the_module_at_once_than_the_objective_allows(size):
+    objective = make_objective()
+    theta, passed, batch_loss = objective.vector.read(), [], objective.batch_loss
+    expected = minibatch_gradients(objective, objective.buffer, 12, seed=1)(theta)
+    objective.batch_size = size
+    objective.batch_loss = lambda batch: passed.append(len(batch.samples[0])) or batch_loss(batch)
+    found = minibatch_gradients(objective, objective.buffer, 12, seed=1)(theta)
+    assert (max(passed) <= size, sum(passed)) == (True, 12)
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_seed_decides_on_the_minibatches():
     objective = make_objective()
     theta = objective.vector.read()
