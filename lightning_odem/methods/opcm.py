@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
@@ -33,13 +32,15 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
                 [1., 1., 0.]], dtype=torch.float64)
     """
     u, s, v = singular(update)
-    cumulated = s.cumsum(0)
-    removed = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    task_vector, rows = exact(task_vector), v.T
+    within = u.T @ task_vector
+    # Half the products of going to the basis and back: of the entries outside the block only the diagonal is needed.
+    removed = (within * rows).sum(1, keepdim=True) * rows
     if len(s):
+        cumulated = s.cumsum(0)
         rank = int((cumulated <= alpha * cumulated[-1]).sum())
-        removed[:rank, :rank] = 1.0
-    task_vector = exact(task_vector)
-    return task_vector - u @ (removed * (u.T @ task_vector @ v)) @ v.T
+        removed[:rank] = within[:rank] @ v[:, :rank] @ rows[:rank]
+    return task_vector - u @ removed
 
 
 class OPCMMerge(MergeMethod):
