@@ -233,4 +233,5 @@ def _record(
         record.path, record.steps = path.as_dict(), len(path.t) - 1
         record.loss_before, record.loss_after, record.loss_incoming = path.loss[0], path.loss[-1], path.loss1
         record.barrier, record.envelope_excess = path.barrier, path.envelope_excess
+        record.estimated = path.estimated
     return record

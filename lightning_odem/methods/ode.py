@@ -178,6 +178,8 @@ class ODEMerge(MergeMethod):
         if lowest is not None:
             lowest.write_(trajectory.theta)
             trajectory.cut(end := lowest.best_t)
+            if trajectory.estimated:
+                trajectory.loss[-1] = objective.loss(trajectory.theta)  # that of the whole buffer, as at any end
             trajectory.held_out_t, trajectory.held_out_loss = lowest.t, lowest.loss
         return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
 

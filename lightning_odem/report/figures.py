@@ -80,6 +80,8 @@ def plot_path(record: MergeRecord) -> Figure:
 
     The loss is compared with the chord between the losses of its endpoints, above which the barrier is measured
     (Def. 3.2), and with the envelope of Theorem 3.4. Both are drawn up to the operating time, where the path ends.
+    Losses of minibatches are a thin line, without a barrier of their own: that is measured at the ends. Held-out losses
+    and steps that were taken back are drawn where the path has them.
 
     Args:
         record: A merge that followed a path: ``record.path["t"]`` has two points at least.
@@ -98,6 +100,7 @@ def plot_path(record: MergeRecord) -> Figure:
     t, loss = np.array(record.path["t"]), np.array(record.path["loss"])
     change = record.loss_incoming - loss[0]
     chord = loss[0] + t * change
+    dense = len(t) > 60
     figure = new_figure(7.4, 4.8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
 
@@ -106,9 +109,20 @@ def plot_path(record: MergeRecord) -> Figure:
     upper.plot(ends, envelope, color=ORANGE, lw=5, alpha=0.5, label="envelope (Theorem 3.4)")
     label = rf"chord to $L(\theta_1)$ = {record.loss_incoming:.4g} at t = 1"
     upper.plot(ends, chord[[0, -1]], color="black", lw=1.2, ls="--", label=label)
-    upper.plot(t, loss, color=BLUE, lw=2, marker="o", ms=4, label=r"path, $L(\theta(t))$")
+    if record.estimated:
+        upper.plot(t, loss, color=BLUE, lw=0.8, alpha=0.5, label="path, losses of minibatches")
+        upper.plot(ends, loss[[0, -1]], "o", color=BLUE, ms=6, label=r"$L(\theta(t))$ at the ends of the path")
+    else:
+        upper.plot(t, loss, color=BLUE, lw=2, marker="" if dense else "o", ms=4, label=r"path, $L(\theta(t))$")
+    if "held_out_t" in record.path:
+        held_out = record.path["held_out_t"], record.path["held_out_loss"]
+        upper.plot(*held_out, color=GREEN, lw=1.2, marker="s", ms=3, label="held-out samples")
+    if "rejected_t" in record.path:
+        rejected = record.path["rejected_t"], record.path["rejected_loss"]
+        upper.plot(*rejected, "x", color="black", ms=5, label="steps taken back")
     if record.barrier > 0:
-        highest = int(np.argmax(loss - chord))
+        # The largest of many estimates would be the noise's.
+        highest = -1 if record.estimated else int(np.argmax(loss - chord))
         label = f"barrier = {record.barrier:.3g}"
         upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=RED, lw=2, marker="_", label=label)
     upper.axvline(record.t, color="0.4", lw=1, ls=":", label=f"operating time t = {record.t:.3g}")
@@ -117,12 +131,16 @@ def plot_path(record: MergeRecord) -> Figure:
 
     if record.path["gamma"]:
         gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
-        lower.stairs(gamma, t, baseline=None, color=GREEN, lw=2, label=r"damping factor $\gamma$ (1: undamped)")
+        lower.stairs(
+            gamma, t, baseline=None, color=GREEN, lw=0.8 if dense else 2, label=r"damping factor $\gamma$ (1: undamped)"
+        )
         label = r"alignment ratio $\Vert P_g u\Vert / \Vert u\Vert$"
-        lower.stairs(ratio, t, baseline=None, color=RED, lw=2, ls=(0, (3, 1)), label=label)
+        lower.stairs(ratio, t, baseline=None, color=RED, lw=0.8 if dense else 2, ls=(0, (3, 1)), label=label)
         lower.set_ylim(-0.05, 1.05)
     else:
-        lower.stairs(record.path["step_norm"], t, baseline=None, color=GREEN, lw=2, label="length of the step")
+        lower.stairs(
+            record.path["step_norm"], t, baseline=None, color=GREEN, lw=0.8 if dense else 2, label="length of the step"
+        )
     lower.axvline(record.t, color="0.4", lw=1, ls=":")
     lower.set_ylabel("per step")
     lower.set_xlabel("time t")

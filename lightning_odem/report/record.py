@@ -30,13 +30,17 @@ class MergeRecord:
         path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
             (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio``, ``step_norm`` and
             ``damped_share`` (n steps). ``gamma``, ``alignment_ratio`` and ``damped_share`` are empty for paths
-            without such a damping; all is empty for methods that follow no path and for the first task.
+            without such a damping; all is empty for methods that follow no path and for the first task. Some methods'
+            options add lists under ``held_out_t`` and ``held_out_loss`` (candidates for the end, which lie beyond it as
+            well, and their losses on held-out samples), or ``rejected_t`` and ``rejected_loss`` (steps taken back).
         steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.
         loss_incoming: Calibration loss of the incoming model.
         barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
         envelope_excess: By how much the path left the bound of Theorem 3.4; 0 where it held.
+        estimated: Whether the path's losses between its ends are those of minibatches. Barrier and envelope excess are
+            then measured at the ends alone.
         gradient_evaluations: Gradients taken on the calibration set or a part of it.
         loss_evaluations: Passes over the calibration set, or a part of it, without a gradient.
         sample_gradients: Samples that went through a pass with gradient, of the calibration set and of the task's own
@@ -57,6 +61,7 @@ class MergeRecord:
     loss_incoming: float = math.nan
     barrier: float = 0.0
     envelope_excess: float = 0.0
+    estimated: bool = False
     gradient_evaluations: int = 0
     loss_evaluations: int = 0
     sample_gradients: int = 0

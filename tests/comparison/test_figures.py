@@ -156,6 +156,28 @@ def test_histogram_agrees_with_counting_on_uneven_paths() -> None:
         assert_allclose(found[column], expected)
 
 
+def test_each_method_has_a_histogram_of_its_own_on_common_axes(comparison: Comparison) -> None:
+    fine = {"t": list(np.linspace(0, 0.5, 51)), "gamma": [0.3] * 50, "alignment_ratio": [0.9] * 50}
+    comparison.cells.append(cell("ode", 0, [0.5] * 3, path=fine))
+    coarse, dense, _ = path_histogram(comparison, "alignment_ratio").axes
+    assert coarse.get_title(loc="left") == "odem: 12 steps"
+    assert dense.get_title(loc="left") == "ode: 100 steps"
+    assert [axes.collections[0].get_array().sum() for axes in (coarse, dense)] == [12, 100]
+    assert coarse.get_ylim() == dense.get_ylim() == (0, 0.9)
+    assert coarse.get_xlim() == dense.get_xlim() == pytest.approx((0, 0.5))
+    assert coarse.collections[0].norm is dense.collections[0].norm
+
+
+@pytest.mark.parametrize("methods", [3, 4, 7])
+def test_many_histograms_continue_below(methods: int) -> None:
+    figure = path_histogram(Comparison([cell(f"m{k}", 0, [0.5] * 3, path=PATH) for k in range(methods)]), "gamma")
+    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+    assert titles == [f"m{k}: 6 steps" for k in range(methods)]
+    figure.draw_without_rendering()
+    assert figure.axes[0].bbox.width > 250
+    assert figure.axes[0].bbox.height > 250
+
+
 def test_very_fine_steps_share_bins() -> None:
     path = {"t": list(np.linspace(0, 1, 1001)), "gamma": [1.0] * 1000}
     found = counts(path_histogram(Comparison([cell("odem", 0, [0.5] * 3, path=path)]), "gamma"))

@@ -373,3 +373,10 @@ def test_weights_that_are_not_finite_are_reported_as_such():
 
 def test_calibration_is_what_it_needs():
     assert ODEMerge.needs == {"calibration"}
+
+
+def test_the_losses_at_both_ends_of_a_search_are_those_of_the_samples_learnt_from():
+    result, merged, _, objective = merge(ODEMerge(operating_time="search", batch_size=8))
+    learnt, _ = hold_out(objective, 0.25)
+    assert result.trajectory.loss[0] == pytest.approx(learnt.loss(merged))
+    assert result.trajectory.loss[-1] == pytest.approx(learnt.loss(result.theta))

@@ -115,6 +115,44 @@ def test_barrier_stands_where_the_path_is_highest_above_the_chord() -> None:
     assert not any("barrier" in label for label in lines(plot_path(record(loss_incoming=2.0))))
 
 
+def test_barrier_of_estimated_losses_stands_at_the_end_where_it_was_measured() -> None:
+    noisy = record(loss_incoming=0.2, barrier=0.2)
+    noisy.estimated = True
+    drawn = lines(plot_path(noisy))
+    assert_allclose(drawn["barrier = 0.2"], [[0.5, 0.5], [0.6, 0.8]])
+    assert_allclose(drawn["path, losses of minibatches"], [[0, 0.2, 0.4, 0.5], [1.0, 0.9, 1.1, 0.8]])
+    assert_allclose(drawn[r"$L(\theta(t))$ at the ends of the path"], [[0, 0.5], [1.0, 0.8]])
+    assert r"path, $L(\theta(t))$" not in drawn
+
+
+def test_held_out_losses_and_steps_taken_back_are_drawn_where_there_are_any() -> None:
+    searched = record(loss_incoming=0.6)
+    plain = set(lines(plot_path(searched)))
+    searched.path |= {
+        "held_out_t": [0.5, 0.7],
+        "held_out_loss": [0.9, 1.2],
+        "rejected_t": [0.6],
+        "rejected_loss": [3.0],
+    }
+    drawn = lines(plot_path(searched))
+    assert_allclose(drawn["held-out samples"], [[0.5, 0.7], [0.9, 1.2]])
+    assert_allclose(drawn["steps taken back"], [[0.6], [3.0]])
+    assert set(drawn) - plain == {"held-out samples", "steps taken back"}
+
+
+def test_points_of_very_many_steps_have_no_markers() -> None:
+    path = {
+        "t": list(np.linspace(0, 1, 200)),
+        "loss": [1.0] * 200,
+        "gamma": [1.0] * 199,
+        "alignment_ratio": [0.1] * 199,
+    }
+    many = plot_path(MergeRecord("b", 1.0, "ode", path, loss_incoming=1.0))
+    for figure, marker in ((many, ""), (plot_path(record(loss_incoming=0.6)), "o")):
+        (found,) = (line for line in figure.axes[0].lines if line.get_label().startswith("path"))
+        assert found.get_marker() == marker
+
+
 def test_gamma_and_alignment_ratio_span_their_steps() -> None:
     gamma, ratio = plot_path(record(loss_incoming=0.6)).axes[1].patches
     assert_allclose(gamma.get_data().values, [1.0, 0.25, 1.0])

@@ -1,0 +1,108 @@
+"""What a utility weight means: two tasks, merged for shares w of the second from 0 to 1.
+
+Run it with ``python examples/utility_shares.py``, or with the configuration of a stream of one's own, as in
+``python examples/utility_shares.py --config STREAM.yaml --tasks '[a, b]' --dirpath comparison``; without options it
+takes about two minutes on two CPU cores and downloads nothing. Fine-tuned models and merges are kept in
+``dirpath``, as by ``lightning-odem compare``, whose models it uses again.
+"""
+
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import lightning as L
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_odem import ContinualTrainer, TaskStream
+from lightning_odem.cli import ContinualCLI
+from lightning_odem.comparison import Comparison, StreamPlan, Workbench, run_comparison
+from lightning_odem.methods import resolve_method
+from lightning_odem.report.figures import COLORS, new_figure, open_frame
+from lightning_odem.report.tables import number, percent
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+class SharesTrainer(ContinualTrainer):
+    def utility_shares(
+        self,
+        model: L.LightningModule,
+        datamodule: TaskStream,
+        tasks: tuple[str, str] | None = None,  # the stream's first two
+        shares: list[float] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0],  # noqa: B006 (shown in --help)
+        methods: list[str] = ["average", "ode"],  # noqa: B006
+        calibration_size: int = 1024,
+        dirpath: str = "comparison",
+        pretrain_epochs: int = 0,
+    ) -> Comparison:
+        pair = tasks or tuple(datamodule.names[:2])
+        stream = TaskStream({name: lambda name=name, **_: datamodule[name] for name in pair})
+        stream.pretraining = datamodule.pretraining
+        self._prepare(model, stream, pretrain_epochs)
+        plans = [StreamPlan(0, order, "share", calibration_size, pair, (1 - w, w)) for order, w in enumerate(shares)]
+        bench, resolved = Workbench(self, model, stream, dirpath), {name: resolve_method(name) for name in methods}
+        comparison = run_comparison(bench, resolved, plans, Path(dirpath), joint=False)
+        Console().print(table(comparison))
+        figure(comparison).savefig(Path(dirpath) / "utility_shares.png")
+        return comparison
+
+
+def table(comparison: Comparison) -> Table:
+    first, second = comparison.cells[0].report.tasks
+    result = Table("method", f"w of {second}", first, second, "ACC_w", "loss", title="Accuracy (%) of the merged model")
+    for method in comparison.methods:
+        for report in (cell.report for cell in comparison.select(method=method)):
+            percents = map(percent, (*report.accuracy[-1], report.acc()))
+            loss = number(report.merges[-1].loss_after, ".3f")
+            result.add_row(method, f"{report.weights[1]:.2f}", *percents, loss)
+        result.add_section()
+    return result
+
+
+def figure(comparison: Comparison) -> Figure:
+    drawn = new_figure(7.2, 5.0)
+    upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for method, style in zip(comparison.methods, cycle(("--", "-", ":", "-.")), strict=False):
+        reports = sorted((cell.report for cell in comparison.select(method=method)), key=lambda found: found.weights[1])
+        shares = [report.weights[1] for report in reports]
+        curves = {
+            name: [report.accuracy[-1][index] for report in reports] for index, name in enumerate(reports[0].tasks)
+        }
+        curves[r"$\mathrm{ACC}_w$"] = [report.acc() for report in reports]
+        for (name, values), color in zip(curves.items(), (*COLORS[:2], "black"), strict=True):
+            upper.plot(
+                shares, [100 * value for value in values], style, color=color, marker=".", label=f"{name}, {method}"
+            )
+        lower.plot(shares, [report.merges[-1].loss_after for report in reports], style, color=COLORS[2], marker=".")
+    upper.set_ylabel("accuracy (%)")
+    lower.set_ylabel("calibration loss")
+    lower.set_xlabel(f"share w of {reports[0].tasks[1]} in the utility")
+    for axes in (upper, lower):
+        open_frame(axes)
+    drawn.legend(loc="outside right upper", frameon=False)
+    return drawn
+
+
+class SharesCLI(ContinualCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"utility_shares": {"model", "datamodule"}}
+
+
+def main() -> None:
+    SharesCLI(
+        L.LightningModule,
+        TaskStream,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=SharesTrainer,
+        save_config_callback=None,
+        seed_everything_default=0,
+        args=["utility_shares", *(sys.argv[1:] or ["--config", str(QUICKSTART)])],
+    )
+
+
+if __name__ == "__main__":
+    main()
