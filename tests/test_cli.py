@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 BACKBONES = ["clip_vit_b32.yaml", "clip_vit_b16.yaml", "clip_vit_l14.yaml"]
 TABLES = ["clip_table1_b32.yaml", "clip_table1_b16.yaml", "clip_table1_l14.yaml"]
-COMPARISONS = ["compare_eight_tasks.yaml", "sweep_step_size.yaml", "sweep_calibration_size.yaml"]
+COMPARISONS = [
+    "compare_eight_tasks.yaml",
+    "sweep_step_size.yaml",
+    "sweep_calibration_size.yaml",
+    "compare_gradients.yaml",
+]
 SUITES = {"suite_8.yaml": SUITE_8, "suite_14.yaml": SUITE_14, "suite_20.yaml": SUITE_20}
 SMALL = ["--model=TaskClassifier", "--model.backbone=test_vit", "--model.backbone_args={in_chans: 1, img_size: 32}"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
