@@ -96,7 +96,7 @@ def test_a_non_finite_loss_half_way_names_the_step():
         calls.append(task)
         return loss * (math.nan if len(calls) > 7 else 1.0)
 
-    module, merge, incoming = Fragile(), ContinualMergeCallback(), Incoming()
+    module, merge, incoming = Fragile(), ContinualMergeCallback("ode_paper"), Incoming()
     fit(module, Task(0), incoming, merge)
     # Two tasks make two micro-batches a pass: one pass at the incoming model, then one a step.
     with pytest.raises(FloatingPointError, match="Merging task 'task_2': the loss.* at step 2"):

@@ -21,9 +21,9 @@ def test_an_iterable_dataset_is_sampled_while_it_trains():
 
 
 def test_an_iterable_dataset_gives_the_same_merge_as_a_dataset_kept_whole():
-    modules = []
+    modules = []  # of the whole buffer's gradients: minibatches depend on the samples' order
     for kind in (Streamed, Task):
-        module, merge = Classifier(), ContinualMergeCallback(calibration_size=100)
+        module, merge = Classifier(), ContinualMergeCallback("ode_paper", calibration_size=100)
         for number in range(2):
             fit(module, kind(number), merge)
         modules.append(module)

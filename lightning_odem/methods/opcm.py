@@ -25,6 +25,7 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
         The projected task vector in fp64.
 
     Example:
+        >>> import torch
         >>> update = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
         >>> project(torch.ones(3, 3), update, alpha=0.9)
         tensor([[0., 0., 1.],
