@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_odem.backbone import Normalize, build_backbone
-from lightning_odem.prediction import missing_labels, split_targets
+from lightning_odem.prediction import labelled, split_targets
 from lightning_odem.probe import extract_features, fit_linear_probe
 from lightning_odem.tangent import Linearized
 from lightning_odem.weights import load_weights
@@ -188,9 +188,7 @@ class TaskClassifier(LightningModule):
         Raises:
             ValueError: If the samples have no labels.
         """
-        images, targets = split_targets(batch)
-        if targets is None:
-            raise missing_labels(task)
+        images, targets = labelled(batch, task)
         return cross_entropy(self(images, task), targets)
 
     def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:

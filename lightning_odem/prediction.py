@@ -65,9 +65,16 @@ def split_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
     return batch[0], batch[1] if len(batch) == 2 else None
 
 
-def missing_labels(task: str) -> ValueError:
-    """The error of a loss that reads labels on samples without any."""
-    return ValueError(
-        f"Samples of task {task!r} have no labels, which calibration_step reads. Give batches (inputs, labels), or a "
-        "calibration loss that reads none: `loss: logits` or `loss: entropy` in the callback's `calibration`."
-    )
+def labelled(batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    """As :func:`split_targets`, for a loss that reads labels.
+
+    Raises:
+        ValueError: Also if the batch has none.
+    """
+    inputs, targets = split_targets(batch)
+    if targets is None:
+        raise ValueError(
+            f"Samples of task {task!r} have no labels, which calibration_step reads. Give batches (inputs, labels), or "
+            "a calibration loss that reads none: `loss: logits` or `loss: entropy` in the callback's `calibration`."
+        )
+    return inputs, targets

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 from lightning_odem.clip.prompts import DEFAULT_PROMPTS, PROMPTS
 from lightning_odem.clip.text import TextEncoder
 from lightning_odem.clip.weights import read_clip, read_clip_vision
-from lightning_odem.prediction import missing_labels, split_targets
+from lightning_odem.prediction import labelled, split_targets
 
 
 class ClipClassifier(LightningModule):
@@ -193,9 +193,7 @@ class ClipClassifier(LightningModule):
         Raises:
             ValueError: If the samples have no labels.
         """
-        images, targets = split_targets(batch)
-        if targets is None:
-            raise missing_labels(task)
+        images, targets = labelled(batch, task)
         return cross_entropy(self(images, task), targets)
 
     def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:

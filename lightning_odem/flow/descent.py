@@ -42,10 +42,11 @@ class AdaptiveDescent:
         tensor([-0.2500, -0.2500])
     """
 
+    order = 1
+
     def __init__(self, rule: Solver, length: float, end: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         if length < 0.0:
             raise ValueError(f"The length of a descent must not be negative, got length={length}.")
-        self.order = rule.order
         self._rule, self._length, self._end, self._betas = rule, length, end, betas
         self._adam: torch.optim.Adam | None = None
 
