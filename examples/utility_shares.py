@@ -1,4 +1,4 @@
-"""What a utility weight means: two tasks, merged for shares w of the second from 0 to 1.
+"""What a utility weight means: a stream merged for shares w of its last task from 0 to 1; the others share the rest.
 
 Run it with ``python examples/utility_shares.py``, or with the configuration of a stream of one's own, as in
 ``python examples/utility_shares.py --config STREAM.yaml --tasks '[a, b]' --dirpath comparison``; without options it
@@ -11,6 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -30,18 +31,21 @@ class SharesTrainer(ContinualTrainer):
         self,
         model: L.LightningModule,
         datamodule: TaskStream,
-        tasks: tuple[str, str] | None = None,  # the stream's first two
+        tasks: list[str] | None = None,  # the stream's first two
         shares: list[float] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0],  # noqa: B006 (shown in --help)
         methods: list[str] = ["average", "ode"],  # noqa: B006
         calibration_size: int = 1024,
         dirpath: str = "comparison",
         pretrain_epochs: int = 0,
     ) -> Comparison:
-        pair = tasks or tuple(datamodule.names[:2])
-        stream = TaskStream({name: lambda name=name, **_: datamodule[name] for name in pair})
+        names = tuple(tasks or datamodule.names[:2])
+        if len(names) < 2:
+            raise ValueError(f"A share of the utility needs two tasks at least, got {len(names)}.")
+        stream = TaskStream({name: lambda name=name, **_: datamodule[name] for name in names})
         stream.pretraining = datamodule.pretraining
         self._prepare(model, stream, pretrain_epochs)
-        plans = [StreamPlan(0, order, "share", calibration_size, pair, (1 - w, w)) for order, w in enumerate(shares)]
+        weights = {w: (*[(1 - w) / (len(names) - 1)] * (len(names) - 1), w) for w in shares}
+        plans = [StreamPlan(0, order, "share", calibration_size, names, weights[w]) for order, w in enumerate(shares)]
         bench, resolved = Workbench(self, model, stream, dirpath), {name: resolve_method(name) for name in methods}
         comparison = run_comparison(bench, resolved, plans, Path(dirpath), joint=False)
         Console().print(table(comparison))
@@ -50,13 +54,13 @@ class SharesTrainer(ContinualTrainer):
 
 
 def table(comparison: Comparison) -> Table:
-    first, second = comparison.cells[0].report.tasks
-    result = Table("method", f"w of {second}", first, second, "ACC_w", "loss", title="Accuracy (%) of the merged model")
+    tasks = comparison.cells[0].report.tasks
+    result = Table("method", f"w of {tasks[-1]}", *tasks, "ACC_w", "loss", title="Accuracy (%) of the merged model")
     for method in comparison.methods:
         for report in (cell.report for cell in comparison.select(method=method)):
             percents = map(percent, (*report.accuracy[-1], report.acc()))
             loss = number(report.merges[-1].loss_after, ".3f")
-            result.add_row(method, f"{report.weights[1]:.2f}", *percents, loss)
+            result.add_row(method, f"{report.weights[-1]:.2f}", *percents, loss)
         result.add_section()
     return result
 
@@ -65,20 +69,24 @@ def figure(comparison: Comparison) -> Figure:
     drawn = new_figure(7.2, 5.0)
     upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for method, style in zip(comparison.methods, cycle(("--", "-", ":", "-.")), strict=False):
-        reports = sorted((cell.report for cell in comparison.select(method=method)), key=lambda found: found.weights[1])
-        shares = [report.weights[1] for report in reports]
+        reports = sorted(
+            (cell.report for cell in comparison.select(method=method)), key=lambda found: found.weights[-1]
+        )
+        shares, (*others, last) = [report.weights[-1] for report in reports], reports[0].tasks
+        accuracy = 100 * np.array([report.accuracy[-1] for report in reports])
         curves = {
-            name: [report.accuracy[-1][index] for report in reports] for index, name in enumerate(reports[0].tasks)
+            others[0] if len(others) == 1 else f"mean of the {len(others)} others": accuracy[:, :-1].mean(1),
+            last: accuracy[:, -1],
+            r"$\mathrm{ACC}_w$": [100 * report.acc() for report in reports],
         }
-        curves[r"$\mathrm{ACC}_w$"] = [report.acc() for report in reports]
+        if len(others) > 1:
+            upper.plot(shares, accuracy[:, :-1], style, color=COLORS[0], linewidth=0.4)
         for (name, values), color in zip(curves.items(), (*COLORS[:2], "black"), strict=True):
-            upper.plot(
-                shares, [100 * value for value in values], style, color=color, marker=".", label=f"{name}, {method}"
-            )
+            upper.plot(shares, values, style, color=color, marker=".", label=f"{name}, {method}")
         lower.plot(shares, [report.merges[-1].loss_after for report in reports], style, color=COLORS[2], marker=".")
     upper.set_ylabel("accuracy (%)")
     lower.set_ylabel("calibration loss")
-    lower.set_xlabel(f"share w of {reports[0].tasks[1]} in the utility")
+    lower.set_xlabel(f"share w of {last} in the utility")
     for axes in (upper, lower):
         open_frame(axes)
     drawn.legend(loc="outside right upper", frameon=False)

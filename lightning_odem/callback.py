@@ -1,9 +1,10 @@
 """The callback: when things happen in a Trainer's life. What happens is in the other files."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -15,24 +16,33 @@ from lightning_odem.batch_norm import POLICIES
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.sampling import Sampling
+from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.division import Division
+from lightning_odem.durable import differences, encode
 from lightning_odem.flow import operating_time
-from lightning_odem.guards import FreshStart, check_trainer, finish_averages, release_averages
+from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, finish_averages, release_averages
 from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.metrics import check_weights
-from lightning_odem.naming import next_task_name, next_task_weight
+from lightning_odem.naming import file_name, next_task_name, next_task_weight
 from lightning_odem.parameters import ParameterVector
+from lightning_odem.processes import Processes
 from lightning_odem.progress import progress
 from lightning_odem.publication import publish
+from lightning_odem.random_state import load_random_state, random_digest, take_random_state
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
+from lightning_odem.rescue import rescuing
 from lightning_odem.rundir import RunDirectory
-from lightning_odem.snapshot import load_snapshot, take_snapshot, undisturbed
+from lightning_odem.shards import local, reshard
+from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.state import StreamState
 from lightning_odem.trace import Collection
 
+_Data = TypeVar("_Data", bound=L.LightningDataModule)
+
 FINETUNE_FROM = ("base", "merged")
+OFFLOADS = ("cpu", "disk")
 
 
 class ContinualMergeCallback(L.Callback):
@@ -95,6 +105,14 @@ class ContinualMergeCallback(L.Callback):
             trainer = L.Trainer(max_epochs=3, callbacks=[merge])
             trainer.fit(model, datamodule=task)
         print(merge.table())
+
+    A stream that a later process goes on with, next week or after a crash::
+
+        L.seed_everything(0)
+        model = ...  # with the weights of the base model
+        merge = ContinualMergeCallback(dirpath="streams/shop")
+        for task in merge.remaining(tasks):
+            L.Trainer(max_epochs=3, callbacks=[merge]).fit(model, datamodule=task)
     """
 
     def __init__(
@@ -107,11 +125,14 @@ class ContinualMergeCallback(L.Callback):
         dirpath: str | None = None,
         batch_norm: Literal["average", "keep", "recalibrate"] = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
+        offload: Literal["cpu", "disk"] = "cpu",
     ) -> None:
         if finetune_from not in FINETUNE_FROM:
             raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
         if batch_norm not in POLICIES:
             raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
+        if offload not in OFFLOADS:
+            raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
         if isinstance(exclude, str):
             raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
         if weights is not None:
@@ -125,7 +146,7 @@ class ContinualMergeCallback(L.Callback):
         self.calibration_data: dict[str, Iterable] = {}
         self.last_merged_path: str | None = None
         self._state = StreamState(calibration.buffer(calibration_size))
-        self._directory = RunDirectory(dirpath)
+        self._directory = RunDirectory(dirpath, mapped=offload == "disk")
         self._fresh_start = FreshStart()
         self._measurement = Measurement(self.division)
         self.evaluation_data = self._measurement.given
@@ -135,6 +156,11 @@ class ContinualMergeCallback(L.Callback):
         self._measured = False
         self._sampling: Sampling | None = None
         self._collection: Collection | None = None
+        self._seeding = random_digest(take_random_state())
+        # Whether the stream comes from the directory, and whether the fit before ended with a merge.
+        self._taken_up = self._merged = False
+        if dirpath is not None and (stored := self._directory.load()) is not None:
+            self._take_up(stored)
 
     @property
     def report(self) -> StreamReport:
@@ -145,6 +171,22 @@ class ContinualMergeCallback(L.Callback):
     def dirpath(self) -> Path | None:
         """Directory of checkpoints, report and figures; None before the first fit and under ``fast_dev_run``."""
         return self._directory.path
+
+    def remaining(self, tasks: Iterable[_Data]) -> Iterator[_Data]:
+        """Those of a stream's tasks that are not merged yet; the others' data serves to measure accuracies.
+
+        A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
+
+        Args:
+            tasks: Datamodules in the order of the stream. One without a ``task_name`` is called ``task_<number>``.
+        """
+        self._directory.mend_report(self.report)
+        for number, task in enumerate(tasks, start=1):
+            name = str(getattr(task, "task_name", f"task_{number}"))
+            if name in self.report.tasks:
+                self._measurement.remember(name, task)
+            else:
+                yield task
 
     def table(self, width: int | None = None) -> str:
         """The accuracy matrix with ACC and BWT, and the cost of each merge, as text."""
@@ -162,6 +204,16 @@ class ContinualMergeCallback(L.Callback):
         load_snapshot(module, self._state.merged, self.division.shared(module))
         load_task_parameters(module, self._state.task_parameters[task])
 
+    def load_base(self, module: nn.Module) -> None:
+        """Write the base model's weights into a module of the same architecture.
+
+        Raises:
+            ValueError: If no task has been fitted yet, or names or shapes differ.
+        """
+        if self._state.base is None:
+            raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
+        load_snapshot(module, self._state.base, self.division.shared(module))
+
     # ------------------------------------------------------------------------------------------- before the training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -173,30 +225,33 @@ class ContinualMergeCallback(L.Callback):
             self._resumed = self._trained = self._measured = False
             # A task broken off before; if it is resumed, the checkpoint brings it back.
             self._state.started = {}
+            self._directory.lock(trainer)
+            self._go_on_randomly()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
         self._trained = True
-        state = self._state
-        if self._needs_samples:
-            self.calibration.check(state.buffer)
-        self._directory.claim(trainer, state)
-        if not (self._resumed and state.started):
-            self._begin(trainer, pl_module)
-        self._collect(trainer, pl_module)
-        self._find_data(trainer)
+        with Processes.current().together():
+            self._claim(trainer, pl_module)
+            if self._needs_samples:
+                self.calibration.check(self._state.buffer)
+            if not (self._resumed and self._state.started):
+                self._begin(trainer, pl_module)
+            self._collect(trainer, pl_module)
+            self._find_data(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first step, when heads are ready: check the calibration loss, measure the models at hand."""
         if self._measured:
             return
         self._measured = True
-        self._check_loss(pl_module)
         state, measure = self._state, self._measurement.with_weights
-        if "pretrained" not in state.started:
-            task = state.started["task"]
-            state.started["before_training"] = measure(pl_module, state.merged, task)
-            state.started["pretrained"] = measure(pl_module, state.base, task)
+        with Processes.current().together():
+            self._check_loss(pl_module)
+            if "pretrained" not in state.started:
+                task = state.started["task"]
+                state.started["before_training"] = measure(pl_module, state.merged, task)
+                state.started["pretrained"] = measure(pl_module, state.base, task)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -218,9 +273,10 @@ class ContinualMergeCallback(L.Callback):
         if self._trained:
             return
         if self._resumed and self._state.started:
-            self._directory.claim(trainer, self._state)
-            self._collect(trainer, pl_module)
-            self._find_data(trainer)
+            with Processes.current().together():
+                self._claim(trainer, pl_module)
+                self._collect(trainer, pl_module)
+                self._find_data(trainer)
             pl_module.to(trainer.strategy.root_device)
             finish_averages(trainer, pl_module)
             self.merge(trainer, pl_module)
@@ -234,12 +290,15 @@ class ContinualMergeCallback(L.Callback):
     def merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
         """Merge the module's weights into the stream, evaluate every task seen, and write the results.
 
-        Called at the end of training. If anything fails the module holds the fine-tuned weights and the stream is
-        what it was.
+        Called at the end of training. If anything fails the module holds the fine-tuned weights, which are saved, and
+        the stream is what it was, in memory and on disk. An error in one of several processes is raised in all.
         """
-        state = self._state
-        task, weight = state.started["task"], state.started["weight"]
-        report = state.report
+        with Processes.current().together():
+            return self._merge(trainer, pl_module)
+
+    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
+        state, report = self._state, self.report
+        task, weight, number = state.started["task"], state.started["weight"], len(report.tasks) + 1
         buffer = self._sampling.buffer() if self._sampling is not None else None
         assert self._collection is not None, "set up when the training started"
         trace = self._collection.trace()
@@ -247,7 +306,9 @@ class ContinualMergeCallback(L.Callback):
         fine_tuned = self._measurement.current(pl_module, task)
         own = take_snapshot(pl_module, self.division.task_specific(pl_module))
         task_parameters = {**state.task_parameters, task: own}
+        unrounded: Snapshot = {}
         with (
+            rescuing(trainer, self.dirpath, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
             progress(trainer, f"merging {task}") as on_step,
             merging(
                 pl_module,
@@ -261,34 +322,67 @@ class ContinualMergeCallback(L.Callback):
                 batch_norm=self.batch_norm,
                 trace=trace,
                 on_step=on_step,
+                unrounded=unrounded,
             ) as record,
         ):
             _copy_from_main_process(trainer, pl_module)
             row = self._measurement.every_task(trainer, pl_module, task_parameters)
-            merged = take_snapshot(pl_module, self.division.shared(pl_module))
-            method_state = deepcopy(self.method.state_dict())
-        # The merge is done: from here on the stream has one task more.
-        state.merged, state.task_parameters, state.method = merged, task_parameters, method_state
-        state.buffer = buffer if buffer is not None else state.buffer
-        report.tasks.append(task)
-        report.weights.append(weight)
-        report.accuracy.append(row)
-        report.fine_tuned.append(fine_tuned)
-        report.pretrained.append(state.started["pretrained"])
-        report.before_training.append(state.started["before_training"])
-        report.merges.append(record)
-        state.started = {}
+            record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
+            state = replace(
+                state,
+                merged=take_snapshot(pl_module, self.division.shared(pl_module)) | unrounded,
+                task_parameters=task_parameters,
+                method=deepcopy(self.method.state_dict()),
+                buffer=buffer if buffer is not None else state.buffer,
+                report=report.with_merge(
+                    record,
+                    weight=weight,
+                    accuracy=row,
+                    fine_tuned=fine_tuned,
+                    pretrained=state.started["pretrained"],
+                    before_training=state.started["before_training"],
+                ),
+                started={},
+                random={
+                    "began": self._seeding,
+                    "reseeded": False,
+                    **state.random,
+                    "state": take_random_state(),
+                },
+            )
+            self._directory.commit(trainer, pl_module, state)
+        # From here on the stream has one task more.
+        self._state, self._merged = state, True
         self._collection = None
         release_averages(trainer)
-        publish(trainer, self._directory, report)
+        publish(trainer, self._directory, self.report)
         self.last_merged_path = record.checkpoint
         return record
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let other processes go on with the stream."""
+        self._directory.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let other processes go on with the stream."""
+        self._directory.release()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream, as plain containers and tensors."""
-        return self._state.state_dict()
+        """The stream, as plain containers and tensors; in the middle of a task also the random state."""
+        state = self._state.state_dict()
+        return {**state, "random_now": take_random_state()} if self._state.started else state
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_no_spawning()
+        return vars(self)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put whole tensors into the checkpoint where processes share the parameters."""
+        whole = self._state.whole(pl_module)
+        names = ("base", "merged", "task_parameters")
+        checkpoint["callbacks"][self.state_key].update({name: getattr(whole, name) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
@@ -303,13 +397,63 @@ class ContinualMergeCallback(L.Callback):
                 return
         self._state.load_state_dict(state_dict)
         self.method.load_state_dict(self._state.method)
+        self._taken_up = False
         self._resumed = self._stage == "fit"
+        if self._resumed and "random_now" in state_dict:
+            load_random_state(state_dict["random_now"])
 
     # -------------------------------------------------------------------------------------------------------- details
 
     @property
     def _needs_samples(self) -> bool:
         return "calibration" in self.method.needs or self.batch_norm == "recalibrate"
+
+    def _take_up(self, stored: dict[str, Any]) -> None:
+        """Go on with the stream that was found in the directory."""
+        capacity = self._state.buffer.capacity
+        self._state.load_state_dict(stored)
+        self.method.load_state_dict(self._state.method)
+        self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
+        self._taken_up = True
+        if self._state.buffer.capacity != capacity:
+            rank_zero_warn(
+                f"The stream in {self._state.dirpath} keeps {self._state.buffer.capacity} calibration samples, and "
+                f"goes on so; calibration_size={capacity} is not used."
+            )
+
+    def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
+        newer = self._directory.claim(trainer, self._state, resumed=self._resumed)
+        if newer is not None:
+            self._take_up(newer)
+        self._state.cut(module)
+
+    def _go_on_randomly(self) -> None:
+        """Draw the random numbers that the process before would have drawn, if this one was seeded like the first."""
+        random = self._state.random
+        if not random:
+            return
+        if self._merged:
+            self._merged = False
+            now = random_digest(take_random_state())
+            self._state.random = {**random, "reseeded": random["reseeded"] or now != random_digest(random["state"])}
+        elif self._taken_up and random["began"] == self._seeding and not random["reseeded"]:
+            load_random_state(random["state"])
+
+    def _check_base(self, module: L.LightningModule) -> None:
+        """Refuse a module that did not start from the base model of the stream found in the directory.
+
+        Raises:
+            ValueError: With the differences, and how to get the base model.
+        """
+        found = take_snapshot(module, self.division.shared(module))
+        differing = differences(self._state.base or {}, found)
+        merged = {name: value.to(found[name]) for name, value in (self._state.merged or {}).items() if name in found}
+        if differing and differences(merged, found):
+            raise ValueError(
+                f"The stream in {self._state.dirpath} has another base model than {type(module).__name__} "
+                f"({'; '.join(differing)}). Start with the weights that the stream began with, which load_base(module) "
+                "of the callback writes into a module, or choose another dirpath."
+            )
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state = self._state
@@ -319,6 +463,9 @@ class ContinualMergeCallback(L.Callback):
         operating_time([*self.report.weights, weight])  # refuses what is no utility
         self.division.check(module)
         is_shared = self.division.shared(module)
+        if self._taken_up:
+            self._check_base(module)
+            self._taken_up = False
         if state.base is None:
             state.base = take_snapshot(module, is_shared)
         else:
@@ -362,6 +509,7 @@ class ContinualMergeCallback(L.Callback):
         """Run the calibration loss once on two samples, so that a module without one is refused before training."""
         pair = self._sampling.pair() if self._sampling is not None else None
         if pair is not None:
+            encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
             with undisturbed(module):
                 vector = ParameterVector(module, self.division.patterns(module))
                 calibration = self._measured_on(pair, module)
@@ -369,7 +517,8 @@ class ContinualMergeCallback(L.Callback):
                 calibration.objective(vector).loss_and_grad(vector.read())
 
     def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> Calibration:
-        return Calibration(buffer, calibration_loss(module, self.calibration.loss), self.calibration.batch_size)
+        loss, options = calibration_loss(module, self.calibration.loss), self.calibration
+        return Calibration(buffer, loss, options.batch_size, loss_scale(module.trainer))
 
 
 @torch.no_grad()
@@ -379,7 +528,9 @@ def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
     Each has batch-norm statistics of its own after the last step, and its kernels may round differently.
     """
     if trainer.world_size > 1:
-        for tensor in (*module.parameters(), *module.buffers()):
-            value = tensor.contiguous()  # channels-last weights are not
-            torch.distributed.broadcast(value, src=0)
-            tensor.copy_(value)
+        reshard(module)
+        # Shards are each process's own.
+        whole = [parameter for parameter in module.parameters() if local(parameter) is parameter]
+        for tensor in (*whole, *module.buffers()):
+            # Channels-last weights are not contiguous.
+            tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))

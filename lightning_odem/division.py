@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_odem.parameters import canonical_name, is_excluded
 
@@ -48,15 +49,44 @@ class Division:
         return lambda name: is_excluded(name, patterns) and name not in frozen
 
     def check(self, module: nn.Module) -> None:
-        """Refuse patterns of the user that match nothing: most often a misspelt name.
+        """Refuse, before any training, what could not be merged after it.
 
         Raises:
-            ValueError: With the patterns and the names there are.
+            ValueError: If a pattern of the user matches nothing, most often a misspelt name; if a tied parameter is
+                excluded by one of its names only; if a parameter to be merged has no values yet or complex ones; or if
+                all of them are frozen.
         """
-        names = [canonical_name(name) for name, _ in module.named_parameters()]
-        idle = [pattern for pattern in self.exclude if not any(is_excluded(name, [pattern]) for name in names)]
+        kind = type(module).__name__
+        named = [(canonical_name(name), tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]
+        idle = [pattern for pattern in self.exclude if not any(is_excluded(name, [pattern]) for name, _ in named)]
         if idle:
             raise ValueError(
-                f"exclude={idle} matches no parameter of {type(module).__name__}; its parameters are: "
-                f"{', '.join(names)}."
+                f"exclude={idle} matches no parameter of {kind}; its parameters are: "
+                f"{', '.join(name for name, _ in named)}."
+            )
+        is_shared = self.shared(module)
+        names_of: dict[nn.Parameter, list[str]] = {}
+        for name, tensor in named:
+            names_of.setdefault(tensor, []).append(name)
+        for tensor, names in names_of.items():
+            merged, kept = ([name for name in names if is_shared(name) is shared] for shared in (True, False))
+            if merged and kept:
+                raise ValueError(
+                    f"{' and '.join(names)} are one parameter of {kind}, but {', '.join(kept)} is excluded from the "
+                    f"merge and {', '.join(merged)} is not. Exclude all of its names or none."
+                )
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"The lazy parameter {names[0]} of {kind} has no values yet, so there is no base model. Call the "
+                    "module on a sample batch before the first fit."
+                )
+            if merged and tensor.requires_grad and tensor.is_complex():
+                raise ValueError(
+                    f"{names[0]} of {kind} is complex; merges are defined on real parameters. Keep it as a real tensor "
+                    "and use torch.view_as_complex in forward, or leave it out of the merge with exclude."
+                )
+        if not any(tensor.requires_grad and is_shared(names[0]) for tensor, names in names_of.items()):
+            raise ValueError(
+                f"No trainable parameter of {kind} is left to merge: of {len(names_of)} parameters all are frozen or "
+                f"match the patterns {list(self.patterns(module))}."
             )

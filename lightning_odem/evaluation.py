@@ -29,6 +29,16 @@ def evaluation_data(trainer: L.Trainer) -> Iterable | None:
     return _chained(source.dataloader()) if source.is_defined() else None
 
 
+def data_of(datamodule: L.LightningDataModule) -> Iterable | None:
+    """The test data of a datamodule no Trainer has prepared, else its validation data; None if it has neither."""
+    datamodule.prepare_data()
+    for stage, name in (("test", "test_dataloader"), ("validate", "val_dataloader")):
+        if is_overridden(name, datamodule, L.LightningDataModule):
+            datamodule.setup(stage)
+            return _chained(getattr(datamodule, name)())
+    return None
+
+
 def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     """Fraction of a task's samples classified correctly, in [0, 1]; the module should be in eval mode.
 

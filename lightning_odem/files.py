@@ -1,5 +1,6 @@
 """Files that are there completely or not at all, and numbers that JSON can hold."""
 
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file in one step: a reader sees the old one or the new one, never half of it.
+    """Write a file in one step: a reader sees the old one or the new one, never half of it, after a power failure too.
 
     Yields:
         Where to write; takes the place of ``path`` at the end of the block, and is gone if the block fails.
@@ -28,9 +29,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield draft
+        sync(draft)
         os.replace(draft, path)
+        sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until the content of a file, or the names in a directory, are on the disk."""
+    is_file = Path(path).is_file()
+    try:
+        descriptor = os.open(path, os.O_RDWR if is_file else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Windows opens no directory, and some network file systems do not sync one.
+        if is_file or error.errno not in (errno.EACCES, errno.EINVAL):
+            raise
 
 
 def nan_to_none(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Trainers and callbacks that do not go with merging at the end of training, and what to do instead."""
 
 from copy import deepcopy
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,32 +13,34 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+_COPIES = (
+    "Launchers that spawn or fork (ddp_spawn, ddp_notebook) run training in copies of this process, where the state of "
+    "the stream would be lost. Use strategy='ddp' in a script."
+)
 
 
 def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
     """Refuse what would lose or overwrite a merge, before any training.
 
     Raises:
-        MisconfigurationException: For sharded strategies, launchers that start copies of this process, and averaging
-            callbacks behind ``callback``; the message names the way out.
+        MisconfigurationException: For strategies whose shards cannot be merged, launchers that start copies of this
+            process, and averaging callbacks behind ``callback``; the message names the way out.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
-            f"{type(strategy).__name__} shards the parameters, and a merge needs them whole. Fine-tune with "
-            "strategy='ddp' or on one device."
+            f"{type(strategy).__name__} shards the parameters in a form of its own that cannot be merged. Use "
+            "ModelParallelStrategy, which shards them by FSDP2, or strategy='ddp'; or fine-tune without this callback "
+            "and merge the saved checkpoints with `lightning-odem merge`."
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        raise MisconfigurationException(
-            "Launchers that spawn or fork (ddp_spawn, ddp_notebook) run training in copies of this process, where the "
-            "state of the stream would be lost. Use strategy='ddp' in a script."
-        )
+        raise MisconfigurationException(_COPIES)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     behind = callbacks[callbacks.index(callback) + 1 :]
     averaging = [other for other in behind if isinstance(other, _AVERAGING)]
@@ -52,6 +55,16 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
             "ModelCheckpoint(save_weights_only=True) leaves the stream's state out of its files: a task resumed from "
             "one of them cannot be merged into the stream. Set save_weights_only=False to be able to resume."
         )
+
+
+def check_no_spawning() -> None:
+    """Refuse to be pickled for a process that is being spawned: a launcher does that before any hook runs.
+
+    Raises:
+        MisconfigurationException: With the way out.
+    """
+    if get_spawning_popen() is not None:
+        raise MisconfigurationException(_COPIES)
 
 
 # What Lightning's callbacks remember of a fit and do not start anew on the next one.

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_odem.division import Division
-from lightning_odem.evaluation import accuracy, evaluation_data
+from lightning_odem.evaluation import accuracy, data_of, evaluation_data
 from lightning_odem.progress import progress
 from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 
@@ -20,11 +20,12 @@ class Measurement:
         division: Which parameters all tasks share.
 
     Attributes:
-        given: Data to measure accuracies on, by name of the task, where the user chose it.
+        given: Data to measure accuracies on, by name of the task, where the user chose it: batches, or a datamodule
+            with them.
     """
 
     def __init__(self, division: Division) -> None:
-        self.given: dict[str, Iterable] = {}
+        self.given: dict[str, Iterable | L.LightningDataModule] = {}
         # Loaders of the user, so never part of a checkpoint.
         self._found: dict[str, Iterable | None] = {}
         self._division = division
@@ -37,6 +38,10 @@ class Measurement:
                 f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
                 "fit, or give the datamodule a test_dataloader()."
             )
+
+    def remember(self, task: str, datamodule: L.LightningDataModule) -> None:
+        """Measure a task merged earlier on the data of its datamodule, unless the user chose other data."""
+        self.given.setdefault(task, datamodule)
 
     def warn_of_missing(self, tasks: Iterable[str]) -> None:
         """Say so if tasks merged in another process cannot be measured in this one."""
@@ -84,7 +89,11 @@ class Measurement:
         return row
 
     def _data(self, task: str) -> Iterable | None:
-        return self.given.get(task, self._found.get(task))
+        given = self.given.get(task)
+        if isinstance(given, L.LightningDataModule):
+            # Its loaders from here on: what a datamodule does before it gives them is done once.
+            return self._found.setdefault(task, data_of(given))
+        return self._found.get(task) if given is None else given
 
 
 def load_task_parameters(module: nn.Module, own: Snapshot) -> None:

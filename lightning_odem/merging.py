@@ -16,8 +16,11 @@ from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
+from lightning_odem.methods.sharding import check_sharding
 from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
+from lightning_odem.processes import Processes
 from lightning_odem.report.record import MergeRecord
+from lightning_odem.shards import find_shards, local, reshard
 from lightning_odem.snapshot import load_snapshot, undisturbed
 from lightning_odem.task_data import TaskData
 from lightning_odem.trace import TrainingTrace
@@ -32,15 +35,18 @@ class Calibration:
         batch_loss: Mean loss of a micro-batch at the module's current parameters. A
             :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
         batch_size: Samples per micro-batch.
+        loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
+            :func:`~lightning_odem.calibration.scaling.loss_scale`.
     """
 
     buffer: CalibrationBuffer
     batch_loss: BatchLoss
     batch_size: int = 128
+    loss_scale: float = 1.0
 
     def objective(self, vector: ParameterVector) -> CalibrationObjective:
         """The calibration loss as a function of the vector."""
-        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size)
+        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
 
     @torch.no_grad()
     def store_logits(self, task: str) -> None:
@@ -75,12 +81,17 @@ def merging(
     batch_norm: str = "average",
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
+    unrounded: dict[str, Tensor] | None = None,
 ) -> Iterator[MergeRecord]:
     """Replace a module's weights, the incoming model, by their merge into the merged model.
 
     Besides the module's own weights this holds ``merged`` and ``base``, which the caller keeps, and on the module's
     device the incoming vector, the current point and one gradient: five vectors of the model's size, three of them on
     the device.
+
+    In a job of several processes all of them call this with the same models and samples. They share the evaluations
+    of the calibration loss and do everything else alike. An error in one of them is raised in all, and all of them are
+    left as they were.
 
     Args:
         module: Module that holds the incoming model; left in the state it was in but for the merged weights. Of its
@@ -96,6 +107,8 @@ def merging(
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the incoming model's training left behind, as far as the method needs it.
         on_step: Told (steps done, steps in all).
+        unrounded: Receives, on the CPU, merged parameters of lower precision than the vector as they were before they
+            were rounded: what the next merge is to start from, or roundings add up.
 
     Yields:
         What happened, without accuracies. The block under the merge belongs to the transaction: an exception in it,
@@ -112,6 +125,8 @@ def merging(
     for parameter in frozen:
         parameter.requires_grad_(True)
     vector = ParameterVector(module, exclude)
+    if vector.shards is not None:
+        check_sharding(method)
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     incoming_statistics = statistics.read()
     objective = calibration.objective(vector) if calibration else None
@@ -123,42 +138,46 @@ def merging(
     # A copy: a method may change its tensors in place before it fails.
     method_state = deepcopy(method.state_dict())
     try:
-        with undisturbed(module):
-            if calibration is not None:
-                calibration.store_logits(task)
-            if merged is not None:
-                statistics.interpolate(merged, t)
-            context = MergeContext(
-                names=vector.names,
-                shapes=[tuple(shape) for shape in vector.shapes],
-                base=vector.gather(base) if "base" in method.needs else None,
-                calibration=objective if "calibration" in method.needs else None,
-                second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
-                snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
-                if "snapshots" in method.needs
-                else (),
-                task_data=task_data,
-                on_step=on_step,
-            )
-            if merged is None:
-                result = method.start(incoming, context)
-            else:
-                result = method.merge(vector.gather(merged), incoming, t, context)
-                if result.t is not None:
-                    t = result.t
-                    statistics.write_(incoming_statistics)
+        with Processes.current().together():
+            with undisturbed(module):
+                if calibration is not None:
+                    calibration.store_logits(task)
+                if merged is not None:
                     statistics.interpolate(merged, t)
-            vector.write_(result.theta)
-            if calibration and merged is not None and batch_norm == "recalibrate":
-                statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
-            merged_statistics = statistics.read()
-        statistics.write_(merged_statistics)
-        if merged is not None and t == 0.0:
-            load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
-        record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
-        del result
-        record.merge_seconds = time.perf_counter() - started
-        yield record
+                context = MergeContext(
+                    names=vector.names,
+                    shapes=[tuple(shape) for shape in vector.shapes],
+                    base=vector.gather(base) if "base" in method.needs else None,
+                    calibration=objective if "calibration" in method.needs else None,
+                    second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
+                    snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
+                    if "snapshots" in method.needs
+                    else (),
+                    task_data=task_data,
+                    on_step=on_step,
+                    shards=vector.shards,
+                )
+                if merged is None:
+                    result = method.start(incoming, context)
+                else:
+                    result = method.merge(vector.gather(merged), incoming, t, context)
+                    if result.t is not None:
+                        t = result.t
+                        statistics.write_(incoming_statistics)
+                        statistics.interpolate(merged, t)
+                vector.write_(result.theta)
+                if calibration and merged is not None and batch_norm == "recalibrate":
+                    statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
+                merged_statistics = statistics.read()
+            statistics.write_(merged_statistics)
+            if merged is not None and t == 0.0:
+                load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
+            if unrounded is not None:
+                unrounded.update(vector.unrounded(result.theta))
+            record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
+            del result
+            record.merge_seconds = time.perf_counter() - started
+            yield record
     except BaseException as error:
         vector.write_(incoming)
         with torch.no_grad():
@@ -175,14 +194,25 @@ def merging(
 
 def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: tuple[str, ...]) -> list[Tensor]:
     """Parameters that earlier tasks moved away from where they stand frozen in the incoming model."""
-    frozen = {canonical_name(name): tensor for name, tensor in module.named_parameters() if not tensor.requires_grad}
-    return [
-        tensor
-        for name, tensor in frozen.items()
-        if name in merged
-        and not is_excluded(name, exclude)
-        and not torch.equal(tensor.detach().cpu(), merged[name].to("cpu", tensor.dtype))
-    ]
+    reshard(module)
+    named = {canonical_name(name): tensor for name, tensor in module.named_parameters() if not tensor.requires_grad}
+    frozen = {
+        name: tensor
+        for name, tensor in named.items()
+        if name in merged and tensor.is_floating_point() and not is_excluded(name, exclude)
+    }
+    shards = find_shards(frozen)
+    kept = {name: shards.part(name, merged[name]) if shards else merged[name] for name in frozen}
+    moved = torch.tensor(
+        [
+            not torch.equal(local(tensor).detach().cpu(), kept[name].to("cpu", tensor.dtype))
+            for name, tensor in frozen.items()
+        ],
+        dtype=torch.float64,
+    )
+    if shards is not None:
+        shards.sum_(moved)  # moved in any of the processes
+    return [tensor for tensor, processes in zip(frozen.values(), moved.tolist(), strict=True) if processes]
 
 
 def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: TrainingTrace) -> None:

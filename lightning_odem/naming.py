@@ -1,5 +1,6 @@
 """The name and the utility weight of the task a Trainer is about to fit."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,3 +45,13 @@ def next_task_weight(weights: Weights, datamodule: Any, tasks: Sequence[str], na
     if len(tasks) >= len(weights):
         raise ValueError(f"No weight for task {len(tasks) + 1} ({name!r}); {len(weights)} weights are given.")
     return float(weights[len(tasks)])
+
+
+def file_name(task: str) -> str:
+    """A task's name as part of the name of a file.
+
+    Example:
+        >>> file_name("cats & dogs/2")
+        'cats_dogs_2'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", task)

@@ -8,6 +8,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
+from lightning_odem.shards import Shards, divisors, find_shards, local, reshard
+
 
 def canonical_name(name: str) -> str:
     """A parameter's name without the parts that ``torch.compile`` puts into those of compiled submodules."""
@@ -25,18 +27,31 @@ def is_excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 
+class NoGradientError(ValueError):
+    """A loss that depends on none of the parameters."""
+
+
 class ParameterVector:
     """The parameters a merge moves, read and written as one flat vector.
 
     These are the module's parameters that are trainable and not excluded, each tied parameter once, in the module's
     own order. The vector is fp32, or fp64 if a parameter is; lower-precision parameters are cast when written.
 
+    Of parameters that several processes share (FSDP2) the vector consists of this process's shards: no process ever
+    holds a whole one.
+
     Args:
         module: The module; its parameters are used in place, never rebound to other storage.
         exclude: Patterns as in :func:`is_excluded` of parameters to leave alone.
 
+    Attributes:
+        names: The parameters' names, in their order in the vector.
+        tensors: The parameters.
+        shapes: Their shapes, those of the whole parameters.
+        shards: How processes share them, a :class:`~lightning_odem.shards.Shards`; None where they are not shared.
+
     Raises:
-        ValueError: If no parameter is left.
+        ValueError: If no parameter is left, only some of them are shared, or they are in a way that is not supported.
 
     Example:
         >>> from torch import nn
@@ -49,6 +64,7 @@ class ParameterVector:
     """
 
     def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
+        reshard(module)
         trainable = {canonical_name(name): tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         named = {name: tensor for name, tensor in trainable.items() if not is_excluded(name, exclude)}
         if not named:
@@ -61,7 +77,16 @@ class ParameterVector:
         self.tensors: list[Tensor] = list(named.values())
         self._others = [tensor for name, tensor in trainable.items() if name not in named]
         self.shapes = [parameter.shape for parameter in self.tensors]
-        self._sizes = [parameter.numel() for parameter in self.tensors]
+        self.shards = find_shards(named)
+        if self.shards is not None and (whole := named.keys() - self.shards.shapes.keys()):
+            raise ValueError(
+                f"Of {len(named)} parameters to merge {len(named) - len(whole)} are sharded and {len(whole)} are not "
+                f"({', '.join(sorted(whole)[:3])}, ...). Apply fully_shard to the modules of all of them, or leave "
+                "parameters out with exclude=."
+            )
+        self._module = module
+        self._local_shapes = [local(parameter).shape for parameter in self.tensors]
+        self._sizes = [shape.numel() for shape in self._local_shapes]
         self.device = self.tensors[0].device
         dtypes = {parameter.dtype for parameter in self.tensors}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -70,41 +95,56 @@ class ParameterVector:
         return sum(self._sizes)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of a flat vector in the parameters' shapes; they share its memory."""
-        return [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self.shapes, strict=True)]
+        """The pieces of a flat vector in the shapes of the parameters, or of their shards; they share its memory."""
+        return [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._local_shapes, strict=True)]
 
     def read(self) -> Tensor:
         """Copy the parameters into a new vector of shape [d] on the first parameter's device."""
-        return self._gather(self.tensors)
+        return self._gather(self._parts())
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy tensors kept by name (a superset is fine) into a new vector.
 
+        Of sharded parameters both will do, whole tensors and this process's shards.
+
         Raises:
             ValueError: If a name is missing or a shape differs; the message lists every case.
         """
-        found = {name: tensors[name].shape for name in self.names if name in tensors}
+        kept = {name: local(tensors[name]) for name in self.names if name in tensors}
+        found = whole_shapes(kept, self.shards)
         check_same_shapes(dict(zip(self.names, self.shapes, strict=True)), found, "incoming", "merged")
-        return self._gather([tensors[name] for name in self.names])
+        return self._gather([self.shards.part(name, kept[name]) if self.shards else kept[name] for name in self.names])
 
     @torch.no_grad()
     def write_(self, flat: Tensor) -> None:
         """Copy a vector into the parameters, in place and in their own dtypes."""
-        torch._foreach_copy_(self.tensors, self.views(flat))
+        torch._foreach_copy_(self._parts(), self.views(flat))
+
+    def unrounded(self, flat: Tensor) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the pieces of a vector that parameters of lower precision cannot hold, by name."""
+        pieces = zip(self.names, self.tensors, self.views(flat), strict=True)
+        return {name: piece.to("cpu", copy=True) for name, tensor, piece in pieces if _is_low(tensor)}
 
     @contextmanager
-    def collect_gradient(self) -> Iterator[Tensor]:
-        """Add the gradients of every ``backward`` in the block into one new vector, which is yielded.
+    def collect_gradient(self, out: Tensor | None = None) -> Iterator[Tensor]:
+        """Add the gradients of every ``backward`` in the block into one vector, which is yielded.
 
         Each parameter's gradient is added and freed as soon as autograd has it, that of an excluded one just freed, so
         besides the vector there is never a second full set. Works wherever ``backward`` works, re-entrant activation
         checkpointing included. Existing ``.grad`` are put back afterwards.
 
+        Of sharded parameters the gradients of all processes are added: every one has to call ``backward`` as often as
+        the others, each time on losses that depend on the same parameters.
+
+        Args:
+            out: The vector, zeros of shape [d]; by default a new one.
+
         Raises:
-            ValueError: After the block, if not one of the parameters received a gradient.
+            NoGradientError: After the block, if not one of the parameters received a gradient.
         """
-        flat = torch.zeros(len(self), dtype=self.dtype, device=self.device)
+        flat = torch.zeros(len(self), dtype=self.dtype, device=self.device) if out is None else out
         parameters = [*self.tensors, *self._others]
+        scales = self._gradient_scales()
         before = [parameter.grad for parameter in parameters]
         reached = False
 
@@ -113,7 +153,7 @@ class ParameterVector:
                 nonlocal reached
                 if piece is not None:
                     reached = True
-                    piece.add_(parameter.grad)  # type: ignore[arg-type]
+                    piece.add_(local(parameter.grad), alpha=scales.get(parameter, 1))  # type: ignore[arg-type]
                 parameter.grad = None
 
             return add
@@ -130,16 +170,35 @@ class ParameterVector:
             for parameter, grad in zip(parameters, before, strict=True):
                 parameter.grad = grad
         if not reached:
-            raise ValueError(
+            raise NoGradientError(
                 f"The calibration loss has no gradient: backward reached none of {len(self.tensors)} parameters "
                 f"({', '.join(self.names[:3])}, ...). Return a loss that depends on them, without detach or no_grad."
             )
+
+    def _parts(self) -> list[Tensor]:
+        """What this process holds of the parameters, in their memory."""
+        if self.shards is None:
+            return self.tensors
+        reshard(self._module)
+        # Asked for anew: FSDP2 may move shards to other memory.
+        return [local(parameter) for parameter in self.tensors]
+
+    def _gradient_scales(self) -> dict[Tensor, float]:
+        """Factors that make sums over the processes of what FSDP2 gives, by default means."""
+        if self.shards is None:
+            return {}
+        return {**dict.fromkeys(self.tensors, self.shards.size), **divisors(self._module)}
 
     @torch.no_grad()
     def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
         flat = torch.empty(len(self), dtype=self.dtype, device=self.device)
         torch._foreach_copy_(self.views(flat), list(tensors))
         return flat
+
+
+def whole_shapes(tensors: Mapping[str, Tensor], shards: Shards | None) -> dict[str, torch.Size]:
+    """Shapes of tensors by name; for the shards of parameters those of the whole ones."""
+    return {name: shards.whole_shape(name, tensor) if shards else tensor.shape for name, tensor in tensors.items()}
 
 
 def check_same_shapes(
@@ -158,3 +217,7 @@ def check_same_shapes(
             f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
             "architecture can be merged (exclude= leaves parameters out):\n  " + "\n  ".join(problems)
         )
+
+
+def _is_low(tensor: Tensor) -> bool:
+    return torch.finfo(tensor.dtype).bits < torch.finfo(torch.float32).bits

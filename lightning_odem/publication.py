@@ -1,4 +1,4 @@
-"""What a user sees of a merge: a checkpoint, a report, numbers in the loggers and one line."""
+"""What a user sees of a merge: a report, numbers in the loggers and one line."""
 
 import lightning as L
 import torch
@@ -10,13 +10,11 @@ from lightning_odem.rundir import RunDirectory
 
 
 def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -> None:
-    """Save and show the last merge of a stream; the step of the loggers is the number of its task."""
-    record, number = report.merges[-1], len(report.tasks)
-    record.checkpoint = directory.save_checkpoint(trainer, number, record.task)
+    """Show the last merge of a stream; the step of the loggers is the number of its task."""
     directory.save_report(trainer, report)
     scalars = latest_scalars(report)
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=number)
+        logger.log_metrics(scalars, step=len(report.tasks))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
     rank_zero_info(_summary(report, scalars))
 

@@ -1,60 +1,194 @@
-"""The directory a stream writes to."""
+"""The directory a stream lives in."""
 
-import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import nn
 
+from lightning_odem.durable import StreamLock, StreamStore
+from lightning_odem.naming import file_name
+from lightning_odem.processes import Processes
 from lightning_odem.report import StreamReport, save
+from lightning_odem.shards import weights_checkpoint
 from lightning_odem.state import StreamState
 
 
 class RunDirectory:
-    """Checkpoints, report, table and figures of one stream; never of two.
+    """State, checkpoints, report, table and figures of one stream; never of two.
+
+    The state is kept in the folder ``stream``, see :class:`~lightning_odem.durable.StreamStore`. While a Trainer fits
+    one of its tasks the directory belongs to that process.
 
     Args:
         dirpath: Where; by default the next free ``merge_runs/version_N`` under the Trainer's ``default_root_dir``.
+        mapped: Whether tensors read from it stay on disk until they are used.
     """
 
-    def __init__(self, dirpath: str | None) -> None:
-        self._wanted = dirpath
+    def __init__(self, dirpath: str | None, mapped: bool = False) -> None:
+        self._mapped = mapped
         self.path: Path | None = None
+        # Generation of the state that is in memory.
+        self._number: int | None = None
+        self._directory: Path | None = None
+        self._store: StreamStore | None = None
+        self._lock: StreamLock | None = None
+        if dirpath is not None:
+            self._open(Path(dirpath))
 
-    def claim(self, trainer: L.Trainer, state: StreamState) -> None:
-        """Settle where the stream writes, on its first fit; nowhere under ``fast_dev_run``.
+    def load(self) -> dict[str, Any] | None:
+        """The stream's state as it was left there, or None where there is none.
+
+        Raises:
+            StreamStateError: If it cannot be read; the message says what was found in which file.
+        """
+        assert self._store is not None, "the directory is known"
+        number, state = self._store.number, self._store.load(mapped=self._mapped)
+        if state is not None:
+            self._number = number
+        return state
+
+    def lock(self, trainer: L.Trainer) -> None:
+        """Keep other processes from fitting tasks of the stream until :meth:`release`.
+
+        Raises:
+            StreamInUseError: If another one does; the message names it.
+        """
+        if self._lock is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                self._lock.acquire()
+
+    def release(self) -> None:
+        """Let other processes go on with the stream."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def claim(self, trainer: L.Trainer, state: StreamState, resumed: bool = False) -> dict[str, Any] | None:
+        """Settle where the stream writes; nowhere under ``fast_dev_run``.
+
+        Args:
+            trainer: The Trainer that fits a task.
+            state: The stream in memory.
+            resumed: Whether it comes from one of Lightning's checkpoints.
+
+        Returns:
+            The state to go on with instead, where another process has taken the stream further since it was read.
 
         Raises:
             MisconfigurationException: If the directory holds another stream already.
         """
-        if trainer.fast_dev_run or self.path is not None:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        if self._store is None:
+            wanted = state.dirpath or ""
+            if not wanted and trainer.is_global_zero:
+                wanted = str(_make_next_version(Path(trainer.default_root_dir) / "merge_runs"))
+            self._open(Path(trainer.strategy.broadcast(wanted)))
+        with Processes.current().together():
+            if str(self._directory) != (first := trainer.strategy.broadcast(str(self._directory))):
+                raise MisconfigurationException(
+                    f"Process {trainer.global_rank} has dirpath {self._directory}, process 0 {first}. Give all "
+                    "processes the same, without the time or a number of the process in it."
+                )
+        self.lock(trainer)
+        assert self._store is not None, "opened"
+        newer = None
+        number = trainer.strategy.broadcast(self._store.number)
+        if resumed or number != self._number or number is None:
+            held, newer = self._held(number)
+            same = held == state.report.tasks
+            # The process that wrote the checkpoint may have merged the task that it had begun.
+            again = state.dirpath == str(self._directory) and held == [*state.report.tasks, state.started.get("task")]
+            further = not resumed and number is not None and held[: len(state.report.tasks)] == state.report.tasks
+            if held and not (same or again or further):
+                raise MisconfigurationException(
+                    f"{self._directory} holds another stream already (tasks merged there: {', '.join(held)}; in this "
+                    f"stream: {', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one "
+                    "away."
+                )
+            newer = newer if further and not same else None
+            self._number = number
+        self.path, state.dirpath = self._directory, str(self._directory)
+        return newer
+
+    def commit(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
+        """Write the stream's state: from then on a task is merged.
+
+        Raises:
+            OSError: If it cannot be written; the state before is still there.
+        """
+        if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        wanted = self._wanted or state.dirpath or ""
-        if not wanted and trainer.is_global_zero:
-            wanted = str(_make_next_version(Path(trainer.default_root_dir) / "merge_runs"))
-        path = Path(trainer.strategy.broadcast(wanted))
-        held = _tasks_in(path)
-        # The process that wrote the checkpoint may have merged that task before it ended.
-        resumed = [*state.report.tasks, state.started.get("task")] if state.dirpath == str(path) else []
-        if held and held not in (state.report.tasks, resumed):
-            raise MisconfigurationException(
-                f"{path} holds another stream already (tasks merged there: {', '.join(held)}; in this stream: "
-                f"{', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one away."
+        assert self._store is not None, "claimed"
+        whole = state.whole(module)
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                self._store.save(whole.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.base, state.merged, state.task_parameters = map(
+                self._store.map, ("base", "merged", "task_parameters")
             )
-        self.path, state.dirpath = path, str(path)
+            state.cut(module)
+            state.buffer.load_state_dict(self._store.map("buffer"))
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
         """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        path = self.path / f"merged-{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}.ckpt"
-        trainer.save_checkpoint(path, weights_only=True)
+        path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
+        checkpoint = weights_checkpoint(trainer)
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
         return str(path)
 
     def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
-        """Write ``report.json``, ``table.txt`` and the figures, from the main process."""
+        """Write ``report.json``, ``table.txt`` and the figures, from the main process.
+
+        They can be written again from the state, so that a full disk is no reason to stop.
+        """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save(report, self.path, first_path=-1)
+            try:
+                save(report, self.path, first_path=-1)
+            except OSError as error:
+                rank_zero_warn(
+                    f"The last task is merged and kept, but its report could not be written: {error}. The next merge, "
+                    "or remaining() of the callback, writes it."
+                )
+
+    @rank_zero_only
+    def mend_report(self, report: StreamReport) -> None:
+        """Write the report again if it is not that of the state, as after a process that died between the two."""
+        if self._directory is None or not report.tasks:
+            return
+        try:
+            written = _tasks_in(self._directory)
+        except ValueError:
+            written = []
+        if written != report.tasks:
+            rank_zero_info(f"The report in {self._directory} is behind the stream and written again.")
+            save(report, self._directory)
+
+    def _open(self, directory: Path) -> None:
+        if directory.exists() and not directory.is_dir():
+            raise MisconfigurationException(f"{directory} is a file; dirpath must name a directory.")
+        self._directory = directory
+        self._store = StreamStore(directory / "stream")
+        self._lock = StreamLock(directory / "stream" / "lock")
+
+    def _held(self, number: int | None) -> tuple[list[str], dict[str, Any] | None]:
+        """Tasks of the stream that the directory holds, and its state."""
+        assert self._directory is not None, "opened"
+        if number is None:
+            return _tasks_in(self._directory), None
+        state = self.load()
+        assert state is not None, "it has a number"
+        return state["report"]["tasks"], state
 
 
 def _make_next_version(root: Path) -> Path:
@@ -71,7 +205,6 @@ def _make_next_version(root: Path) -> Path:
 
 
 def _tasks_in(path: Path) -> list[str]:
-    if path.exists() and not path.is_dir():
-        raise MisconfigurationException(f"{path} is a file; dirpath must name a directory.")
+    """Tasks in the report of a directory; those of one that was written without a state, too."""
     report = path / "report.json"
     return StreamReport.load(report).tasks if report.exists() else []

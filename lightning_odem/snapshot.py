@@ -8,36 +8,75 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_odem.parameters import canonical_name, check_same_shapes
+from lightning_odem.parameters import canonical_name, check_same_shapes, whole_shapes
+from lightning_odem.shards import find_shards, local, reshard
 
 Snapshot = dict[str, Tensor]
 
 
 def _tensors(module: nn.Module, select: Callable[[str], bool]) -> dict[str, Tensor]:
+    reshard(module)
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {canonical_name(name): tensor for name, tensor in named.items() if select(canonical_name(name))}
 
 
 def take_snapshot(module: nn.Module, select: Callable[[str], bool] = lambda name: True) -> Snapshot:
-    """Copy the selected parameters and buffers to the CPU, each tied tensor once, in their own dtypes."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(module, select).items()}
+    """Copy the selected parameters and buffers to the CPU, each tied tensor once, in their own dtypes.
+
+    Of parameters that several processes share each process copies its own shards.
+    """
+    return {name: local(tensor).detach().to("cpu", copy=True) for name, tensor in _tensors(module, select).items()}
 
 
 @torch.no_grad()
 def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Callable[[str], bool]) -> None:
     """Copy a snapshot back into the selected tensors of a module, in place.
 
+    Of sharded parameters both will do, whole tensors and this process's shards.
+
     Raises:
         ValueError: If names or shapes differ; nothing is written then.
     """
     tensors = _tensors(module, select)
-    check_same_shapes(_shapes(tensors), _shapes(snapshot), "module's", "stored")
+    shards = find_shards(tensors)
+    check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored")
     for name, tensor in tensors.items():
-        tensor.copy_(snapshot[name])
+        local(tensor).copy_(shards.part(name, snapshot[name]) if shards else snapshot[name])
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
+def gather_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of a snapshot one after the other, whole, so that one process can save them.
+
+    Yields:
+        Name and tensor, on the CPU; None instead of the tensor on all processes but the first. Of a sharded module
+        every process has to go through all of them, in step.
+    """
+    shards = find_shards(_tensors(module, lambda name: name in snapshot))
+    for name, tensor in snapshot.items():
+        yield name, shards.gather(name, tensor) if shards else tensor
+
+
+def whole_snapshot(module: nn.Module, snapshot: Snapshot) -> Snapshot:
+    """A snapshot with whole tensors, in the first process; that of a module without shards is returned itself."""
+    shards = find_shards(_tensors(module, lambda name: name in snapshot))
+    return snapshot if shards is None else dict(gather_snapshot(module, snapshot))  # type: ignore[arg-type]
+
+
+def cut_snapshot(module: nn.Module, tensors: Snapshot) -> Snapshot:
+    """The shards that this process holds of whole tensors, whatever number of processes saved them.
+
+    They share the memory of the tensors given: of a memory-mapped file only they are read, when they are used. Where
+    nothing is sharded, the snapshot itself is returned.
+
+    Raises:
+        ValueError: If the module has the tensor in another shape.
+    """
+    shards = find_shards(_tensors(module, lambda name: name in tensors))
+    if shards is None:
+        return tensors
+    found = whole_shapes({name: tensors[name] for name in shards.shapes}, shards)
+    check_same_shapes(shards.shapes, found, "module's", "stored")
+    return {name: shards.part(name, tensor) for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -47,6 +86,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Train/eval flags of every submodule, buffers (batch-norm statistics too), ``.grad`` and the random state of Python,
     NumPy and torch are put back, and torchmetrics updated by the block are reset, also after an exception.
     """
+    reshard(module)
     flags = {submodule: submodule.training for submodule in module.modules()}
     grads = {parameter: parameter.grad for parameter in module.parameters()}
     # With their owners: a module may update a buffer in place or put another tensor under its name.

@@ -1,12 +1,14 @@
 """All that a stream keeps from one task to the next."""
 
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.report.record import StreamReport
-from lightning_odem.snapshot import Snapshot
+from lightning_odem.snapshot import Snapshot, cut_snapshot, whole_snapshot
 
 
 @dataclass
@@ -23,6 +25,9 @@ class StreamState:
         dirpath: Directory the stream writes to, None until the first fit has chosen it.
         started: The task whose training has begun and is not merged yet: ``task``, ``weight`` and the accuracies
             measured before its training. Empty between tasks.
+        random: The random state after the last merge under ``state``, under ``began`` the digest of the one in which
+            the stream's first process began, and under ``reseeded`` whether random numbers were drawn or seeds set
+            between two tasks. Empty before the first merge.
     """
 
     buffer: CalibrationBuffer
@@ -33,6 +38,7 @@ class StreamState:
     method: dict[str, Any] = field(default_factory=dict)
     dirpath: str | None = None
     started: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
@@ -44,6 +50,17 @@ class StreamState:
         }
         return {"version": 1, **plain, **changing}
 
+    def whole(self, module: nn.Module) -> "StreamState":
+        """The state with whole tensors in the first process, where several share the parameters of the module."""
+        own = {task: whole_snapshot(module, snapshot) for task, snapshot in self.task_parameters.items()}
+        base, merged = (snapshot and whole_snapshot(module, snapshot) for snapshot in (self.base, self.merged))
+        return replace(self, base=base, merged=merged, task_parameters=own)
+
+    def cut(self, module: nn.Module) -> None:
+        """Keep this process's shards only, where several share the parameters of the module."""
+        self.task_parameters = {task: cut_snapshot(module, own) for task, own in self.task_parameters.items()}
+        self.base, self.merged = (snapshot and cut_snapshot(module, snapshot) for snapshot in (self.base, self.merged))
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a :meth:`state_dict`.
 
@@ -53,11 +70,11 @@ class StreamState:
         if state["version"] != 1:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
         for name in _PLAIN:
-            setattr(self, name, state[name])
+            setattr(self, name, {"random": {}, **state}[name])  # states of the first release have none
         self.started = dict(state["started"])
         self.buffer.load_state_dict(state["buffer"])
         self.report = StreamReport.from_dict(deepcopy(state["report"]))
 
 
 # What is replaced as a whole, never changed in place.
-_PLAIN = ("base", "merged", "task_parameters", "method", "dirpath")
+_PLAIN = ("base", "merged", "task_parameters", "method", "dirpath", "random")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration.loss import move_to_device
+from lightning_odem.calibration.scaling import LossScale, loss_scale
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.prediction import predict, predict_with_targets
 
@@ -32,6 +33,7 @@ class TaskData:
         self.module = module
         self.task = task
         self.sample_gradients = 0
+        self._loss_scale = LossScale(loss_scale(module.trainer))
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
@@ -64,12 +66,18 @@ class TaskData:
     def value_and_grad(self, theta: Tensor, batch: Any, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
         """The scalar ``function()`` of ``batch`` at ``theta`` [d] and its gradient, a new vector [d].
 
+        In fp16 the function may be called more than once, see :class:`~lightning_odem.calibration.scaling.LossScale`.
+
         Raises:
             ValueError: If the value depends on none of the parameters.
         """
+
+        def differentiate(scale: float) -> tuple[float, Tensor]:
+            self.sample_gradients += len(batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else 0
+            with torch.enable_grad(), self.vector.collect_gradient() as grad:
+                value = function()
+                (value * scale).backward()
+            return value.item(), grad
+
         self.vector.write_(theta)
-        self.sample_gradients += len(batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else 0
-        with torch.enable_grad(), self.vector.collect_gradient() as grad:
-            value = function()
-            value.backward()
-        return value.item(), grad
+        return self._loss_scale.differentiate(differentiate)

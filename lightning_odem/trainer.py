@@ -44,10 +44,11 @@ class ContinualTrainer(L.Trainer):
     """
 
     def fit_tasks(self, model: L.LightningModule, datamodule: TaskStream, pretrain_epochs: int = 0) -> StreamReport:
-        """Fine-tune and merge every task of a stream, and print the table.
+        """Fine-tune and merge every task of a stream that is not merged yet, and print the table.
 
         Each task is trained for the Trainer's ``max_epochs`` (or ``max_steps``). Without a ContinualMergeCallback
-        among the Trainer's callbacks one with its defaults is added.
+        among the Trainer's callbacks one with its defaults is added. With one that has a ``dirpath``, the same command
+        goes on with the stream that is there, and pretrains nothing.
 
         Args:
             model: The module; its weights are the base model.
@@ -65,9 +66,13 @@ class ContinualTrainer(L.Trainer):
         if merge is None:
             merge = ContinualMergeCallback()
             self.callbacks.insert(0, merge)  # type: ignore[attr-defined]
-        self._prepare(model, datamodule, pretrain_epochs)
-        for number, task in enumerate(datamodule, start=1):
-            rank_zero_info(f"Task {number} of {len(datamodule)}: {task.task_name}")
+        begun = bool(merge.report.tasks)
+        self._prepare(model, datamodule, 0 if begun else pretrain_epochs)
+        if begun:
+            rank_zero_info(f"The stream goes on after {len(merge.report.tasks)} merged tasks")
+            merge.load_base(model)
+        for task in merge.remaining(datamodule):
+            rank_zero_info(f"Task {len(merge.report.tasks) + 1} of {len(datamodule)}: {task.task_name}")
             self.fit(model, datamodule=task)
         rank_zero_only(print)(merge.table())
         if merge.dirpath is not None:

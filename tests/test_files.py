@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import pytest
 
@@ -39,3 +40,22 @@ def test_numbers_that_json_has_not_go_there_and_back():
     assert math.isnan(back["values"][1])
     assert math.isnan(back["values"][2]["deep"])
     assert (back["checkpoint"], back["name"], back["values"][0]) == (None, "a", 1.0)
+
+
+def test_content_and_name_are_on_the_disk_at_the_end_of_the_block(tmp_path, monkeypatch):
+    steps = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        steps.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def replaced(source, target):
+        steps.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with replacing(tmp_path / "file.txt") as draft:
+        draft.write_text("new")
+    assert steps == [str(draft), "renamed", str(tmp_path)]

@@ -1,5 +1,7 @@
+import copy
 import gc
 import math
+import multiprocessing
 from pathlib import Path
 
 import lightning as L
@@ -12,13 +14,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from toy import Classifier, Task, everything, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.guards import FreshStart, check_trainer, finish_averages, release_averages
+from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, finish_averages, release_averages
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -37,6 +39,19 @@ def test_launchers_that_copy_the_process_are_refused(name):
         check_trainer(trainer, merge)
 
 
+class Guarded:
+    def __getstate__(self):
+        check_no_spawning()
+        return {}
+
+
+def test_an_object_can_be_pickled_but_not_for_a_spawned_process():
+    assert copy.deepcopy(Guarded())
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(Guarded(),))
+    with pytest.raises(MisconfigurationException, match="spawn or fork.*Use strategy='ddp'"):
+        process.start()
+
+
 def test_ddp_in_subprocesses_passes():
     merge = ContinualMergeCallback()
     check_trainer(make_trainer(merge, strategy="ddp", devices=2), merge)
@@ -46,7 +61,6 @@ def test_ddp_in_subprocesses_passes():
     "strategy",
     [
         FSDPStrategy,
-        ModelParallelStrategy,
         pytest.param(
             DeepSpeedStrategy, marks=pytest.mark.skipif(not _DEEPSPEED_AVAILABLE, reason="DeepSpeed is not installed")
         ),
@@ -57,7 +71,9 @@ def test_strategies_that_shard_parameters_are_refused(strategy):
     trainer = make_trainer(merge)
     # Lightning builds no Trainer with them on a CPU.
     trainer._accelerator_connector.strategy = strategy()
-    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} shards the parameters.*strategy='ddp'"):
+    with pytest.raises(
+        MisconfigurationException, match=f"{strategy.__name__} shards.*ModelParallelStrategy.*lightning-odem merge"
+    ):
         check_trainer(trainer, merge)
 
 

@@ -1,3 +1,4 @@
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -57,10 +58,14 @@ def test_streams_started_at_the_same_time_get_different_directories(tmp_path):
     assert sorted(path.name for path in paths) == sorted(f"version_{number}" for number in range(64))
 
 
-def test_the_directory_asked_for_is_taken_and_not_made_before_there_is_something_to_write(trainer, tmp_path):
+def test_the_directory_asked_for_is_taken_and_holds_nothing_but_a_lock_before_there_is_something_to_write(
+    trainer, tmp_path
+):
     directory = claimed(trainer, state_of(), str(tmp_path / "mine"))
     assert directory.path == tmp_path / "mine"
-    assert not directory.path.exists()
+    assert [path.name for path in directory.path.iterdir()] == ["stream"]
+    directory.release()
+    assert [path.name for path in (directory.path / "stream").iterdir()] == ["lock"]
 
 
 def test_a_directory_once_claimed_is_kept(trainer, tmp_path):
@@ -131,6 +136,7 @@ def test_fast_dev_run_claims_nothing(tmp_path):
 def test_a_refused_directory_stops_the_fit_before_training(tmp_path, without_figures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(Classifier(), Task(0), ContinualMergeCallback(dirpath="run"))
+    shutil.rmtree("run/stream")
     module = Classifier()
     before = module.state_dict()["head.weight"].clone()
     with pytest.raises(MisconfigurationException, match="run holds another stream already"):
@@ -175,6 +181,7 @@ def test_figures_table_and_report_of_a_fit_are_written_together(tmp_path, monkey
         "merged-02-task_2.ckpt",
         "path-02-task_2.png",
         "report.json",
+        "stream",
         "table.txt",
     ]
     for figure in merge.dirpath.glob("*.png"):

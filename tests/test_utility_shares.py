@@ -85,3 +85,24 @@ def test_table_has_a_row_per_method_and_share(comparison):
     assert columns["loss"][:3] == ["—"] * 3
     report = comparison.select(method="ode")[1].report
     assert columns["ACC_w"][4] == f"{100 * (0.75 * report.accuracy[-1][0] + 0.25 * report.accuracy[-1][1]):.1f}"
+
+
+def test_earlier_tasks_share_what_the_last_one_leaves(tmp_path):
+    torch.manual_seed(0)
+    options = {"tasks": ["c", "b", "a"], "shares": [0.5, 1.0], "methods": ["average"], "dirpath": str(tmp_path)}
+    comparison = make_study_trainer().utility_shares(make_model(), make_stream(), **options, calibration_size=24)
+    half, whole = (cell.report for cell in comparison.cells)
+    assert half.weights == [0.25, 0.25, 0.5]
+    assert [merge.t for merge in half.merges] == [1.0, 0.5, 0.5]
+    assert whole.merges[-1].t == 1.0
+    assert whole.accuracy[-1][-1] == whole.fine_tuned[-1]
+    upper, _ = EXAMPLE["figure"](comparison).axes
+    drawn = {line.get_label(): line.get_ydata() for line in upper.lines}
+    assert drawn["mean of the 2 others, average"] == pytest.approx(
+        [100 * sum(report.accuracy[-1][:2]) / 2 for report in (half, whole)]
+    )
+
+
+def test_a_single_task_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="two tasks at least, got 1"):
+        make_study_trainer().utility_shares(make_model(), make_stream(), tasks=["a"], dirpath=str(tmp_path))

@@ -4,16 +4,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.reduction import read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.calibration.scaling import LossScale
+from lightning_odem.calibration.sharding import Piece, shard, shard_each
+from lightning_odem.parameters import NoGradientError, ParameterVector
+from lightning_odem.processes import Processes
 
 BatchLoss = Callable[[MicroBatch], Tensor]
+_T = TypeVar("_T")
 
 
 class CalibrationObjective:
@@ -24,26 +30,40 @@ class CalibrationObjective:
     One evaluation is one pass over the whole buffer in micro-batches, or over those micro-batches that are given: a
     single task, a random minibatch. The module is left at the point evaluated last.
 
+    Several processes share each evaluation: all call it with the same arguments, each runs its part of the samples, and
+    one all-reduce gives all of them the same result to the last bit. An error in one process's part is raised in all.
+
     Args:
         vector: The parameters theta stands for.
-        buffer: The calibration samples.
+        buffer: The calibration samples, the same in every process.
         batch_loss: Mean loss of a micro-batch at the module's current parameters, a scalar with a gradient.
         batch_size: Samples per micro-batch; bounds the memory of a pass, not its result beyond rounding.
+        loss_scale: Factor on losses before ``backward``, see :class:`~lightning_odem.calibration.scaling.LossScale`.
+            No result has it.
+        processes: Who shares the evaluations; by default all processes of the job.
 
     Attributes:
         gradient_evaluations: Gradients taken so far, of the whole buffer or a part of it.
         loss_evaluations: Passes without a gradient so far.
-        sample_gradients: Samples that went through a pass with gradient so far.
+        sample_gradients: Samples that went through a pass with gradient so far, in all processes together.
         seconds: Wall time inside the passes.
     """
 
     def __init__(
-        self, vector: ParameterVector, buffer: CalibrationBuffer, batch_loss: BatchLoss, batch_size: int = 128
+        self,
+        vector: ParameterVector,
+        buffer: CalibrationBuffer,
+        batch_loss: BatchLoss,
+        batch_size: int = 128,
+        loss_scale: float = 1.0,
+        processes: Processes | None = None,
     ) -> None:
         self.vector = vector
         self.buffer = buffer
         self.batch_loss = batch_loss
         self.batch_size = batch_size
+        self.loss_scale = LossScale(loss_scale)
+        self.processes = processes or Processes.current()
         self.gradient_evaluations = 0
         self.loss_evaluations = 0
         self.sample_gradients = 0
@@ -64,11 +84,7 @@ class CalibrationObjective:
             ValueError: If the loss depends on none of the parameters.
         """
         batches = self.micro_batches() if batches is None else batches
-        with self._pass(theta):
-            self.gradient_evaluations += 1
-            self.sample_gradients += sum(count(batch.samples) for batch in batches)
-            with torch.enable_grad(), self.vector.collect_gradient() as grad:
-                return _weighted(self._losses(batches, backward=True), batches), grad
+        return self.loss_scale.differentiate(lambda scale: self._loss_and_grad(theta, batches, scale))
 
     def loss(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> float:
         """Loss at ``theta``, without a gradient; ``batches`` as in :meth:`loss_and_grad`."""
@@ -79,17 +95,81 @@ class CalibrationObjective:
         """Mean loss of each of the micro-batches at ``theta``, in one pass and without a gradient."""
         with self._pass(theta), torch.no_grad():
             self.loss_evaluations += 1
-            return self._losses(batches, backward=False)
+            if self.processes.size == 1:
+                return self._losses(batches)
+            pieces = self._pieces(batches)
+            found, error = _attempt(lambda: self._losses([piece.batch for piece in pieces]))
+            # One entry per micro-batch, and the number of processes that failed.
+            sums = torch.zeros(len(batches) + 1, dtype=torch.float64)
+            sums[-1] = error is not None
+            for piece, loss in zip(pieces, found or (), strict=error is None):
+                sums[piece.source] += piece.part * loss
+            *means, failed = self.processes.sum_(sums.to(self.vector.device)).tolist()
+            if failed:
+                self._raise_everywhere(error)
+            return means
 
-    def _losses(self, batches: Sequence[MicroBatch], backward: bool) -> list[float]:
+    def _loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch], scale: float) -> tuple[float, Tensor]:
+        """The loss, and its gradient times ``scale``."""
+        with self._pass(theta):
+            self.gradient_evaluations += 1
+            self.sample_gradients += sum(count(batch.samples) for batch in batches)
+            if self.processes.size == 1:
+                return self._differentiate(batches, scale)
+            return self._differentiate_together(batches, scale)
+
+    def _differentiate(
+        self, batches: Sequence[MicroBatch], scale: float, out: Tensor | None = None
+    ) -> tuple[float, Tensor]:
+        with torch.enable_grad(), self.vector.collect_gradient(out) as grad:
+            return _weighted(self._losses(batches, scale), batches), grad
+
+    def _differentiate_together(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, Tensor]:
+        """As :meth:`_differentiate`, of the parts of all processes."""
+        rank, size, d = self.processes.rank, self.processes.size, len(self.vector)
+        own = [piece.batch for piece in self._pieces(batches)]
+        flat = torch.zeros(d + tail_length(size), dtype=self.vector.dtype, device=self.vector.device)
+        grad = flat[:d]
+        found, error = _attempt(lambda: self._differentiate(own, scale, grad)[0])
+        # A part without samples, or whose losses are constant, adds no gradient to those of the others.
+        reached, failed = error is None, error is not None and not isinstance(error, NoGradientError)
+        flat[d:] = flat.new_tensor(tail(found or 0.0, rank, size, failed=failed, reached=reached))
+        self._sum_over_processes_(flat)
+        loss, any_failed, any_reached = read_tail(flat[d:].tolist())
+        if any_failed:
+            self._raise_everywhere(error if failed else None)
+        if error is not None and not any_reached:
+            raise error
+        return loss, grad
+
+    def _sum_over_processes_(self, flat: Tensor) -> None:
+        """Sum the processes' parts of a gradient [d], and the numbers behind it, in place."""
+        if self.vector.shards is None:
+            self.processes.sum_(flat)
+        else:
+            # Of shared parameters each process has its shard of a gradient that is summed already.
+            self.vector.shards.sum_(flat[len(self.vector) :])
+
+    def _pieces(self, batches: Sequence[MicroBatch]) -> list[Piece]:
+        """This process's part of a pass."""
+        cut = shard if self.vector.shards is None else shard_each
+        return cut(batches, self.processes.rank, self.processes.size)
+
+    def _raise_everywhere(self, error: Exception | None) -> None:
+        with self.processes.together():
+            if error is not None:
+                raise error
+
+    def _losses(self, batches: Sequence[MicroBatch], scale: float | None = None) -> list[float]:
+        """Mean loss of each micro-batch, with ``backward`` of its share of the loss times ``scale`` if there is one."""
         losses = []
         for batch in batches:
             loss = self.batch_loss(batch)
-            if backward and loss.requires_grad:
-                (loss * batch.share).backward()
+            if scale is not None and loss.requires_grad:
+                (loss * (batch.share * scale)).backward()
             losses.append(loss.detach())
         # Read from the device once per pass.
-        return torch.stack(losses).tolist()
+        return torch.stack(losses).tolist() if losses else []
 
     @contextmanager
     def _pass(self, theta: Tensor) -> Iterator[None]:
@@ -98,6 +178,14 @@ class CalibrationObjective:
         yield
         # The loss has been read by now, so a device has finished what was asked of it.
         self.seconds += time.perf_counter() - start
+
+
+def _attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    """What a function returns, or the error it raises."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def _weighted(losses: Sequence[float], batches: Sequence[MicroBatch]) -> float:

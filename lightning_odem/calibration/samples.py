@@ -33,6 +33,10 @@ class MicroBatch:
         """The batch of the samples at ``index``, as copies; its share is the same."""
         return _cut(batches.select, self, index)
 
+    def view(self, index: slice) -> "MicroBatch":
+        """The batch of a range of samples, sharing memory with this one; its share is the same."""
+        return _cut(batches.view, self, index)
+
 
 @dataclass(frozen=True)
 class TaskSamples:

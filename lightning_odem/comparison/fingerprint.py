@@ -4,16 +4,15 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_odem.durable.fingerprint import hash_tensors
 from lightning_odem.stream import Task
 
 _SAMPLED = 256
@@ -84,15 +83,6 @@ def describe_task(task: Task) -> dict[str, Any]:
         "seed": task.seed,
         "train_transform": _stable(task.train_transform),
     }
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors by name: shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

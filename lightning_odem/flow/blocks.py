@@ -1,7 +1,7 @@
 """Vectors cut into blocks, and the projection of the transport onto the gradient in each of them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 _PIECE = 1 << 17
 # One block's sums keep to pieces of their own: the last bits of gamma, and so of published merges, depend on them.
 _SUM = 1 << 20
+
+# Sums numbers, fp64 on the CPU, over the processes that each hold a part of the vectors; in place.
+SumOverShards = Callable[[Tensor], None]
+
+
+def alone(numbers: Tensor) -> None:
+    """The sum over shards where the vectors are whole: nothing is added."""
 
 
 class Projection(NamedTuple):
@@ -45,7 +52,14 @@ class Blocks(Protocol):
 
 
 class WholeVector:
-    """One block."""
+    """One block.
+
+    Args:
+        sum_: Sums over shards.
+    """
+
+    def __init__(self, sum_: SumOverShards = alone) -> None:
+        self._sum_ = sum_
 
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
         """Project the transport onto the gradient."""
@@ -53,7 +67,9 @@ class WholeVector:
         for point, target, gradient in _pieces(theta, theta1, grad, size=_SUM):
             distance, gradient = _wide(target - point), _wide(gradient)
             sums += torch.stack([distance.dot(gradient), gradient.dot(gradient), distance.dot(distance)])
-        product, grad_square, distance_square = sums.cpu().double().split(1)
+        sums = sums.cpu().double()
+        self._sum_(sums)
+        product, grad_square, distance_square = sums.split(1)
         return _project(product, grad_square, distance_square, alpha)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
@@ -66,16 +82,26 @@ class WholeVector:
 
 
 class Segments:
-    """Consecutive blocks of given lengths. A block that lies in several pieces is summed part by part."""
+    """Consecutive blocks of given lengths. A block that lies in several pieces is summed part by part.
 
-    def __init__(self, lengths: Tensor) -> None:
+    Args:
+        lengths: Of the blocks, shape [B].
+        sum_: Sums over shards.
+        split: Which blocks go on in the other shards, shape [B], bool; each shard has as many of them, in one order.
+            Where ``sum_`` sums and this is None, none does.
+    """
+
+    def __init__(self, lengths: Tensor, sum_: SumOverShards = alone, split: Tensor | None = None) -> None:
         ends = lengths.cpu().cumsum(0)
-        self._size = int(ends[-1])
-        part_ends = torch.cat([ends, torch.arange(1, math.ceil(self._size / _PIECE)) * _PIECE]).unique()
+        self._size = int(lengths.sum())
+        self._sum_ = sum_
+        self._split = torch.zeros(len(lengths), dtype=torch.bool) if split is None else split.cpu()
+        part_ends = torch.cat([ends, torch.arange(1, math.ceil(max(self._size, 1) / _PIECE)) * _PIECE]).unique()
+        part_ends = part_ends[part_ends > 0]
         part_lengths = part_ends.diff(prepend=part_ends.new_zeros(1))
         block_of_part = torch.searchsorted(ends, part_ends)
-        parts_per_piece = torch.bincount((part_ends - 1) // _PIECE).tolist()
-        self._parts_per_block = torch.bincount(block_of_part)
+        parts_per_piece = torch.bincount((part_ends - 1) // _PIECE, minlength=1).tolist()
+        self._parts_per_block = torch.bincount(block_of_part, minlength=len(lengths))
         self._lengths, self._blocks = (
             parts.to(lengths.device).split(parts_per_piece) for parts in (part_lengths, block_of_part)
         )
@@ -94,7 +120,9 @@ class Segments:
             sums[0] = _sums(distance.mul_(gradient), lengths)
             sums[1] = _sums(gradient * gradient, lengths)
         product, grad_square = (_sums(row, self._parts_per_block) for row in parts.cpu().double())
-        return _project(product, grad_square, distance_square.cpu().double(), alpha)
+        if self._sum_ is alone:
+            return _project(product, grad_square, distance_square.cpu().double(), alpha)
+        return self._project_shard(product, grad_square, distance_square.cpu().double(), alpha)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""
@@ -107,12 +135,33 @@ class Segments:
             of_entry = of_part.repeat_interleave(lengths.to(out.device), output_size=len(target))
             target.sub_(of_entry.mul_(grad), alpha=scale)
 
+    def _project_shard(
+        self, products: Tensor, grad_squares: Tensor, distance_square: Tensor, alpha: float
+    ) -> Projection:
+        """As :func:`_project`: of blocks that lie here whole only their totals are summed, of split ones every sum."""
+        split, own = self._split, ~self._split
+        here = _project(products[own], grad_squares[own], distance_square, alpha)
+        totals = distance_square.new_tensor(here[:-1])
+        numbers = torch.cat([totals, products[split], grad_squares[split]])
+        self._sum_(numbers)
+        totals, product, grad_square = numbers.split([len(totals), *2 * [int(split.sum())]])
+        across = _project(product, grad_square, totals.new_zeros(()), alpha)
+        uphill = torch.empty_like(products)
+        uphill[own], uphill[split] = here.uphill, across.uphill
+        return Projection(*(totals + totals.new_tensor(across[:-1])).tolist(), uphill)  # type: ignore[call-arg]
+
 
 class Coordinates:
     """One block per entry. The projection of u_i has the length of u_i, and 0 where the gradient is zero.
 
     Signs do what masks would, several times as fast, and unlike g_i u_i their products cannot underflow.
+
+    Args:
+        sum_: Sums over shards.
     """
+
+    def __init__(self, sum_: SumOverShards = alone) -> None:
+        self._sum_ = sum_
 
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
         """Project the transport onto the gradient."""
@@ -125,6 +174,7 @@ class Coordinates:
             return torch.stack([first.dot(second) for first, second in pairs])
 
         sums = reduce(torch.add, (products(*piece) for piece in _pieces(theta, theta1, grad))).cpu().double()
+        self._sum_(sums)
         alignment, rise = (alpha * sums[:2]).tolist()
         transport_square, along_square, uphill_square = (alpha**2 * sums[2:]).tolist()
         return Projection(alignment, rise, transport_square, along_square, uphill_square, uphill=sums.new_ones(1))

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lightning_odem.flow.blocks import Blocks, Coordinates, Segments, WholeVector
+from lightning_odem.flow.blocks import Blocks, Coordinates, Segments, SumOverShards, WholeVector, alone
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,16 @@ class RectifiedField(TransportField):
     needs a vector of the model's size: one block and single entries keep a few numbers, lengths about ten numbers per
     block. Sums over given lengths are not to be had on Apple's GPU.
 
+    Each of several processes may hold a part of the vectors, its shard, and follow its part of the path: an evaluation
+    then sums over them once, a few numbers and two for every block that is split.
+
     Args:
         blocks: ``"vector"``, one block; ``"coordinate"``, one block per entry; or the lengths of consecutive blocks,
             integers >= 1 of shape [B] that sum to d.
+        sum_: Where the vectors are shards: sums fp64 numbers on the CPU over all shards, in place. Every process has to
+            evaluate the field as often as the others.
+        split: Where the vectors are shards cut by lengths: which blocks go on in other shards, bool of shape [B]. All
+            shards list these in one order, with length 0 where they hold nothing of one; the others lie in one shard.
 
     Raises:
         ValueError: For blocks of another kind, or, in evaluations, if they do not fit the vectors.
@@ -142,13 +150,17 @@ class RectifiedField(TransportField):
         [1.0, 0.25]
     """
 
-    def __init__(self, blocks: str | Tensor = "vector") -> None:
+    def __init__(
+        self, blocks: str | Tensor = "vector", sum_: SumOverShards = alone, split: Tensor | None = None
+    ) -> None:
         if isinstance(blocks, Tensor):
-            if blocks.dim() != 1 or blocks.is_floating_point() or not len(blocks) or blocks.min() < 1:
+            least = torch.ones_like(blocks) if split is None else (~split).to(blocks)
+            is_empty = not len(blocks) and sum_ is alone
+            if blocks.dim() != 1 or blocks.is_floating_point() or is_empty or (blocks < least).any():
                 raise ValueError(f"Lengths of blocks are integers >= 1 of shape [B], got {blocks}.")
-            self._blocks = Segments(blocks)
+            self._blocks = Segments(blocks, sum_, split)
         elif blocks in ("vector", "coordinate"):
-            self._blocks = WholeVector() if blocks == "vector" else Coordinates()
+            self._blocks = WholeVector(sum_) if blocks == "vector" else Coordinates(sum_)
         else:
             raise ValueError(f"Blocks are 'vector', 'coordinate' or a tensor of lengths, got {blocks!r}.")
 

@@ -16,6 +16,8 @@ class AverageMerge(MergeMethod):
         tensor([0.2500, 0.2500])
     """
 
+    sharded = True
+
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Interpolate in the memory of ``merged``."""
         return MergeResult(merged.lerp_(incoming, t))

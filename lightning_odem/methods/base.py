@@ -11,6 +11,7 @@ from lightning_odem.flow import Trajectory
 
 if TYPE_CHECKING:
     from lightning_odem.calibration import CalibrationObjective
+    from lightning_odem.shards import Shards
     from lightning_odem.task_data import TaskData
 
 NEEDS = ("base", "calibration", "second_moments", "snapshots", "task_data")
@@ -20,9 +21,12 @@ NEEDS = ("base", "calibration", "second_moments", "snapshots", "task_data")
 class MergeContext:
     """What a method may use besides the two models; only what it declares in ``needs`` is there.
 
+    Of a model that several processes share (FSDP2) each vector is this process's part: its shards of all parameters,
+    flat and one after the other. Only methods that say they can are given such a model.
+
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
-        shapes: Their shapes.
+        shapes: Their shapes, those of the whole parameters.
         base: The base model theta_base, shape [d] (need ``"base"``).
         calibration: Losses and gradients on the calibration buffer (need ``"calibration"``), see
             :class:`~lightning_odem.calibration.CalibrationObjective`.
@@ -33,6 +37,7 @@ class MergeContext:
         task_data: The incoming task's own training batches (need ``"task_data"``), see
             :class:`~lightning_odem.task_data.TaskData`.
         on_step: Told (steps done, steps in all) while a merge goes on.
+        shards: How processes share the parameters; None where the vectors are whole.
     """
 
     names: list[str]
@@ -43,6 +48,12 @@ class MergeContext:
     snapshots: Sequence[Tensor] = ()
     task_data: "TaskData | None" = None
     on_step: Callable[[int, int], None] | None = None
+    shards: "Shards | None" = None
+
+    @property
+    def sum_(self) -> Callable[[Tensor], None] | None:
+        """Sums numbers over the processes in place, where the vectors are shards; every process has to call it."""
+        return None if self.shards is None else self.shards.sum_
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class MergeMethod(ABC):
             and what cannot be had is refused before training.
         snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most, 2 or more. The
             length of a run is not known beforehand, so there may be half as many less one.
+        sharded: Whether the rule can merge shards of the vectors, each process its own: what it does with an entry must
+            depend on that entry alone, or on sums over all of them taken with ``context.sum_``, and it keeps no state.
 
     Example:
         >>> import torch
@@ -83,6 +96,7 @@ class MergeMethod(ABC):
 
     needs: frozenset[str] = frozenset()
     snapshots: int = 8
+    sharded: bool = False
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

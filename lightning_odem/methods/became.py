@@ -1,12 +1,13 @@
 """The operating time of BECAME: the minimum, between two models, of a quadratic model of all tasks' losses."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods.linalg import exact
+from lightning_odem.methods.linalg import exact, total
 
 # Samples per squared gradient. Fewer are nearer to the Fisher information and take more passes.
 _SAMPLES = 16
@@ -34,7 +35,13 @@ def laplace_time(t: float, old: float, new: float) -> float:
     return t * new / total if total > 0.0 and 0.0 < t < 1.0 else t
 
 
-def became_time(objective: CalibrationObjective, merged: Tensor, incoming: Tensor, t: float) -> float:
+def became_time(
+    objective: CalibrationObjective,
+    merged: Tensor,
+    incoming: Tensor,
+    t: float,
+    sum_: Callable[[Tensor], None] | None = None,
+) -> float:
     r"""BECAME's merging coefficient as an operating time (Li et al., ICML 2025, arXiv 2504.02666).
 
     The posterior of the earlier tasks is taken for a Gaussian around the merged model, the new task's for one around
@@ -63,6 +70,7 @@ def became_time(objective: CalibrationObjective, merged: Tensor, incoming: Tenso
         merged: :math:`\theta_0`, shape [d].
         incoming: :math:`\theta_1`, shape [d].
         t: Operating time of the utility weights. 0 and 1 stay what they are.
+        sum_: Where the vectors are shards, sums numbers over them in place.
 
     Raises:
         ValueError: If there is no earlier task that has samples and a weight.
@@ -78,17 +86,24 @@ def became_time(objective: CalibrationObjective, merged: Tensor, incoming: Tenso
             f"operating_time='became' compares the new task with earlier ones, but the calibration buffer holds "
             f"samples of {', '.join(weights)} alone that count. Give every task samples, or take 'utility'."
         )
-    mean = math.fsum(w * _curvature(objective, task, merged, merged, incoming) for task, w in old.items())
+    mean = math.fsum(w * _curvature(objective, task, merged, merged, incoming, sum_) for task, w in old.items())
     mean /= math.fsum(old.values())
-    return laplace_time(t, mean, _curvature(objective, new, incoming, merged, incoming))
+    return laplace_time(t, mean, _curvature(objective, new, incoming, merged, incoming, sum_))
 
 
-def _curvature(objective: CalibrationObjective, task: str, at: Tensor, start: Tensor, end: Tensor) -> float:
+def _curvature(
+    objective: CalibrationObjective,
+    task: str,
+    at: Tensor,
+    start: Tensor,
+    end: Tensor,
+    sum_: Callable[[Tensor], None] | None,
+) -> float:
     """d^T F d of one task, with F at a point and d from ``start`` to ``end``."""
     samples = objective.buffer.counts[task]
     # A micro-batch's share is its part of the task's samples, so this gradient is a sum over samples divided by n.
     gradients = (objective.loss_and_grad(at, [batch])[1] for batch in objective.buffer.micro_batches_of(task, _SAMPLES))
-    curvature = samples * math.fsum(_weighted_square(gradient, start, end) for gradient in gradients)
+    curvature = samples * total(math.fsum(_weighted_square(gradient, start, end) for gradient in gradients), sum_)
     if not math.isfinite(curvature):
         raise NonFiniteLossError(f"the curvature of task {task!r}, so a gradient or a weight, is {curvature}", 0, 0.0)
     return curvature

@@ -25,6 +25,8 @@ class LinearInterpolation(MergeMethod):
         tensor([0.2500])
     """
 
+    sharded = True
+
     def __init__(self, coefficient: float = 0.5) -> None:
         check_range("coefficient", coefficient, 0, 1)
         self.coefficient = coefficient

@@ -1,6 +1,7 @@
 """The linear algebra of the methods that look at weight matrices."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,9 +17,24 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def norm(vector: Tensor) -> float:
-    """Euclidean norm of a vector, accumulated in fp64."""
-    return math.sqrt(math.fsum(float(exact(piece).square().sum()) for piece in vector.split(_BLOCK)))
+def total(number: float, sum_: Callable[[Tensor], None] | None) -> float:
+    """The sum of a number over shards, see :class:`~lightning_odem.methods.MergeContext`; itself where there are none.
+
+    Example:
+        >>> total(2.0, None), total(2.0, lambda numbers: numbers.mul_(3))
+        (2.0, 6.0)
+    """
+    if sum_ is None:
+        return number
+    numbers = torch.tensor([number], dtype=torch.float64)
+    sum_(numbers)
+    return numbers.item()
+
+
+def norm(vector: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
+    """Euclidean norm of a vector, accumulated in fp64; of the whole one if ``sum_`` sums over the shards of it."""
+    square = math.fsum(float(exact(piece).square().sum()) for piece in vector.split(_BLOCK))
+    return math.sqrt(total(square, sum_))
 
 
 def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

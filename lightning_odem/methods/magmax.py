@@ -33,6 +33,7 @@ class MagMaxMerge(MergeMethod):
     """
 
     needs: frozenset[str] = frozenset({"base"})
+    sharded = True
 
     def __init__(self, scale: float = 0.5) -> None:
         check_range("scale", scale, 0, open_low=True)

@@ -1,7 +1,6 @@
 """The rectified flow with descent, stopped at the operating time."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from lightning_odem.flow import (
     integrate,
     scaled_time,
 )
+from lightning_odem.flow.blocks import alone
 from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.became import became_time
@@ -101,6 +101,7 @@ class ODEMerge(MergeMethod):
     """
 
     needs: frozenset[str] = frozenset({"calibration"})
+    sharded = True
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class ODEMerge(MergeMethod):
         """Integrate from ``merged`` towards ``incoming`` up to the operating time, in the memory of ``merged``."""
         assert context.calibration is not None, "declared in needs"
         objective: CalibrationObjective | CalibrationPart = context.calibration
-        end, lowest = self._end(merged, incoming, t, context.calibration), None
+        end, lowest = self._end(merged, incoming, t, context), None
         if self.operating_time == "search":
             objective, held_out = hold_out(context.calibration, self.holdout)
             lowest = LowestPoint(held_out.loss, scaled_time(t, 1 / self.search_to), end, self.step_size)
@@ -160,14 +161,14 @@ class ODEMerge(MergeMethod):
             gradient = minibatch_gradients(context.calibration, objective.buffer, self.batch_size, self.seed)
             epochs = math.ceil(end / step_size * (1.0 - 1e-12))
             step_size = end / max(epochs, 1) / minibatches_per_epoch(objective.buffer, self.batch_size) or step_size
-        rule = self._rule(merged, incoming, end, objective)
+        rule = self._rule(merged, incoming, end, objective, context)
         trajectory = integrate(
             merged,
             incoming,
             gradient,
             end,
             step_size=min(self.reuse * step_size, 1.0),
-            field=RectifiedField(_blocks(context.shapes, self.granularity, merged.device)),
+            field=_field(context, self.granularity, merged.device),
             solver=rule,
             loss=objective.loss,
             out=merged,
@@ -185,7 +186,12 @@ class ODEMerge(MergeMethod):
         return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
 
     def _rule(
-        self, merged: Tensor, incoming: Tensor, end: float, objective: CalibrationObjective | CalibrationPart
+        self,
+        merged: Tensor,
+        incoming: Tensor,
+        end: float,
+        objective: CalibrationObjective | CalibrationPart,
+        context: MergeContext,
     ) -> Solver:
         """One step of the path."""
         rule: Solver = SOLVERS[self.solver]()
@@ -193,27 +199,37 @@ class ODEMerge(MergeMethod):
             rule = ReusedGradient(rule, self.reuse)
         if self.descent and end:
             samples = samples_per_epoch(objective.buffer)
-            moved = norm(incoming - merged) / max(len(merged), 1) ** 0.5
+            size = len(merged) if context.shards is None else sum(map(math.prod, context.shapes))
+            moved = norm(incoming - merged, context.sum_) / max(size, 1) ** 0.5
             minibatches = samples / (self.batch_size or samples)
             length = self.descent * moved * minibatches * (end / self.step_size) ** 0.5
             rule = AdaptiveDescent(rule, length, end)
         return rule
 
-    def _end(self, merged: Tensor, incoming: Tensor, t: float, objective: CalibrationObjective) -> float:
+    def _end(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> float:
         """Time to which the path is followed."""
         if self.operating_time == "became":
-            return became_time(objective, merged, incoming, t)
+            assert context.calibration is not None, "declared in needs"
+            return became_time(context.calibration, merged, incoming, t, context.sum_)
         if self.operating_time == "search":
             return scaled_time(t, self.search_to)
         # A task without weight changes nothing.
         return t if self.operating_time == "utility" or t == 0.0 else float(self.operating_time)
 
 
-def _blocks(shapes: Sequence[tuple[int, ...]], granularity: str, device: torch.device) -> str | Tensor:
-    """What :class:`RectifiedField` is to be told: the granularity itself, or the lengths of tensors or rows."""
+def _field(context: MergeContext, granularity: str, device: torch.device) -> RectifiedField:
+    """The field whose blocks are the vector, the entries, or the parameters or their rows."""
+    sum_ = context.sum_ or alone
     if granularity not in ("tensor", "row"):
-        return granularity
-    rows = [shape[0] if granularity == "row" and len(shape) > 1 else 1 for shape in shapes]
-    sizes = [math.prod(shape) for shape in shapes]
-    lengths = [torch.full((count,), size // count) for count, size in zip(rows, sizes, strict=True) if size]
-    return torch.cat(lengths).to(device)
+        return RectifiedField(granularity, sum_)
+    shards, shapes = context.shards, context.shapes
+    parts = shapes if shards is None else [tuple(shards.local_shapes[name]) for name in context.names]
+    lengths, split = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
+    for shape, part in zip(shapes, parts, strict=True):
+        size, by_row = math.prod(part), granularity == "row" and len(shape) > 1
+        # Parameters are cut between rows: a row lies in one shard, what is no matrix in all of them.
+        if size or (shards is not None and not by_row):
+            rows = part[0] if by_row else 1
+            lengths.append(torch.full((rows,), size // rows))
+            split.append(torch.full((rows,), not by_row))
+    return RectifiedField(torch.cat(lengths).to(device), sum_, torch.cat(split) if shards is not None else None)

@@ -47,6 +47,7 @@ class TaskArithmeticMerge(MergeMethod):
     """
 
     needs: frozenset[str] = frozenset({"base"})
+    sharded = True
 
     def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
         check_range("scale", scale, 0, open_low=True)

@@ -95,6 +95,20 @@ class StreamReport:
     before_training: list[float] = field(default_factory=list)
     merges: list[MergeRecord] = field(default_factory=list)
 
+    def with_merge(
+        self, record: MergeRecord, *, weight: float, accuracy: list[float], **measured: float
+    ) -> "StreamReport":
+        """A report with one merge more; this one stays as it is.
+
+        Args:
+            record: The merge.
+            weight: Utility weight of its task.
+            accuracy: Accuracy on every task, this one the last.
+            **measured: ``pretrained``, ``fine_tuned`` and ``before_training`` of the task.
+        """
+        added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
+        return StreamReport(**{name: [*getattr(self, name), value] for name, value in added.items()})
+
     def matrix(self) -> Tensor:
         """Accuracy matrix a_{k,i} of shape [K, K], fp64, NaN above the diagonal."""
         size = len(self.accuracy)

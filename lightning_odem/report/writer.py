@@ -25,8 +25,9 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
         The files written.
     """
     directory = Path(directory)
-    written = [report.save(directory / "report.json"), directory / "table.txt"]
-    written[1].write_text(render_summary(report, width=120), encoding="utf-8")
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / "table.txt"]
+    written[0].write_text(render_summary(report, width=120), encoding="utf-8")
     figures = {}
     if report.merges:
         figures["accuracy_matrix"] = plot_accuracy_matrix(report)
@@ -38,4 +39,5 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     for name, figure in figures.items():
         written.append(directory / f"{name}.png")
         figure.savefig(written[-1])
-    return written
+    # The last one: where it is up to date, the others are.
+    return [*written, report.save(directory / "report.json")]

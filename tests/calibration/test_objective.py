@@ -1,7 +1,9 @@
 import time
 
 import pytest
+import sharded
 import torch
+from job import run_job
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -154,3 +156,58 @@ def test_a_task_whose_loss_is_constant_adds_no_gradient():
     loss, gradient = objective.loss_and_grad(theta)
     assert loss == pytest.approx(expected_loss + 2.0)
     torch.testing.assert_close(gradient, expected)
+
+
+EVALUATIONS = [
+    ({"a": 12}, torch.float64),  # even
+    ({"a": 7, "b": 3, "c": 5}, torch.float64),
+    ({"a": 7, "b": 3, "c": 6}, torch.float32),
+    ({"a": 2}, torch.float64),  # fewer than processes
+    ({"a": 1}, torch.float32),
+]
+
+
+def relative(found, expected):
+    return ((torch.as_tensor(found) - torch.as_tensor(expected)).norm() / torch.as_tensor(expected).norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_share_every_evaluation_in_one_all_reduce(size):
+    alone = sharded.evaluate(EVALUATIONS)
+    first, *others = run_job(sharded.evaluate, size, EVALUATIONS)
+    for (_, dtype), expected, found in zip(EVALUATIONS, alone, first, strict=True):
+        bound = 1e-13 if dtype == FP64 else 1e-6
+        for what in ("loss", "grad", "loss without gradient", "losses"):
+            assert relative(found[what], expected[what]) <= (bound if size > 1 else 0.0)
+        assert found["samples"] == expected["samples"]
+        assert found["all-reduces"] == ((1, 3) if size > 1 else (0, 0))
+    for other in others:
+        for own, same in zip(first, other, strict=True):
+            assert torch.equal(own["grad"], same["grad"])
+            assert own | {"grad": None} == same | {"grad": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loss", "loss_and_grad"])
+def test_an_error_in_the_part_of_one_process_is_raised_in_all_and_the_next_evaluation_goes_well(kind):
+    results = run_job(sharded.fail_in_the_loss, 3, kind)
+    assert [(error.kind, error.message, well) for error, well in results] == [("Rare", "in the loss at 7", True)] * 3
+    assert ["process 1 of 3" in error.cause for error, _ in results] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_a_gradient_that_one_process_alone_has_is_enough_and_one_that_none_has_is_an_error_in_all():
+    results = run_job(sharded.differentiate_what_few_reach, 2)
+    assert {error.kind for error in results} == {"NoGradientError"}
+    assert all("backward reached none of 4" in error.message for error in results)
+
+
+@pytest.mark.slow
+def test_the_scale_of_the_loss_is_lowered_in_all_processes_together():
+    first, second = run_job(sharded.scale_losses, 2)
+    assert first == second
+    scale, evaluations, relative_error = first
+    assert 1.0 < scale < 2.0**16
+    assert evaluations > 1
+    assert relative_error < 2e-3

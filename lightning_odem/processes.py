@@ -1,0 +1,176 @@
+"""What the processes of one job agree on: sums, copies and errors."""
+
+import itertools
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+# Seconds: between two looks for errors of other processes, and for which a process that fails waits for them.
+_LOOK, _GRACE = 0.2, 60.0
+
+
+class _Block(NamedTuple):
+    """A block that this process is in; ``inner`` numbers those within it.
+
+    All processes enter the same blocks in the same order, so their numbers are names that all of them know.
+    """
+
+    name: str
+    inner: Iterator[int]
+
+
+# The first is the whole run, at whose end nobody waits. An error ends the numbering of inner blocks, which it may have
+# brought out of step, together with the block.
+_entered = [_Block("run", itertools.count())]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of torch.distributed's default group, seen from one of them; by default a single one.
+
+    A single process does nothing in any of the methods.
+
+    Args:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+
+    Example:
+        >>> processes = Processes.current()
+        >>> processes.rank, processes.size
+        (0, 1)
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> "Processes":
+        """Those of the default group, a single one where there is no group."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over the processes, in one all-reduce; the same bits in all of them."""
+        if self.size > 1:
+            self._finish(dist.all_reduce(tensor, async_op=True), tensor.device.type == "cpu")
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Replace a contiguous tensor by that of the first process."""
+        if self.size > 1:
+            self._finish(dist.broadcast(tensor, src=0, async_op=True), tensor.device.type == "cpu")
+        return tensor
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End the block in all processes, or in none: an error of one of them is raised in all.
+
+        All processes enter it, and each waits at its end until all have come there. If one fails, the others learn of
+        it there, and while they wait in :meth:`sum_` and :meth:`broadcast_`. They raise an error of the same type and
+        message, whose ``__cause__`` tells the process and its traceback; a RuntimeError if the type cannot be pickled.
+
+        After an error that comes while others wait in a sum, that sum is never finished and the group not fit for
+        another one; after others the processes can go on. Blocks may be nested. Errors travel through the key-value
+        store of the group: while all goes well nothing is exchanged but a counter at the end.
+
+        Raises:
+            TimeoutError: If a process comes neither to the end nor to an error within the group's timeout.
+        """
+        if self.size == 1:
+            yield
+            return
+        store, block = _store(), f"{_entered[-1].name}/{next(_entered[-1].inner)}"
+        _entered.append(_Block(block, itertools.count()))
+        try:
+            yield
+            self._meet(store, block)
+        except BaseException as error:
+            with suppress(RuntimeError):  # without the process that has the store, the error itself still counts
+                if store.add(f"{block}/failed", 1) == 1:
+                    store.set(f"{block}/error", _pack(error, self.rank))  # type: ignore[arg-type]
+                if len(_entered) == 2:
+                    # The store may go with this process: not before all have read it.
+                    _wait(lambda: store.add(f"{block}/failed", 0) == self.size, _GRACE)
+            raise
+        finally:
+            _entered.pop()
+
+    def _meet(self, store: dist.Store, block: str) -> None:
+        """Wait for all processes at the end of a block."""
+        store.add(f"{block}/done", 1)
+
+        def is_complete() -> bool:
+            self._raise_errors(store)
+            return store.add(f"{block}/done", 0) == self.size
+
+        limit: timedelta = store.timeout  # type: ignore[attr-defined]
+        if not _wait(is_complete, limit.total_seconds()):
+            raise TimeoutError(f"Within {limit} not all of {self.size} processes came to the end of a block.")
+
+    def _finish(self, work: dist.Work | None, on_cpu: bool) -> None:
+        """Wait for a collective, or for an error because of which others will never take part in it."""
+        assert work is not None, "every process is in the default group"
+        while not work.is_completed():
+            if on_cpu:
+                with suppress(RuntimeError):  # that the time is up; what else it may be is raised below
+                    work.wait(timedelta(seconds=_LOOK))
+            else:  # where a wait that runs out of time ends the group
+                _wait(work.is_completed, _LOOK)
+            if not work.is_completed():
+                self._raise_errors(_store())
+        try:
+            work.wait()
+        except RuntimeError as error:  # a connection is lost when a process has ended
+            self._raise_errors(_store())
+            raise error
+
+    def _raise_errors(self, store: dist.Store) -> None:
+        """Raise what another process has met in one of the blocks that this one is in."""
+        for block in _entered[1:]:
+            if store.check([f"{block.name}/error"]):
+                raise _unpack(store.get(f"{block.name}/error"), self.size)
+
+
+def _store() -> dist.Store:
+    return dist.PrefixStore("lightning_odem", _get_default_store())
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition came true in time."""
+    started = time.monotonic()
+    while not condition():
+        waited = time.monotonic() - started
+        if waited > seconds:
+            return False
+        time.sleep(min(max(waited / 10, 1e-4), 0.02))
+    return True
+
+
+def _pack(error: BaseException, rank: int) -> bytes:
+    """An error as bytes: what it takes to make it anew, and as text."""
+    parts = b""
+    with suppress(Exception):  # the error's type decides what goes wrong when it is pickled
+        parts = pickle.dumps((type(error), error.args, vars(error)))
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return pickle.dumps((parts, f"{type(error).__name__}: {error}", rank, text))
+
+
+def _unpack(data: bytes, size: int) -> BaseException:
+    """The error of :func:`_pack`."""
+    parts, summary, rank, text = pickle.loads(data)
+    error: BaseException = RuntimeError(summary)
+    with suppress(Exception):
+        kind, args, attributes = pickle.loads(parts)
+        # Not by its constructor, which may take other arguments than the message.
+        error = kind.__new__(kind, *args)
+        vars(error).update(attributes)
+    error.__cause__ = RuntimeError(f"Raised in process {rank} of {size} (counted from 0):\n{text}")
+    return error

@@ -1,0 +1,138 @@
+"""Streams that are killed at one point after another and started again: run as a script, prints what was lost as JSON.
+
+Each stream runs in a fork of this process, which has imported everything already. Points are calls of functions of the
+package and operations on files, in the order in which a stream without accident makes them.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import lightning as L
+import torch
+from toy import Classifier, Task, everything, fit
+
+import lightning_odem
+from lightning_odem import ContinualMergeCallback, rundir
+from lightning_odem.durable import StreamStore
+
+PACKAGE = str(Path(lightning_odem.__file__).parent)
+FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")
+TASKS = 3
+
+
+def stream() -> None:
+    L.seed_everything(3, verbose=False)
+    module = Classifier(dropout=0.2, batch_norm=True)
+    merge = ContinualMergeCallback(dirpath="stream", calibration_size=12)
+    for task in merge.remaining([Task(number, shuffle=True) for number in range(TASKS)]):
+        fit(module, task, merge)
+    torch.save(everything(module), "module.pt")
+
+
+def forked(directory: Path, dies_at: int | None = None, log: bool = False) -> bool:
+    """Run the stream in a process of its own; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            directory.mkdir(exist_ok=True)
+            os.chdir(directory)
+            os.dup2(os.open("log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+            points = count_points(dies_at)
+            stream()
+            if log:
+                Path("points.json").write_text(json.dumps(points))
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    assert os.WEXITSTATUS(status) == 0, (directory / "log.txt").read_text()[-3000:]
+    return True
+
+
+def count_points(dies_at: int | None) -> list[str]:
+    points: list[str] = []
+
+    def see(point: str) -> None:
+        points.append(point)
+        if len(points) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def called(frame, event, argument) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            see(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
+
+    def audited(event: str, arguments: tuple) -> None:
+        inside = event in FILES and isinstance(arguments[0], (str, os.PathLike)) and "stream" in str(arguments[0])
+        if inside and (event != "open" or arguments[1] not in ("r", "rb")):
+            see(f"{event} {Path(arguments[0]).name}")
+
+    sys.addaudithook(audited)
+    sys.setprofile(called)
+    return points
+
+
+def outcome(directory: Path) -> dict:
+    """All that a stream leaves but the seconds it took."""
+    here = Path.cwd()
+    os.chdir(directory)
+    try:
+        state = StreamStore(Path("stream/stream")).load()
+        assert state is not None
+        for record in state["report"]["merges"]:
+            record["merge_seconds"] = record["gradient_seconds"] = 0.0
+        report = json.loads(Path("stream/report.json").read_text())
+        for record in report["merges"]:
+            record["merge_seconds"] = record["gradient_seconds"] = 0.0
+        weights = [torch.load(path)["state_dict"] for path in sorted(Path("stream").glob("*.ckpt"))]
+        files = sorted(path.name for path in Path("stream").iterdir())
+        return {"state": state, "report": report, "weights": weights, "files": files}
+    finally:
+        os.chdir(here)
+
+
+def equal(first, second) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second or (first != first and second != second)
+
+
+def main(calls: int) -> None:
+    # Drawing takes longer than all the rest, and a figure is written like the table.
+    rundir.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
+    root = Path(tempfile.mkdtemp())
+    assert forked(root / "whole", log=True)
+    expected = outcome(root / "whole")
+    points = json.loads((root / "whole" / "points.json").read_text())
+    on_files = [number for number, point in enumerate(points, start=1) if " " in point]
+    step = max(len(points) // calls, 1)
+    tried, lost = sorted({*on_files, *range(1, len(points) + 1, step)}), []
+    for number in tried:
+        directory = root / str(number)
+        died = not forked(directory, dies_at=number)
+        # Half of them are killed once more while they recover.
+        again = random.Random(number)
+        while died and again.random() < 0.5:
+            died = not forked(directory, dies_at=again.randrange(1, len(points)))
+        if died:
+            forked(directory)
+        found = outcome(directory)
+        lost += [
+            f"{number} {points[number - 1]}: {key} differ" for key in expected if not equal(found[key], expected[key])
+        ]
+    print(json.dumps({"points": len(points), "tried": len(tried), "on_files": len(on_files), "lost": lost}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

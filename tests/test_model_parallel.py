@@ -1,0 +1,54 @@
+"""Streams whose parameters two processes share (FSDP2 by ModelParallelStrategy), beside those that each holds whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import Classifier, Task, close, everything, fit
+
+from lightning_odem import ContinualMergeCallback
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model_parallel")
+    script = Path(__file__).parent / "helpers" / "model_parallel.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, directory, "ode"], check=True, timeout=300, env=environment)
+    return directory
+
+
+def test_shards_are_merged_like_whole_parameters(directory):
+    whole, shards = (torch.load(directory / f"{kind}-0.pt") for kind in ("whole", "shards"))
+    assert close(whole["merged"], shards["merged"], rtol=1e-6, atol=1e-7)
+    assert whole["path"]["loss"] == pytest.approx(shards["path"]["loss"], rel=1e-6)
+
+
+def test_a_task_resumed_from_a_checkpoint_is_merged_onto_the_stream_of_the_directory(directory):
+    whole, shards = (torch.load(directory / f"{kind}-0.pt") for kind in ("whole", "shards"))
+    assert whole["tasks"] == shards["tasks"] == ["task_1", "task_2", "task_3"]
+    assert close(whole["resumed"], shards["resumed"], rtol=1e-6, atol=1e-7)
+    assert not close(shards["merged"], shards["resumed"], atol=1e-4)
+
+
+def test_files_hold_whole_tensors(directory):
+    for kind in ("whole", "shards"):
+        content = torch.load(directory / kind / "merged-03-task_3.ckpt", weights_only=True)
+        resumed = torch.load(directory / f"{kind}-0.pt")["resumed"]
+        assert all(torch.equal(content["state_dict"][name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_single_process_goes_on_with_a_stream_of_shards(directory, monkeypatch, without_figures):
+    monkeypatch.chdir(directory)
+    ends = []
+    for kind in ("whole", "shards"):
+        module, merge = Classifier(batch_norm=False), ContinualMergeCallback("ode", dirpath=kind)
+        fit(module, Task(3), merge)
+        assert len(merge.report.tasks) == 4
+        ends.append(everything(module))
+    assert close(*ends, rtol=1e-5, atol=1e-6)
