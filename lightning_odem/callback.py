@@ -381,7 +381,7 @@ class ContinualMergeCallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put whole tensors into the checkpoint where processes share the parameters."""
         whole = self._state.whole(pl_module)
-        names = ("base", "merged", "task_parameters")
+        names = ("base", "merged", "task_parameters", "method")
         checkpoint["callbacks"][self.state_key].update({name: getattr(whole, name) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -426,6 +426,7 @@ class ContinualMergeCallback(L.Callback):
         if newer is not None:
             self._take_up(newer)
         self._state.cut(module)
+        self.method.load_state_dict(self._state.method)
 
     def _go_on_randomly(self) -> None:
         """Draw the random numbers that the process before would have drawn, if this one was seeded like the first."""

@@ -1,10 +1,13 @@
 """All that a stream keeps from one task to the next."""
 
+import operator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.report.record import StreamReport
@@ -54,12 +57,19 @@ class StreamState:
         """The state with whole tensors in the first process, where several share the parameters of the module."""
         own = {task: whole_snapshot(module, snapshot) for task, snapshot in self.task_parameters.items()}
         base, merged = (snapshot and whole_snapshot(module, snapshot) for snapshot in (self.base, self.merged))
-        return replace(self, base=base, merged=merged, task_parameters=own)
+        method = {
+            key: whole_snapshot(module, kept) if _is_snapshot(kept) else kept for key, kept in self.method.items()
+        }
+        return replace(self, base=base, merged=merged, task_parameters=own, method=method)
 
     def cut(self, module: nn.Module) -> None:
         """Keep this process's shards only, where several share the parameters of the module."""
-        self.task_parameters = {task: cut_snapshot(module, own) for task, own in self.task_parameters.items()}
-        self.base, self.merged = (snapshot and cut_snapshot(module, snapshot) for snapshot in (self.base, self.merged))
+        self._replace_snapshots(partial(cut_snapshot, module))
+
+    def _replace_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> None:
+        self.base, self.merged = (snapshot and change(snapshot) for snapshot in (self.base, self.merged))
+        self.task_parameters = _changed(self.task_parameters, change)
+        self.method = _changed(self.method, change)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a :meth:`state_dict`.
@@ -78,3 +88,13 @@ class StreamState:
 
 # What is replaced as a whole, never changed in place.
 _PLAIN = ("base", "merged", "task_parameters", "method", "dirpath", "random")
+
+
+def _changed(values: dict[str, Any], change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:
+    """The same dict if no snapshot in it has changed: what is saved already is known by its identity."""
+    changed = {name: change(value) if _is_snapshot(value) else value for name, value in values.items()}
+    return values if all(map(operator.is_, changed.values(), values.values())) else changed
+
+
+def _is_snapshot(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())

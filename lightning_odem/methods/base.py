@@ -51,6 +51,13 @@ class MergeContext:
     shards: "Shards | None" = None
 
     @property
+    def local_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the parameters' parts in the vectors: the whole shapes, or those of this process's shards."""
+        if self.shards is None:
+            return self.shapes
+        return [tuple(self.shards.local_shapes[name]) for name in self.names]
+
+    @property
     def sum_(self) -> Callable[[Tensor], None] | None:
         """Sums numbers over the processes in place, where the vectors are shards; every process has to call it."""
         return None if self.shards is None else self.shards.sum_
@@ -83,7 +90,8 @@ class MergeMethod(ABC):
         snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most, 2 or more. The
             length of a run is not known beforehand, so there may be half as many less one.
         sharded: Whether the rule can merge shards of the vectors, each process its own: what it does with an entry must
-            depend on that entry alone, or on sums over all of them taken with ``context.sum_``, and it keeps no state.
+            depend on that entry alone, or on sums over all of them taken with ``context.sum_``. Of its state only dicts
+            of tensors by parameter name may be shards; they are saved whole.
 
     Example:
         >>> import torch

@@ -18,8 +18,9 @@ def tensors(vector: Tensor, context: MergeContext) -> dict[str, Tensor]:
         >>> tensors(torch.arange(6.0), context)["bias"]
         tensor([4., 5.])
     """
-    pieces = vector.split([math.prod(shape) for shape in context.shapes])
-    return {name: piece.view(shape) for name, piece, shape in zip(context.names, pieces, context.shapes, strict=True)}
+    shapes = context.local_shapes
+    pieces = vector.split([math.prod(shape) for shape in shapes])
+    return {name: piece.view(shape) for name, piece, shape in zip(context.names, pieces, shapes, strict=True)}
 
 
 def weight_matrices(
