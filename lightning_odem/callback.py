@@ -21,7 +21,7 @@ from lightning_odem.division import Division
 from lightning_odem.durable import differences, encode
 from lightning_odem.flow import operating_time
 from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, finish_averages, release_averages
-from lightning_odem.measurement import Measurement, load_task_parameters
+from lightning_odem.measurement import Measurement
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.metrics import check_weights
@@ -33,6 +33,7 @@ from lightning_odem.publication import publish
 from lightning_odem.random_state import load_random_state, random_digest, take_random_state
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.rescue import rescuing
+from lightning_odem.restoration import restore_task_parameters
 from lightning_odem.rundir import RunDirectory
 from lightning_odem.shards import local, reshard
 from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
@@ -201,8 +202,8 @@ class ContinualMergeCallback(L.Callback):
         if task not in self.report.tasks:
             raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
         assert self._state.merged is not None, "there is a task, so there was a merge"
+        restore_task_parameters(module, self._state.fixed | self._state.task_parameters[task])
         load_snapshot(module, self._state.merged, self.division.shared(module))
-        load_task_parameters(module, self._state.task_parameters[task])
 
     def load_base(self, module: nn.Module) -> None:
         """Write the base model's weights into a module of the same architecture.
@@ -227,6 +228,8 @@ class ContinualMergeCallback(L.Callback):
             self._state.started = {}
             self._directory.lock(trainer)
             self._go_on_randomly()
+            if self._taken_up and self.report.tasks:
+                self._restore(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
@@ -332,6 +335,7 @@ class ContinualMergeCallback(L.Callback):
                 state,
                 merged=take_snapshot(pl_module, self.division.shared(pl_module)) | unrounded,
                 task_parameters=task_parameters,
+                fixed=_unless_same(state.fixed, take_snapshot(pl_module, self.division.fixed(pl_module))),
                 method=deepcopy(self.method.state_dict()),
                 buffer=buffer if buffer is not None else state.buffer,
                 report=report.with_merge(
@@ -440,6 +444,12 @@ class ContinualMergeCallback(L.Callback):
         elif self._taken_up and random["began"] == self._seeding and not random["reseeded"]:
             load_random_state(random["state"])
 
+    def _restore(self, module: nn.Module) -> None:
+        """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one."""
+        with isolate_rng():
+            for own in (self._state.fixed, *self._state.task_parameters.values()):
+                restore_task_parameters(module, own)
+
     def _check_base(self, module: L.LightningModule) -> None:
         """Refuse a module that did not start from the base model of the stream found in the directory.
 
@@ -535,3 +545,9 @@ def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
         for tensor in (*whole, *module.buffers()):
             # Channels-last weights are not contiguous.
             tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))
+
+
+def _unless_same(before: Snapshot, now: Snapshot) -> Snapshot:
+    """The snapshot before if nothing has changed: it is on disk already."""
+    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
+    return before if same else now

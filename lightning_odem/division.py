@@ -48,6 +48,12 @@ class Division:
         frozen = {canonical_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad}
         return lambda name: is_excluded(name, patterns) and name not in frozen
 
+    def fixed(self, module: nn.Module) -> Callable[[str], bool]:
+        """Selects by name the parameters that are excluded and frozen: the same for all tasks, if they have them."""
+        own = self.task_specific(module)
+        patterns = self.patterns(module)
+        return lambda name: is_excluded(name, patterns) and not own(name)
+
     def check(self, module: nn.Module) -> None:
         """Refuse, before any training, what could not be merged after it.
 

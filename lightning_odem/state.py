@@ -23,6 +23,7 @@ class StreamState:
         base: Parameters and buffers of the base model but for the task-specific ones, None before the first fit.
         merged: The same of the merged model, None before the first merge.
         task_parameters: What each task keeps for itself: its excluded, trainable parameters as its training left them.
+        fixed: Excluded parameters that are frozen, as the heads of all tasks that are probes of the base model.
         report: What was measured.
         method: State of the merge method.
         dirpath: Directory the stream writes to, None until the first fit has chosen it.
@@ -37,6 +38,7 @@ class StreamState:
     base: Snapshot | None = None
     merged: Snapshot | None = None
     task_parameters: dict[str, Snapshot] = field(default_factory=dict)
+    fixed: Snapshot = field(default_factory=dict)
     report: StreamReport = field(default_factory=StreamReport)
     method: dict[str, Any] = field(default_factory=dict)
     dirpath: str | None = None
@@ -68,6 +70,7 @@ class StreamState:
 
     def _replace_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> None:
         self.base, self.merged = (snapshot and change(snapshot) for snapshot in (self.base, self.merged))
+        self.fixed = change(self.fixed)
         self.task_parameters = _changed(self.task_parameters, change)
         self.method = _changed(self.method, change)
 
@@ -80,14 +83,14 @@ class StreamState:
         if state["version"] != 1:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
         for name in _PLAIN:
-            setattr(self, name, {"random": {}, **state}[name])  # states of the first release have none
+            setattr(self, name, {"random": {}, "fixed": {}, **state}[name])  # which older states lack
         self.started = dict(state["started"])
         self.buffer.load_state_dict(state["buffer"])
         self.report = StreamReport.from_dict(deepcopy(state["report"]))
 
 
 # What is replaced as a whole, never changed in place.
-_PLAIN = ("base", "merged", "task_parameters", "method", "dirpath", "random")
+_PLAIN = ("base", "merged", "task_parameters", "fixed", "method", "dirpath", "random")
 
 
 def _changed(values: dict[str, Any], change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:

@@ -47,8 +47,15 @@ def plain(report):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "opcm"}, {"finetune_from": "merged"}, {"offload": "disk"}, {"weights": [1.0, 3.0, 2.0]}],
-    ids=["default", "method_with_state", "from_merged", "on_disk", "weights"],
+    [
+        {},
+        {"method": "opcm"},
+        {"finetune_from": "merged"},
+        {"offload": "disk"},
+        {"weights": [1.0, 3.0, 2.0]},
+        {"exclude": ["head"]},
+    ],
+    ids=["default", "method_with_state", "from_merged", "on_disk", "weights", "own_heads"],
 )
 def test_a_new_process_goes_on_as_if_the_stream_had_never_stopped(options):
     module, whole = process("whole", **options)

@@ -1,0 +1,45 @@
+"""Parameters of earlier tasks, put back into a module that another process has built."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_odem.parameters import canonical_name
+from lightning_odem.snapshot import Snapshot, load_snapshot
+
+
+def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
+    """Write parameters into a module that may not have them yet, as of heads that were made when a task began.
+
+    What is missing the module is asked to make as when Lightning loads a checkpoint: by its hook
+    ``on_load_checkpoint``, with the names and tensors under ``"state_dict"``.
+
+    Raises:
+        ValueError: If the module lacks one of them afterwards, or has it in another shape.
+
+    Example:
+        >>> import torch
+        >>> class Heads(nn.Module):
+        ...     def on_load_checkpoint(self, checkpoint):
+        ...         for name, value in checkpoint["state_dict"].items():
+        ...             self.register_parameter(name, nn.Parameter(torch.zeros_like(value)))
+        >>> restore_task_parameters(module := Heads(), {"digits": torch.ones(2)})
+        >>> module.digits.data
+        tensor([1., 1.])
+    """
+    hook: Callable[[dict[str, Any]], None] | None = getattr(module, "on_load_checkpoint", None)
+    if hook is not None and _missing(module, parameters):
+        hook({"state_dict": dict(parameters)})
+    if missing := _missing(module, parameters):
+        raise ValueError(
+            f"Tasks of the stream keep {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} for themselves, "
+            f"which {type(module).__name__} does not have. Build the module with them, or make them in its hook "
+            "on_load_checkpoint(checkpoint), from the names in checkpoint['state_dict']."
+        )
+    load_snapshot(module, parameters, lambda name: name in parameters)
+
+
+def _missing(module: nn.Module, parameters: Snapshot) -> list[str]:
+    there = {canonical_name(name) for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return [name for name in parameters if name not in there]
