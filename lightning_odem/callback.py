@@ -67,8 +67,18 @@ class ContinualMergeCallback(L.Callback):
 
     Note:
         ``ModelCheckpoint`` writes its files before the merge: they hold fine-tuned, unmerged weights. Test with
-        ``trainer.test(model, datamodule)``, or with ``ckpt_path=callback.last_merged_path``. Strategies that shard
-        parameters are refused.
+        ``trainer.test(model, datamodule)``, or with ``ckpt_path=callback.last_merged_path``.
+
+    **Streams that last.** After each merge the stream's state is in the folder ``stream`` of its directory, written in
+    one step: a process killed at any moment leaves the state before or after the merge, never half of one. A new
+    callback with that ``dirpath`` goes on with the stream, see :meth:`remaining`; its module has to start with the
+    weights of the base model (:meth:`load_base`). If the process was seeded, before the callback was made, as the one
+    that began the stream, and that one set no seeds between tasks, random numbers go on where the last merge left
+    them: the result is that of one process, bit for bit. While a task is fitted no other process can fit one.
+
+    **Several processes** share the evaluations of the calibration loss; every one takes the same steps. They may hold
+    the parameters whole (``strategy="ddp"``) or share them by FSDP2 (``ModelParallelStrategy``), where each holds and
+    merges its own shards; some methods need whole tensors and are refused then.
 
     Args:
         method: Name of a merge method, ``"ode"`` (ODE-M with descent), ``"ode_paper"`` (Algorithm 1), ``"average"`` or
@@ -81,23 +91,28 @@ class ContinualMergeCallback(L.Callback):
         exclude: Patterns of parameters that are not merged and kept per task: globs over dotted names, or names of
             modules, for example ``["head", "*.adapter.*"]``. A task's training starts with those the module has: its
             predecessor's, unless they are set between the fits.
-        dirpath: Directory for checkpoints, report and figures; by default the next free
-            ``merge_runs/version_N`` in the Trainer's root directory.
+        dirpath: Directory of the stream: its state, checkpoints, report and figures. One that holds a stream is gone
+            on with. By default the next free ``merge_runs/version_N`` in the Trainer's root directory.
         batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
             :class:`~lightning_odem.batch_norm.BatchNormStatistics`. Other buffers become the incoming model's.
         calibration: Further settings of the calibration, among them whether its loss reads labels.
+        offload: Where the base and the merged model, the buffer and what tasks and method keep are between merges:
+            ``"cpu"``, in main memory, or ``"disk"``, mapped from the files of the state, which costs memory only where
+            they are used.
 
     Attributes:
         report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
         calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
             datamodule's.
-        evaluation_data: Dataloaders to measure accuracies on, by task name; needed for tasks that another process has
-            merged, otherwise the datamodule's test or validation data.
+        evaluation_data: Dataloaders or datamodules to measure accuracies on, by task name; needed for tasks that
+            another process has merged unless :meth:`remaining` was given them, otherwise the datamodule's test or
+            validation data.
         last_merged_path: The checkpoint with the merged weights, or None.
         division: Which parameters are merged and which belong to single tasks.
 
     Raises:
         ValueError: For unknown names, weights that are no utilities, or a calibration size below 1.
+        StreamStateError: If the state in ``dirpath`` cannot be read; a damaged newest one falls back to the one before.
 
     Example::
 

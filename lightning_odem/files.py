@@ -3,10 +3,13 @@
 import errno
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_DRAFT = re.compile(r"\..+\.\d+")
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # _DRAFT
     try:
         yield draft
         sync(draft)
@@ -49,6 +52,13 @@ def sync(path: str | os.PathLike) -> None:
         # Windows opens no directory, and some network file systems do not sync one.
         if is_file or error.errno not in (errno.EACCES, errno.EINVAL):
             raise
+
+
+def remove_drafts(directory: str | os.PathLike) -> None:
+    """Remove what processes that were killed in :func:`replacing` have left in a directory; no other may be writing."""
+    for path in Path(directory).glob(".*"):
+        if _DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def nan_to_none(value: Any) -> Any:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
 from lightning_odem.durable import StreamLock, StreamStore
+from lightning_odem.files import remove_drafts
 from lightning_odem.naming import file_name
 from lightning_odem.processes import Processes
 from lightning_odem.report import StreamReport, save
@@ -61,6 +62,7 @@ class RunDirectory:
         with Processes.current().together():
             if trainer.is_global_zero:
                 self._lock.acquire()
+                remove_drafts(self._lock.path.parents[1])
 
     def release(self) -> None:
         """Let other processes go on with the stream."""
@@ -172,6 +174,7 @@ class RunDirectory:
             written = []
         if written != report.tasks:
             rank_zero_info(f"The report in {self._directory} is behind the stream and written again.")
+            remove_drafts(self._directory)
             save(report, self._directory)
 
     def _open(self, directory: Path) -> None:

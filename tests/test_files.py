@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lightning_odem.files import map_values, nan_to_none, none_to_nan, replacing
+from lightning_odem.files import map_values, nan_to_none, none_to_nan, remove_drafts, replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -59,3 +59,11 @@ def test_content_and_name_are_on_the_disk_at_the_end_of_the_block(tmp_path, monk
     with replacing(tmp_path / "file.txt") as draft:
         draft.write_text("new")
     assert steps == [str(draft), "renamed", str(tmp_path)]
+
+
+def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    kept = [".hidden", "report.json", ".report.json.old", "notes.123"]
+    for name in (*kept, ".report.json.123", ".table.txt.7"):
+        (tmp_path / name).write_text("")
+    remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

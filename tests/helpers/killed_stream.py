@@ -2,6 +2,8 @@
 
 Each stream runs in a fork of this process, which has imported everything already. Points are calls of functions of the
 package and operations on files, in the order in which a stream without accident makes them.
+
+Arguments: how many of the calls, evenly spaced, and (optional) to take only every so many of the operations on files.
 """
 
 import json
@@ -108,7 +110,7 @@ def equal(first, second) -> bool:
     return first == second or (first != first and second != second)
 
 
-def main(calls: int) -> None:
+def main(calls: int, every: int = 1) -> None:
     # Drawing takes longer than all the rest, and a figure is written like the table.
     rundir.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
     root = Path(tempfile.mkdtemp())
@@ -117,7 +119,7 @@ def main(calls: int) -> None:
     points = json.loads((root / "whole" / "points.json").read_text())
     on_files = [number for number, point in enumerate(points, start=1) if " " in point]
     step = max(len(points) // calls, 1)
-    tried, lost = sorted({*on_files, *range(1, len(points) + 1, step)}), []
+    tried, lost = sorted({*on_files[::every], *range(1, len(points) + 1, step)}), []
     for number in tried:
         directory = root / str(number)
         died = not forked(directory, dies_at=number)
@@ -135,4 +137,4 @@ def main(calls: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
