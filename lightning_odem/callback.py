@@ -30,7 +30,7 @@ from lightning_odem.parameters import ParameterVector
 from lightning_odem.processes import Processes
 from lightning_odem.progress import progress
 from lightning_odem.publication import publish
-from lightning_odem.random_state import load_random_state, random_digest, take_random_state
+from lightning_odem.random_state import RandomStream, load_random_state, take_random_state
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.rescue import rescuing
 from lightning_odem.restoration import restore_task_parameters
@@ -172,9 +172,8 @@ class ContinualMergeCallback(L.Callback):
         self._measured = False
         self._sampling: Sampling | None = None
         self._collection: Collection | None = None
-        self._seeding = random_digest(take_random_state())
-        # Whether the stream comes from the directory, and whether the fit before ended with a merge.
-        self._taken_up = self._merged = False
+        self._random = RandomStream()
+        self._taken_up = False  # from the directory, and not fitted on yet
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
 
@@ -242,7 +241,7 @@ class ContinualMergeCallback(L.Callback):
             # A task broken off before; if it is resumed, the checkpoint brings it back.
             self._state.started = {}
             self._directory.lock(trainer)
-            self._go_on_randomly()
+            self._state.random = self._random.before_task(self._state.random, self._taken_up)
             if self._taken_up and self.report.tasks:
                 self._restore(pl_module)
 
@@ -362,16 +361,11 @@ class ContinualMergeCallback(L.Callback):
                     before_training=state.started["before_training"],
                 ),
                 started={},
-                random={
-                    "began": self._seeding,
-                    "reseeded": False,
-                    **state.random,
-                    "state": take_random_state(),
-                },
+                random=self._random.after_merge(state.random),
             )
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
-        self._state, self._merged = state, True
+        self._state = state
         self._collection = None
         release_averages(trainer)
         publish(trainer, self._directory, self.report)
@@ -446,18 +440,6 @@ class ContinualMergeCallback(L.Callback):
             self._take_up(newer)
         self._state.cut(module)
         self.method.load_state_dict(self._state.method)
-
-    def _go_on_randomly(self) -> None:
-        """Draw the random numbers that the process before would have drawn, if this one was seeded like the first."""
-        random = self._state.random
-        if not random:
-            return
-        if self._merged:
-            self._merged = False
-            now = random_digest(take_random_state())
-            self._state.random = {**random, "reseeded": random["reseeded"] or now != random_digest(random["state"])}
-        elif self._taken_up and random["began"] == self._seeding and not random["reseeded"]:
-            load_random_state(random["state"])
 
     def _restore(self, module: nn.Module) -> None:
         """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one."""

@@ -1,4 +1,4 @@
-"""The global random state of Python, NumPy and torch as plain containers and tensors."""
+"""The global random state of Python, NumPy and torch, and how a stream goes on with it in another process."""
 
 import hashlib
 import random
@@ -47,3 +47,32 @@ def random_digest(state: dict[str, Any]) -> str:
         for part in state[name] if isinstance(state[name], list) else [state[name]]:
             digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
     return digest.hexdigest()
+
+
+class RandomStream:
+    """Lets a new process draw the random numbers that the one before would have drawn.
+
+    It does so if this process was seeded like the one that began the stream when this object was made, and if that one
+    set no seeds (and drew no numbers) between its tasks; otherwise the process's own seed is heeded. What it has to
+    know of other processes it puts into a dict that is kept with the stream: ``began``, ``reseeded`` and ``state``.
+    """
+
+    def __init__(self) -> None:
+        self._began = random_digest(take_random_state())
+        self._last: dict[str, Any] | None = None
+
+    def before_task(self, known: dict[str, Any], is_new_process: bool) -> dict[str, Any]:
+        """Go on where the last merge ended, if that is right; returns what is known then."""
+        if not known:
+            return known
+        if known is self._last:  # and no training has failed in between
+            changed = random_digest(take_random_state()) != random_digest(known["state"])
+            return {**known, "reseeded": known["reseeded"] or changed}
+        if is_new_process and known["began"] == self._began and not known["reseeded"]:
+            load_random_state(known["state"])
+        return known
+
+    def after_merge(self, known: dict[str, Any]) -> dict[str, Any]:
+        """What is known after a merge."""
+        self._last = {"began": self._began, "reseeded": False, **known, "state": take_random_state()}
+        return self._last
