@@ -39,13 +39,14 @@ class SharesTrainer(ContinualTrainer):
         pretrain_epochs: int = 0,
     ) -> Comparison:
         names = tuple(tasks or datamodule.names[:2])
-        if len(names) < 2:
+        if not names[1:]:
             raise ValueError(f"A share of the utility needs two tasks at least, got {len(names)}.")
         stream = TaskStream({name: lambda name=name, **_: datamodule[name] for name in names})
         stream.pretraining = datamodule.pretraining
         self._prepare(model, stream, pretrain_epochs)
-        weights = {w: (*[(1 - w) / (len(names) - 1)] * (len(names) - 1), w) for w in shares}
-        plans = [StreamPlan(0, order, "share", calibration_size, names, weights[w]) for order, w in enumerate(shares)]
+        others = len(names) - 1
+        weights = [(*[(1 - w) / others] * others, w) for w in shares]
+        plans = [StreamPlan(0, order, "share", calibration_size, names, w) for order, w in enumerate(weights)]
         bench, resolved = Workbench(self, model, stream, dirpath), {name: resolve_method(name) for name in methods}
         comparison = run_comparison(bench, resolved, plans, Path(dirpath), joint=False)
         Console().print(table(comparison))

@@ -394,7 +394,7 @@ class ContinualMergeCallback(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put whole tensors into the checkpoint where processes share the parameters."""
         whole = self._state.whole(pl_module)
-        names = ("base", "merged", "task_parameters", "method")
+        names = ("base", "merged", "task_parameters", "fixed", "method")
         checkpoint["callbacks"][self.state_key].update({name: getattr(whole, name) for name in names})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -427,6 +427,8 @@ class ContinualMergeCallback(L.Callback):
         self._state.load_state_dict(stored)
         self.method.load_state_dict(self._state.method)
         self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
+        if self.last_merged_path is not None:  # the directory may have been moved
+            self.last_merged_path = str(Path(stored["dirpath"]) / Path(self.last_merged_path).name)
         self._taken_up = True
         if self._state.buffer.capacity != capacity:
             rank_zero_warn(

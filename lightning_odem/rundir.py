@@ -47,9 +47,10 @@ class RunDirectory:
         """
         assert self._store is not None, "the directory is known"
         number, state = self._store.number, self._store.load(mapped=self._mapped)
-        if state is not None:
-            self._number = number
-        return state
+        if state is None:
+            return None
+        self._number = number
+        return {**state, "dirpath": str(self._directory)}
 
     def lock(self, trainer: L.Trainer) -> None:
         """Keep other processes from fitting tasks of the stream until :meth:`release`.

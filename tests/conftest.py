@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: several at a time share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

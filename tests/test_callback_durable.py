@@ -130,6 +130,10 @@ def test_a_directory_that_was_moved_goes_on_where_it_is():
     assert same(everything(other), everything(module))
     assert str(merge.dirpath) == "new"
     assert not Path("old").exists()
+    shutil.move("new", "newest")
+    again = ContinualMergeCallback(dirpath="newest", calibration_size=12)
+    assert again.last_merged_path == "newest/merged-03-task_3.ckpt"
+    assert Path(again.last_merged_path).exists()
 
 
 def test_another_base_model_is_refused_before_training_with_the_way_out():

@@ -101,7 +101,7 @@ def test_the_run_directory_holds_report_and_checkpoints(stream):
     assert loaded.as_dict()["accuracy"] == stream.merge.report.accuracy
     assert json.loads((directory / "report.json").read_text())["acc"][2] == pytest.approx(stream.merge.report.acc())
     names = sorted(path.name for path in directory.iterdir())
-    assert names == ["merged-01-task_1.ckpt", "merged-02-task_2.ckpt", "merged-03-task_3.ckpt", "report.json"]
+    assert names == ["merged-01-task_1.ckpt", "merged-02-task_2.ckpt", "merged-03-task_3.ckpt", "report.json", "stream"]
 
 
 def test_the_table_names_every_task(stream):

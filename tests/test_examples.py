@@ -26,4 +26,4 @@ def test_an_example_runs_as_it_stands(script, expected, tmp_path):
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(script):
-    assert len(script.read_text().splitlines()) < 110
+    assert len(script.read_text().splitlines()) < 120

@@ -65,8 +65,8 @@ class ODEMerge(MergeMethod):
 
     A merge costs as many sample gradients as Algorithm 1's, ceil(t / h) N, and three passes over the buffer without
     gradient. Besides the incoming model it holds the point, a gradient and Adam's two moments, and two of Adam's
-    temporaries within a step; the running average is one more vector of the model's size, on the CPU, from merge to
-    merge. The loss at t = 0 in the report is that of :math:`\theta_0`.
+    temporaries within a step; the running average is in main memory from merge to merge, in the method and in the
+    stream's state. The loss at t = 0 in the report is that of :math:`\theta_0`.
 
     A task of weight 0 leaves the merged model as it is. Batch-norm statistics stand at those of the utility time while
     the path is followed, and are afterwards those of the time that was reached.
@@ -165,16 +165,16 @@ class ODEMerge(MergeMethod):
         """The first task's model as it is."""
         self._average.load_state_dict({})
         if self.carry < 1.0:
-            self._average.keep(incoming, context)
+            self._average.start(incoming, context)
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Integrate from ``merged`` towards ``incoming`` up to the operating time, in the memory of ``merged``."""
         assert context.calibration is not None, "declared in needs"
         objective: CalibrationObjective | CalibrationPart = context.calibration
-        average = self._average.read(merged, context) if self.carry < 1.0 and t else None
-        if average is not None:
-            merged.lerp_(average.to(merged.device), 1.0 - self.carry)
+        from_average = self.carry < 1.0 and t > 0.0
+        if from_average:
+            self._average.draw_(merged, 1.0 - self.carry, context)
         end, lowest = self._end(merged, incoming, t, context), None
         if self.operating_time == "search":
             objective, held_out = hold_out(context.calibration, self.holdout)
@@ -207,8 +207,8 @@ class ODEMerge(MergeMethod):
             if trajectory.estimated:
                 trajectory.loss[-1] = objective.loss(trajectory.theta)  # that of the whole buffer, as at any end
             trajectory.held_out_t, trajectory.held_out_loss = lowest.t, lowest.loss
-        if average is not None:
-            self._average.keep(average.lerp_(incoming.cpu(), end), context)
+        if from_average:
+            self._average.move(incoming, end, context)
         return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,37 +14,45 @@ class RunningAverage:
     Example:
         >>> import torch
         >>> average, context = RunningAverage(), MergeContext(["weight"], [(2,)])
-        >>> average.keep(torch.tensor([1.0, 1.0]), context)
-        >>> average.read(torch.tensor([5.0, 5.0]), context)
-        tensor([1., 1.])
+        >>> average.start(torch.tensor([1.0, 1.0]), context)
+        >>> average.draw_(merged := torch.tensor([5.0, 5.0]), 0.5, context)
+        >>> merged
+        tensor([3., 3.])
+        >>> average.move(torch.tensor([2.0, 3.0]), 0.5, context)
         >>> average.state_dict()
-        {'average': {'weight': tensor([1., 1.])}}
+        {'average': {'weight': tensor([1.5000, 2.0000])}}
     """
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
 
-    def read(self, merged: Tensor, context: MergeContext) -> Tensor:
-        """A copy as a flat vector [d] on the CPU; where it is not known, as of parameters new to the merge, ``merged``.
+    def start(self, incoming: Tensor, context: MergeContext) -> None:
+        """Begin with the first model [d]."""
+        self._tensors = {name: piece.to("cpu", copy=True) for name, piece in tensors(incoming, context).items()}
+
+    def draw_(self, merged: Tensor, share: float, context: MergeContext) -> None:
+        """Move the merged model [d] by ``share`` of its distance towards the average, in place.
+
+        Where the average is not known, as of parameters that are new to the merge, it is taken to be the merged model.
 
         Raises:
             ValueError: If a tensor was kept in another shape.
         """
-        vector = merged.to("cpu", copy=True)
-        for name, piece in tensors(vector, context).items():
-            if name in self._tensors:
-                if self._tensors[name].shape != piece.shape:
-                    kept = tuple(self._tensors[name].shape)
-                    raise ValueError(
-                        f"The running average has {name} in shape {kept}, the model in {tuple(piece.shape)}."
-                    )
-                piece.copy_(self._tensors[name])
-        return vector
+        pieces, known = tensors(merged, context), self._tensors
+        for name in [name for name in pieces if name in known]:
+            if known[name].shape != pieces[name].shape:
+                kept, found = tuple(known[name].shape), tuple(pieces[name].shape)
+                raise ValueError(f"The running average has {name} in shape {kept}, the model in {found}.")
+        self._tensors = known | {
+            name: piece.to("cpu", copy=True) for name, piece in pieces.items() if name not in known
+        }
+        for name, piece in pieces.items():
+            piece.lerp_(self._tensors[name].to(piece), share)
 
-    def keep(self, average: Tensor, context: MergeContext) -> None:
-        """Replace the average by a flat vector [d]; tensors that are not part of it stay."""
-        pieces = tensors(average, context).items()
-        self._tensors = self._tensors | {name: piece.to("cpu", copy=True) for name, piece in pieces}
+    def move(self, incoming: Tensor, t: float, context: MergeContext) -> None:
+        """Take in a model [d] at operating time ``t``; tensors that are not part of it stay."""
+        pieces = tensors(incoming, context).items()
+        self._tensors = self._tensors | {name: self._tensors[name].lerp(piece.cpu(), t) for name, piece in pieces}
 
     def state_dict(self) -> dict[str, Any]:
         """The average under ``"average"``; empty before there is one."""

@@ -1,6 +1,7 @@
 """What the processes of a job do in tests of merges on sharded parameters; a single process does it on whole ones."""
 
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -135,7 +136,7 @@ def merge(names=tuple(METHODS), dtype=FP64):
         shapes = [tuple(shape) for shape in vector.shapes]
         context = MergeContext(vector.names, shapes, base=base, calibration=objective, shards=vector.shards)
         with undisturbed(net), counted_sums() as sums, longest_tensor(objective) as longest:
-            result = METHODS[name].merge(merged, incoming, 0.4, context)
+            result = deepcopy(METHODS[name]).merge(merged, incoming, 0.4, context)
             vector.write_(result.theta)
         results[name] = {
             "weights": whole(net),

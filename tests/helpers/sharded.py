@@ -1,6 +1,7 @@
 """What the processes of a job do in tests of evaluations and merges that they share."""
 
 import time
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -82,8 +83,8 @@ def merge(dtype):
     """The merged weights, some losses, evaluations and all-reduces of each method."""
     calls = _count_all_reduces()
     results = {}
-    for name, method in METHODS.items():
-        net = make_net(1, dtype)
+    for name, kind in METHODS.items():
+        net, method = make_net(1, dtype), deepcopy(kind)  # which may keep a state
         merged = take_snapshot(make_net(0, dtype))
         calibration = make_calibration(net, SIZES, dtype)
         calls.clear()

@@ -7,10 +7,10 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods import (
     METHODS,
     AverageMerge,
+    MagMaxMerge,
     MergeContext,
     MergeMethod,
     MergeResult,
-    ODEMerge,
     resolve_method,
 )
 from lightning_odem.parameters import ParameterVector
@@ -50,7 +50,7 @@ def test_a_method_may_keep_state():
     assert other.merges == 1
 
 
-@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge()])
+@pytest.mark.parametrize("method", [AverageMerge(), MagMaxMerge()])
 def test_a_method_without_state_refuses_that_of_another(method):
     method.load_state_dict(method.state_dict())
     with pytest.raises(ValueError, match=f"{type(method).__name__} keeps no state, but the stream has one: merges"):

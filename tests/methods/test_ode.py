@@ -465,19 +465,35 @@ def test_a_task_without_weight_leaves_the_average():
 
 
 def test_a_parameter_new_to_the_merge_begins_where_the_merged_model_has_it():
-    average, context = RunningAverage(), MergeContext(["a"], [(2,)])
-    average.keep(torch.zeros(2), context)
-    both = MergeContext(["b", "a"], [(1,), (2,)])
-    assert average.read(torch.tensor([3.0, 4.0, 5.0]), both).tolist() == [3.0, 0.0, 0.0]
-    average.keep(torch.ones(1), MergeContext(["b"], [(1,)]))
-    assert average.state_dict()["average"].keys() == {"a", "b"}
+    average, both = RunningAverage(), MergeContext(["b", "a"], [(1,), (2,)])
+    average.start(torch.zeros(2), MergeContext(["a"], [(2,)]))
+    average.draw_(merged := torch.tensor([3.0, 4.0, 5.0]), 1.0, both)
+    assert merged.tolist() == [3.0, 0.0, 0.0]
+    average.move(torch.tensor([5.0, 1.0, 1.0]), 0.5, both)
+    assert {name: value.tolist() for name, value in average.state_dict()["average"].items()} == {
+        "a": [0.5, 0.5],
+        "b": [4.0],
+    }
+    average.move(torch.ones(1), 1.0, MergeContext(["b"], [(1,)]))
+    assert average.state_dict()["average"]["a"].tolist() == [0.5, 0.5]
 
 
-def test_an_average_of_another_shape_is_refused():
+def test_an_average_of_another_shape_is_refused_and_nothing_changed():
     average = RunningAverage()
-    average.keep(torch.zeros(4), MergeContext(["a"], [(2, 2)]))
+    average.start(torch.zeros(4), MergeContext(["a"], [(2, 2)]))
     with pytest.raises(ValueError, match=r"has a in shape \(2, 2\), the model in \(4,\)"):
-        average.read(torch.zeros(4), MergeContext(["a"], [(4,)]))
+        average.draw_(merged := torch.ones(4), 1.0, MergeContext(["a"], [(4,)]))
+    assert merged.tolist() == [1.0] * 4
+
+
+def test_a_merge_leaves_the_state_that_was_returned_before_it():
+    method = ODEMerge(batch_size=8)
+    merge_twice(method)
+    state = method.state_dict()
+    before = {name: tensor.clone() for name, tensor in state["average"].items()}
+    merge(method)
+    assert all(torch.equal(state["average"][name], before[name]) for name in before)
+    assert not torch.equal(method.state_dict()["average"]["0.weight"], before["0.weight"])
 
 
 def test_the_state_of_another_method_is_refused():
