@@ -10,6 +10,8 @@ import torch
 from toy import Classifier, Task, close, everything, fit
 
 from lightning_odem import ContinualMergeCallback
+from lightning_odem.durable import StreamStore
+from lightning_odem.methods import ODEMerge
 
 pytestmark = pytest.mark.slow
 
@@ -19,13 +21,18 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model_parallel")
     script = Path(__file__).parent / "helpers" / "model_parallel.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, directory, "ode"], check=True, timeout=300, env=environment)
+    subprocess.run([sys.executable, script, directory, "0.5"], check=True, timeout=300, env=environment)
     return directory
 
 
 def test_shards_are_merged_like_whole_parameters(directory):
     whole, shards = (torch.load(directory / f"{kind}-0.pt") for kind in ("whole", "shards"))
     assert close(whole["merged"], shards["merged"], rtol=1e-6, atol=1e-7)
+    for tasks in ("whole", "shards"):
+        state = StreamStore(directory / tasks / "stream").load()
+        assert {name: tuple(kept.shape) for name, kept in state["method"]["average"].items()} == {
+            name: tuple(kept.shape) for name, kept in state["merged"].items()
+        }
     assert whole["path"]["loss"] == pytest.approx(shards["path"]["loss"], rel=1e-6)
 
 
@@ -47,7 +54,7 @@ def test_a_single_process_goes_on_with_a_stream_of_shards(directory, monkeypatch
     monkeypatch.chdir(directory)
     ends = []
     for kind in ("whole", "shards"):
-        module, merge = Classifier(batch_norm=False), ContinualMergeCallback("ode", dirpath=kind)
+        module, merge = Classifier(batch_norm=False), ContinualMergeCallback(ODEMerge(carry=0.5), dirpath=kind)
         fit(module, Task(3), merge)
         assert len(merge.report.tasks) == 4
         ends.append(everything(module))

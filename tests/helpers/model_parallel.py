@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from toy import Classifier, Failing, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
+from lightning_odem.methods import ODEMerge
 from lightning_odem.snapshot import gather_snapshot, take_snapshot
 
 
@@ -23,7 +24,8 @@ class Sharded(Classifier):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-def main(directory: Path, method: str) -> None:
+def main(directory: Path, carry: str) -> None:
+    method = ODEMerge(carry=float(carry))  # below 1 with a state, shards of which are saved whole
     for kind, strategy, kind_of_module in (
         ("whole", lambda: "ddp", Classifier),
         ("shards", lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), Sharded),
