@@ -59,7 +59,7 @@ class ODEMerge(MergeMethod):
     The path begins at the merged model :math:`\Psi`, so that the descents of all merges add up, as in the paper's
     recursion. With ``carry`` c below 1 it begins at :math:`\theta_0 = \bar\theta + c\,(\Psi - \bar\theta)`, nearer to
     the running average :math:`\bar\theta` of the models so far, which is then kept beside the merged model: what a
-    descent has found for the samples of k tasks is not built upon, but found anew for k + 1. c = 0 with :math:`\kappa` =
+    descent has found for the samples of k tasks is not built upon, but found anew for k + 1. c = 0 and kappa =
     0.012 had a lower loss on validation splits and, on test splits, the same accuracy within noise (README, "What the
     calibration gradients buy"); so the default is what needs less memory. :math:`\kappa` = 0.006 follows from runs with
     descents of several lengths and 128 to 1024 samples, on validation splits of small images.
