@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 from toy import Classifier, Task, fit
 
@@ -52,3 +53,16 @@ def test_the_flow_runs_by_itself():
 def test_every_method_is_in_the_table(name):
     table = README[README.index("## Merge methods") : README.index("### A rule of your own")]
     assert f"`{name}`" in table
+
+
+def test_a_script_goes_on_with_its_stream_when_started_again(small_stream):
+    block = block_with("merge.remaining").replace("model = ...", "model = Classifier()")
+    counts = []
+    for count in (1, 3, 3):
+        shown = {"L": L, "ContinualMergeCallback": ContinualMergeCallback, "Classifier": Classifier}
+        shown |= {"tasks": [Task(number) for number in range(count)]}
+        exec(block, shown)
+        counts.append(len(shown["merge"].report.tasks))
+        shown["merge"].load_task(Classifier(), "task_1")
+    assert counts == [1, 3, 3]
+    assert Path("streams/shop/report.json").exists()
