@@ -18,7 +18,7 @@ from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.sampling import Sampling
 from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.division import Division
-from lightning_odem.durable import differences, encode
+from lightning_odem.durable import differences, encode, fingerprint
 from lightning_odem.flow import operating_time
 from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, finish_averages, release_averages
 from lightning_odem.measurement import Measurement
@@ -459,10 +459,12 @@ class ContinualMergeCallback(L.Callback):
         differing = differences(self._state.base or {}, found)
         merged = {name: value.to(found[name]) for name, value in (self._state.merged or {}).items() if name in found}
         if differing and differences(merged, found):
+            prints = [fingerprint(weights)[:12] for weights in (self._state.base or {}, found)]
             raise ValueError(
                 f"The stream in {self._state.dirpath} has another base model than {type(module).__name__} "
-                f"({'; '.join(differing)}). Start with the weights that the stream began with, which load_base(module) "
-                "of the callback writes into a module, or choose another dirpath."
+                f"({'; '.join(differing)}; SHA-256 {prints[0]}... and {prints[1]}...). Start with the weights that the "
+                "stream began with, which load_base(module) of the callback writes into a module, or choose another "
+                "dirpath."
             )
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:

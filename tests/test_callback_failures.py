@@ -5,6 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from identical import identical
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from toy import Classifier, Failing, Incoming, Task, everything, fit, make_trainer, same, weights
@@ -50,17 +51,6 @@ def stored(merge):
     return state
 
 
-def equal(first, second):
-    """Whether nested containers of tensors are the same, NaN being equal to NaN."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second or (first != first and second != second)
-
-
 @pytest.mark.parametrize("batch_norm", ["average", "recalibrate"])
 @pytest.mark.parametrize(
     ("accident", "error", "message"),
@@ -78,7 +68,7 @@ def test_a_merge_that_fails_leaves_the_fine_tuned_model_and_the_stream_as_it_was
     with pytest.raises(error, match=message), pytest.warns(match="fine-tuned weights are saved in") as warned:
         fit(module, Task(1), incoming, Accident(accident), merge)
     assert same(everything(module), incoming.models[1])
-    assert equal(stored(merge), before)
+    assert identical(stored(merge), before)
     saved = merge.dirpath / "fine-tuned-02-task_2.ckpt"
     assert any(str(saved) in str(warning.message) for warning in warned)
     assert same(torch.load(saved)["state_dict"], incoming.models[1])
@@ -180,7 +170,7 @@ def test_a_training_that_breaks_off_merges_nothing_and_the_next_fit_works(hook, 
     trainer.callbacks.append(failing)
     with pytest.raises((SystemExit, RuntimeError)):
         trainer.fit(module, datamodule=Task(1))
-    assert equal(stored(merge), before)
+    assert identical(stored(merge), before)
     trainer.callbacks.remove(failing)
     if not one_trainer:
         trainer = make_trainer(incoming, merge)

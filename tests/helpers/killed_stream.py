@@ -16,6 +16,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from identical import identical
 from toy import Classifier, Task, everything, fit
 
 import lightning_odem
@@ -100,16 +101,6 @@ def outcome(directory: Path) -> dict:
         os.chdir(here)
 
 
-def equal(first, second) -> bool:
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second or (first != first and second != second)
-
-
 def main(calls: int, every: int = 1) -> None:
     # Drawing takes longer than all the rest, and a figure is written like the table.
     rundir.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
@@ -130,9 +121,8 @@ def main(calls: int, every: int = 1) -> None:
         if died:
             forked(directory)
         found = outcome(directory)
-        lost += [
-            f"{number} {points[number - 1]}: {key} differ" for key in expected if not equal(found[key], expected[key])
-        ]
+        differ = [key for key in expected if not identical(found[key], expected[key])]
+        lost += [f"{number} {points[number - 1]}: {key} differ" for key in differ]
     print(json.dumps({"points": len(points), "tried": len(tried), "on_files": len(on_files), "lost": lost}))
 
 
