@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.division import Division
@@ -92,7 +93,12 @@ class Measurement:
         given = self.given.get(task)
         if isinstance(given, L.LightningDataModule):
             # Its loaders from here on: what a datamodule does before it gives them is done once.
-            return self._found.setdefault(task, data_of(given))
+            with isolate_rng():
+                given = data_of(given)
+            if given is None:
+                del self.given[task]
+            else:
+                self.given[task] = given
         return self._found.get(task) if given is None else given
 
 

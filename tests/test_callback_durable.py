@@ -260,6 +260,26 @@ def test_merged_tasks_are_measured_on_the_data_of_their_datamodules():
     assert merge.report.accuracy[1] == [accuracy(module, Task(number).test_set) for number in range(2)]
 
 
+def test_a_datamodule_given_for_measuring_is_set_up_once_and_draws_no_numbers():
+    class Drawing(Task):
+        setups = 0
+
+        def setup(self, stage):
+            self.setups += 1
+            torch.rand(3)
+
+    whole, _ = process("whole")
+    process("run", stop_after=1)
+    L.seed_everything(3, verbose=False)
+    module = Classifier(dropout=0.2, batch_norm=True)
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    first = Drawing(0, "task_1", shuffle=True)
+    for task in merge.remaining([first, *tasks()[1:]]):
+        fit(module, task, merge)
+    assert first.setups == 1
+    assert same(everything(module), everything(whole))
+
+
 def test_a_report_that_is_behind_the_state_is_written_again():
     _, merge = process("run")
     report = Path("run/report.json")
