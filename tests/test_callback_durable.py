@@ -16,7 +16,6 @@ from toy import Classifier, Failing, Task, accuracy, everything, fit, make_train
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.durable import StreamInUseError, StreamStateError, StreamStore
-from lightning_odem.methods import ODEMerge
 from lightning_odem.report import StreamReport
 
 pytestmark = pytest.mark.usefixtures("small_stream")
@@ -51,13 +50,13 @@ def plain(report):
     [
         {},
         {"method": "opcm"},
-        {"method": ODEMerge(carry=0.5)},
+        {"method": "ode_paper"},
         {"finetune_from": "merged"},
         {"offload": "disk"},
         {"weights": [1.0, 3.0, 2.0]},
         {"exclude": ["head"]},
     ],
-    ids=["default", "method_with_state", "running_average", "from_merged", "on_disk", "weights", "own_heads"],
+    ids=["default", "method_with_state", "without_state", "from_merged", "on_disk", "weights", "own_heads"],
 )
 def test_a_new_process_goes_on_as_if_the_stream_had_never_stopped(options):
     module, whole = process("whole", **options)

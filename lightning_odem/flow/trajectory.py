@@ -8,7 +8,15 @@ from torch import Tensor
 from lightning_odem.flow.field import Velocity
 
 _PER_STEP = ("alignment", "gamma", "alignment_ratio", "step_norm", "damped_share")
-_OPTIONAL = ("rejected_t", "rejected_loss", "held_out_t", "held_out_loss")
+_OPTIONAL = (
+    "rejected_t",
+    "rejected_loss",
+    "held_out_t",
+    "held_out_loss",
+    "departure",
+    "departure_loss",
+    "departure_taken",
+)
 
 
 @dataclass
@@ -40,6 +48,10 @@ class Trajectory:
         held_out_t: Times of the points that were candidates for the end, see
             :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to the one that was chosen.
         held_out_loss: Losses there on the held-out samples.
+        departure: Shares of the departure from the running average that were tried, see
+            :class:`~lightning_odem.methods.cross_fit.CrossFit`.
+        departure_loss: Losses there on samples that the paths did not see.
+        departure_taken: The share that the merged model has; 0 is the running average.
 
     Example:
         >>> import torch
@@ -65,6 +77,9 @@ class Trajectory:
     rejected_loss: list[float] = field(default_factory=list)
     held_out_t: list[float] = field(default_factory=list)
     held_out_loss: list[float] = field(default_factory=list)
+    departure: list[float] = field(default_factory=list)
+    departure_loss: list[float] = field(default_factory=list)
+    departure_taken: list[float] = field(default_factory=list)
 
     def leave(self, h: float, velocity: Velocity) -> None:
         """Note a step of length ``h`` from the point noted last."""

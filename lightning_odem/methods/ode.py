@@ -1,9 +1,9 @@
 """The rectified flow with descent, stopped at the operating time."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_odem.calibration import CalibrationObjective
@@ -11,21 +11,19 @@ from lightning_odem.flow import (
     SOLVERS,
     AdaptiveDescent,
     LowestPoint,
-    RectifiedField,
     ReusedGradient,
     Solver,
     StepControl,
     integrate,
     scaled_time,
 )
-from lightning_odem.flow.blocks import alone
 from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.became import became_time
+from lightning_odem.methods.cross_fit import CrossFit
+from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.linalg import norm
-from lightning_odem.methods.running_average import RunningAverage
 from lightning_odem.methods.sampling import (
-    CalibrationPart,
     Gradient,
     hold_out,
     minibatch_gradients,
@@ -33,7 +31,6 @@ from lightning_odem.methods.sampling import (
     samples_per_epoch,
 )
 
-GRANULARITIES = ("vector", "tensor", "row", "coordinate")
 OPERATING_TIMES = ("utility", "search", "became")
 
 
@@ -46,28 +43,31 @@ class ODEMerge(MergeMethod):
     minibatches, are followed downhill as well,
 
     .. math:: \dot\theta = v_t(\theta) - a(t)\, D g, \qquad
-        \int_0^{t_k} a\, dt = \kappa \rho\, \frac{N}{B} \sqrt{\frac{t_k}{h}}, \quad
-        \rho = \frac{\lVert\theta_1 - \theta_0\rVert}{\sqrt d},
+        \int_0^{t_k} a\, dt = \kappa \rho\, \frac{N}{B} \sqrt{\lceil t_k / h\rceil}, \quad
+        \rho = \frac{\lVert\theta_1 - \bar\theta_{k-1}\rVert}{\sqrt d},
 
     with :math:`v_t` the rectified transport, :math:`D g` Adam's normalised gradient, N samples in the buffer and B in a
     minibatch; a(t) falls linearly to zero, see :class:`~lightning_odem.flow.AdaptiveDescent`. The unit of the descent's
     length, :math:`\rho`, is the distance of the two models, root mean square per weight, so that there is no learning
     rate to be fitted to a model. More samples determine a descent better and make it longer; epochs over the same
-    samples, t / h of them, only as their root. It vanishes as t goes to 0, and at t = 1 the path ends in the incoming
-    model.
+    samples only as their root. At t = 1 the path ends in the incoming model.
 
-    The path begins at the merged model :math:`\Psi`, so that the descents of all merges add up, as in the paper's
-    recursion. With ``carry`` c below 1 it begins at :math:`\theta_0 = \bar\theta + c\,(\Psi - \bar\theta)`, nearer to
-    the running average :math:`\bar\theta` of the models so far, which is then kept beside the merged model: what a
-    descent has found for the samples of k tasks is not built upon, but found anew for k + 1. c = 0 and kappa =
-    0.012 had a lower loss on validation splits and, on test splits, the same accuracy within noise (README, "What the
-    calibration gradients buy"); so the default is what needs less memory. :math:`\kappa` = 0.006 follows from runs with
-    descents of several lengths and 128 to 1024 samples, on validation splits of small images.
+    **It falls back to the running average by itself.** Paths begin at the running average
+    :math:`\bar\theta_{k-1}` of the models so far, which has not seen a sample: what a descent has found for k - 1
+    tasks is not built upon, but found anew for k. Two are followed, with one half of the samples each, and each is
+    judged by the loss on the other half, see :class:`~lightning_odem.methods.cross_fit.CrossFit`. The merged model is
+    the average plus as much of the paths' mean departure from it as lowers the loss on samples that they did not see,
+    between none and twice of it. So :math:`\kappa` need not be right either; 0.012 follows from runs with descents of
+    several lengths and 128 to 1024 samples, on validation splits of small images.
 
-    A merge costs as many sample gradients as Algorithm 1's, ceil(t / h) N, and three passes over the buffer without
-    gradient. Besides the incoming model it holds the point, a gradient and Adam's two moments, and two of Adam's
-    temporaries within a step; with ``carry`` below 1 the running average is in main memory from merge to merge, in the
-    method and in the stream's state. The loss at t = 0 in the report is that of :math:`\theta_0`.
+    A merge costs as many sample gradients as Algorithm 1's, ceil(t / h) N, and seven passes over the buffer
+    without gradient: three for the ends of the paths, three and one to judge them and to measure the result. Besides
+    the incoming model it holds the end of the first path, the point, a gradient and Adam's two moments, and two of
+    Adam's temporaries within a step; the running average is in main memory from merge to merge, in the method and in
+    the stream's state. The loss at t = 0 in the report is the average's, and steps are those of the first path.
+
+    With ``descent=0`` one path goes on from the last merged model :math:`\Psi_{k-1}` as in the paper, with all samples,
+    and nothing is kept from merge to merge.
 
     A task of weight 0 leaves the merged model as it is. Batch-norm statistics stand at those of the utility time while
     the path is followed, and are afterwards those of the time that was reached.
@@ -90,14 +90,14 @@ class ODEMerge(MergeMethod):
             are changed by c at most, a task of weight 0 has time 0 and one that alone has a weight time 1. With 2 the
             path goes to :math:`2t / (1 + t)`, short of twice as far and of 1; two equal tasks are searched from
             1/3 to 2/3. The cost grows by that, and by one pass over the held-out samples per candidate.
-        holdout: Share of each task's samples that the search holds out, in (0, 1).
+        holdout: Share of each task's samples that the search holds out, in (0, 1). With a descent it is always one
+            half: a path looks for its end on the samples that it is judged by.
         batch_size: A number: every gradient is one on a random minibatch of so many samples, which also bounds the
             memory of a pass. N samples make ceil(N / B) steps of equal length per h, so that as many samples are
             differentiated as by whole-buffer gradients: ceil(t / h) epochs. The loss budget is that of the whole
             buffer, for one more pass; losses on the way are the minibatches'. None (the paper's): every gradient is one
             on the whole buffer.
         descent: Length of the descent :math:`\kappa`, >= 0; 0 is the paper's flow.
-        carry: Share c in [0, 1] of the last merge's correction that the next path begins with; 1 is the paper's.
         reuse: Steps per gradient; with 4 a merge costs a fourth, see :class:`~lightning_odem.flow.ReusedGradient`.
         step_control: Whether the loss decides on the length of the steps, see
             :class:`~lightning_odem.flow.StepControl`; h is that of the first. One more pass without gradient per try,
@@ -123,8 +123,7 @@ class ODEMerge(MergeMethod):
         search_to: float = 2.0,
         holdout: float = 0.25,
         batch_size: int | None = 64,
-        descent: float = 0.006,
-        carry: float = 1.0,
+        descent: float = 0.012,
         reuse: int = 1,
         step_control: bool = False,
         seed: int = 0,
@@ -144,7 +143,6 @@ class ODEMerge(MergeMethod):
         if batch_size is not None:
             check_range("batch_size", batch_size, 1)
         check_range("descent", descent, 0)
-        check_range("carry", carry, 0, 1)
         check_range("reuse", reuse, 1)
         if step_control and descent:
             raise ValueError(f"step_control takes steps back, which a descent cannot ({descent=}); set descent=0.")
@@ -156,65 +154,31 @@ class ODEMerge(MergeMethod):
         self.holdout = holdout
         self.batch_size = batch_size
         self.descent = descent
-        self.carry = carry
         self.reuse = reuse
         self.step_control = step_control
         self.seed = seed
-        self._average = RunningAverage()
+        self._cross_fit = CrossFit()
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model as it is."""
-        self._average.load_state_dict({})
-        if self.carry < 1.0:
-            self._average.start(incoming, context)
+        self._cross_fit.load_state_dict({})
+        if self.descent:
+            self._cross_fit.start(incoming, context)
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        """Integrate from ``merged`` towards ``incoming`` up to the operating time, in the memory of ``merged``."""
+        """Integrate towards ``incoming`` up to the operating time, in the memory of ``merged``."""
         assert context.calibration is not None, "declared in needs"
-        objective: CalibrationObjective | CalibrationPart = context.calibration
-        from_average = self.carry < 1.0 and t > 0.0
-        if from_average:
-            self._average.draw_(merged, 1.0 - self.carry, context)
-        end, lowest = self._end(merged, incoming, t, context), None
-        if self.operating_time == "search":
-            objective, held_out = hold_out(context.calibration, self.holdout)
-            lowest = LowestPoint(held_out.loss, scaled_time(t, 1 / self.search_to), end, self.step_size)
-        gradient: Gradient = objective.loss_and_grad
-        step_size = self.step_size
-        if self.batch_size is not None:
-            gradient = minibatch_gradients(context.calibration, objective.buffer, self.batch_size, self.seed)
-            epochs = math.ceil(end / step_size * (1.0 - 1e-12))
-            step_size = end / max(epochs, 1) / minibatches_per_epoch(objective.buffer, self.batch_size) or step_size
-        rule = self._rule(merged, incoming, end, objective, context)
-        trajectory = integrate(
-            merged,
-            incoming,
-            gradient,
-            end,
-            step_size=min(self.reuse * step_size, 1.0),
-            field=_field(context, self.granularity, merged.device),
-            solver=rule,
-            loss=objective.loss,
-            out=merged,
-            on_step=context.on_step,
-            control=StepControl() if self.step_control else None,
-            estimated=self.batch_size is not None,
-            observe=lowest,
-        )
-        if lowest is not None:
-            lowest.write_(trajectory.theta)
-            trajectory.cut(end := lowest.best_t)
-            if trajectory.estimated:
-                trajectory.loss[-1] = objective.loss(trajectory.theta)  # that of the whole buffer, as at any end
-            trajectory.held_out_t, trajectory.held_out_loss = lowest.t, lowest.loss
-        if from_average:
-            self._average.move(incoming, end, context)
-        return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
+        if self.descent and t > 0.0:
+            return self._cross_fit.merge(self._follow, merged, incoming, t, context)
+        if self.operating_time != "search":
+            return self._follow(merged, incoming, t, context)
+        seen, unseen = hold_out(context.calibration, self.holdout)
+        return self._follow(merged, incoming, t, replace(context, calibration=seen), unseen)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running average, where a path does not begin at the merged model; empty before the first task."""
-        return self._average.state_dict()
+        """The running average, with a descent; empty before the first task."""
+        return self._cross_fit.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an empty one begins a new stream, or takes over that of another method.
@@ -224,15 +188,57 @@ class ODEMerge(MergeMethod):
         """
         if state and state.keys() != {"average"}:
             raise ValueError(f"ODEMerge keeps an average, but the stream's state has: {', '.join(state)}.")
-        self._average.load_state_dict(state)
+        self._cross_fit.load_state_dict(state)
+
+    def _follow(
+        self,
+        start: Tensor,
+        incoming: Tensor,
+        t: float,
+        context: MergeContext,
+        unseen: CalibrationObjective | None = None,
+    ) -> MergeResult:
+        """One path with the samples of ``context``, in the memory of ``start``; ``unseen`` are those of a search."""
+        objective = context.calibration
+        assert objective is not None, "declared in needs"
+        end, lowest = self._end(start, incoming, t, objective, context), None
+        if self.operating_time == "search":
+            assert unseen is not None, "a search has samples held out"
+            lowest = LowestPoint(unseen.loss, scaled_time(t, 1 / self.search_to), end, self.step_size)
+        gradient: Gradient = objective.loss_and_grad
+        step_size = self.step_size
+        if self.batch_size is not None:
+            gradient = minibatch_gradients(objective, objective.buffer, self.batch_size, self.seed)
+            step_size = end / max(self._epochs(end), 1) / minibatches_per_epoch(objective.buffer, self.batch_size)
+        trajectory = integrate(
+            start,
+            incoming,
+            gradient,
+            end,
+            step_size=min(self.reuse * step_size, 1.0) or self.step_size,
+            field=rectified_field(context, self.granularity, start.device),
+            solver=self._rule(start, incoming, end, objective, context),
+            loss=objective.loss,
+            out=start,
+            on_step=context.on_step,
+            control=StepControl() if self.step_control else None,
+            estimated=self.batch_size is not None,
+            observe=lowest,
+        )
+        if lowest is not None:
+            lowest.write_(trajectory.theta)
+            trajectory.cut(end := lowest.best_t)
+            if trajectory.estimated:
+                trajectory.loss[-1] = objective.loss(trajectory.theta)  # that of all samples, as at any end
+            trajectory.held_out_t, trajectory.held_out_loss = lowest.t, lowest.loss
+        return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
+
+    def _epochs(self, end: float) -> int:
+        """Passes over the samples that Algorithm 1 would take to the time."""
+        return math.ceil(end / self.step_size * (1.0 - 1e-12))
 
     def _rule(
-        self,
-        merged: Tensor,
-        incoming: Tensor,
-        end: float,
-        objective: CalibrationObjective | CalibrationPart,
-        context: MergeContext,
+        self, start: Tensor, incoming: Tensor, end: float, objective: CalibrationObjective, context: MergeContext
     ) -> Solver:
         """One step of the path."""
         rule: Solver = SOLVERS[self.solver]()
@@ -240,36 +246,19 @@ class ODEMerge(MergeMethod):
             rule = ReusedGradient(rule, self.reuse)
         if self.descent and end:
             samples = samples_per_epoch(objective.buffer)
-            size = len(merged) if context.shards is None else sum(map(math.prod, context.shapes))
-            moved = norm(incoming - merged, context.sum_) / max(size, 1) ** 0.5
-            minibatches = samples / (self.batch_size or samples)
-            length = self.descent * moved * minibatches * (end / self.step_size) ** 0.5
-            rule = AdaptiveDescent(rule, length, end)
+            size = len(start) if context.shards is None else sum(map(math.prod, context.shapes))
+            distance = norm(incoming - start, context.sum_) / max(size, 1) ** 0.5
+            minibatches = 2 * samples / (self.batch_size or 2 * samples)  # of both halves
+            rule = AdaptiveDescent(rule, self.descent * distance * minibatches * self._epochs(end) ** 0.5, end)
         return rule
 
-    def _end(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> float:
+    def _end(
+        self, start: Tensor, incoming: Tensor, t: float, objective: CalibrationObjective, context: MergeContext
+    ) -> float:
         """Time to which the path is followed."""
         if self.operating_time == "became":
-            assert context.calibration is not None, "declared in needs"
-            return became_time(context.calibration, merged, incoming, t, context.sum_)
+            return became_time(objective, start, incoming, t, context.sum_)
         if self.operating_time == "search":
             return scaled_time(t, self.search_to)
         # A task without weight changes nothing.
         return t if self.operating_time == "utility" or t == 0.0 else float(self.operating_time)
-
-
-def _field(context: MergeContext, granularity: str, device: torch.device) -> RectifiedField:
-    """The field whose blocks are the vector, the entries, or the parameters or their rows."""
-    sum_ = context.sum_ or alone
-    if granularity not in ("tensor", "row"):
-        return RectifiedField(granularity, sum_)
-    shards = context.shards
-    lengths, split = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
-    for shape, part in zip(context.shapes, context.local_shapes, strict=True):
-        size, by_row = math.prod(part), granularity == "row" and len(shape) > 1
-        # Parameters are cut between rows: a row lies in one shard, what is no matrix in all of them.
-        if size or (shards is not None and not by_row):
-            rows = part[0] if by_row else 1
-            lengths.append(torch.full((rows,), size // rows))
-            split.append(torch.full((rows,), not by_row))
-    return RectifiedField(torch.cat(lengths).to(device), sum_, torch.cat(split) if shards is not None else None)

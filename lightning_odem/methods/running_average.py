@@ -15,9 +15,8 @@ class RunningAverage:
         >>> import torch
         >>> average, context = RunningAverage(), MergeContext(["weight"], [(2,)])
         >>> average.start(torch.tensor([1.0, 1.0]), context)
-        >>> average.draw_(merged := torch.tensor([5.0, 5.0]), 0.5, context)
-        >>> merged
-        tensor([3., 3.])
+        >>> average.write_(torch.tensor([5.0, 5.0]), context)
+        tensor([1., 1.])
         >>> average.move(torch.tensor([2.0, 3.0]), 0.5, context)
         >>> average.state_dict()
         {'average': {'weight': tensor([1.5000, 2.0000])}}
@@ -30,15 +29,15 @@ class RunningAverage:
         """Begin with the first model [d]."""
         self._tensors = {name: piece.to("cpu", copy=True) for name, piece in tensors(incoming, context).items()}
 
-    def draw_(self, merged: Tensor, share: float, context: MergeContext) -> None:
-        """Move the merged model [d] by ``share`` of its distance towards the average, in place.
+    def write_(self, vector: Tensor, context: MergeContext) -> Tensor:
+        """Overwrite a vector [d] with the average, and return it.
 
-        Where the average is not known, as of parameters that are new to the merge, it is taken to be the merged model.
+        Where the average is not known, as of parameters that are new to the merge, it is taken to be what is there.
 
         Raises:
             ValueError: If a tensor was kept in another shape.
         """
-        pieces, known = tensors(merged, context), self._tensors
+        pieces, known = tensors(vector, context), self._tensors
         for name in [name for name in pieces if name in known]:
             if known[name].shape != pieces[name].shape:
                 kept, found = tuple(known[name].shape), tuple(pieces[name].shape)
@@ -47,7 +46,8 @@ class RunningAverage:
             name: piece.to("cpu", copy=True) for name, piece in pieces.items() if name not in known
         }
         for name, piece in pieces.items():
-            piece.lerp_(self._tensors[name].to(piece), share)
+            piece.copy_(self._tensors[name])
+        return vector
 
     def move(self, incoming: Tensor, t: float, context: MergeContext) -> None:
         """Take in a model [d] at operating time ``t``; tensors that are not part of it stay."""

@@ -1,6 +1,6 @@
 """Parts of the calibration buffer, and gradients on random minibatches of it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from typing import Any
@@ -15,28 +15,27 @@ from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 Gradient = Callable[[Tensor], tuple[float, Tensor]]
 
 
-class CalibrationPart:
+class CalibrationPart(CalibrationObjective):
     """The calibration loss on some of the samples, measured and counted by the objective of all.
 
     Args:
-        objective: The calibration loss.
+        objective: The calibration loss, or itself a part of one.
         buffer: The samples.
     """
 
     def __init__(self, objective: CalibrationObjective, buffer: CalibrationBuffer) -> None:
-        self.buffer = buffer
+        super().__init__(
+            objective.vector, buffer, objective.batch_loss, objective.batch_size, processes=objective.processes
+        )
         self._objective = objective
 
-    def loss(self, theta: Tensor) -> float:
-        """Loss at ``theta`` [d], without a gradient."""
-        return self._objective.loss(theta, self._batches())
+    def loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> tuple[float, Tensor]:
+        """Loss and gradient at ``theta`` [d], of these samples unless others are given."""
+        return self._objective.loss_and_grad(theta, self.micro_batches() if batches is None else batches)
 
-    def loss_and_grad(self, theta: Tensor) -> tuple[float, Tensor]:
-        """Loss and gradient at ``theta`` [d]."""
-        return self._objective.loss_and_grad(theta, self._batches())
-
-    def _batches(self) -> list[MicroBatch]:
-        return list(self.buffer.micro_batches(self._objective.batch_size))
+    def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
+        """Mean loss of each of the micro-batches at ``theta`` [d], without a gradient."""
+        return self._objective.losses(theta, batches)
 
 
 def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[CalibrationPart, CalibrationPart]:
@@ -61,9 +60,36 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
             f"Holding out calibration samples needs a task with two of them at least, the buffer has {buffer.counts}. "
             "Raise calibration_size, or choose another operating_time."
         )
-    kept = _cut(buffer, {task: slice(0, n - held[task]) for task, n in buffer.counts.items()})
-    held_out = _cut(buffer, {task: slice(n - held[task], n) for task, n in buffer.counts.items()})
-    return CalibrationPart(objective, kept), CalibrationPart(objective, held_out)
+    return _divide(objective, {task: n - held[task] for task, n in buffer.counts.items()})
+
+
+def halve(objective: CalibrationObjective) -> tuple[CalibrationPart, CalibrationPart]:
+    """The calibration loss on one half of each task's samples, and on the other.
+
+    Random and nearly class-balanced as in :func:`hold_out`. Of an odd number of samples the second half has one more
+    in every other task, the first one in the others, so that tasks of a single sample are divided as well.
+
+    Args:
+        objective: The calibration loss; its buffer is not changed.
+
+    Raises:
+        ValueError: If there are not two samples that count.
+    """
+    buffer = objective.buffer
+    halves = _divide(objective, {task: (n + i % 2) // 2 for i, (task, n) in enumerate(buffer.counts.items())})
+    if not all(samples_per_epoch(half.buffer) for half in halves):
+        raise ValueError(
+            "A path judged on samples that it has not seen needs two calibration samples that count, the buffer has "
+            f"{buffer.counts}. Raise calibration_size, or choose a method that needs no calibration, such as 'average'."
+        )
+    return halves
+
+
+def _divide(objective: CalibrationObjective, ends: dict[str, int]) -> tuple[CalibrationPart, CalibrationPart]:
+    """The first samples of each task, so many, and the rest."""
+    first = _cut(objective.buffer, {task: slice(0, end) for task, end in ends.items()})
+    rest = _cut(objective.buffer, {task: slice(ends[task], n) for task, n in objective.buffer.counts.items()})
+    return CalibrationPart(objective, first), CalibrationPart(objective, rest)
 
 
 def _cut(buffer: CalibrationBuffer, index: dict[str, slice]) -> CalibrationBuffer:

@@ -24,8 +24,8 @@ class Sharded(Classifier):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-def main(directory: Path, carry: str) -> None:
-    method = ODEMerge(carry=float(carry))  # below 1 with a state, shards of which are saved whole
+def main(directory: Path, descent: str) -> None:
+    method = ODEMerge(descent=float(descent))  # above 0 with a state, shards of which are saved whole
     for kind, strategy, kind_of_module in (
         ("whole", lambda: "ddp", Classifier),
         ("shards", lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), Sharded),

@@ -1,0 +1,225 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge, PaperODEMerge
+from lightning_odem.methods.cross_fit import best_share
+from lightning_odem.parameters import ParameterVector
+
+SIZES = {"a": 30, "b": 9, "c": 21}
+
+
+def make_vector(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return ParameterVector(nn.Linear(6, 4).to(dtype)).read()
+
+
+def make_stream(sizes=SIZES, noise=0.0, dtype=torch.float64):
+    """A linear classifier and samples whose classes follow from the inputs, but for a share of noise."""
+    torch.manual_seed(0)
+    net, teacher = nn.Linear(6, 4).to(dtype), torch.randn(6, 4, dtype=dtype)
+    buffer = CalibrationBuffer(sum(sizes.values()))
+    for task, size in sizes.items():
+        inputs = torch.randn(size, 6, dtype=dtype)
+        classes = (inputs @ teacher).argmax(1)
+        buffer.add(task, (inputs, torch.where(torch.rand(size) < noise, torch.randint(4, (size,)), classes)))
+    vector = ParameterVector(net)
+    objective = CalibrationObjective(
+        vector, buffer, lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1])
+    )
+    shapes = [tuple(shape) for shape in vector.shapes]
+    return objective, MergeContext(vector.names, shapes, calibration=objective)
+
+
+def merge_all(method, context, times=(0.5, 0.25)):
+    """Three random classifiers merged in sequence: the models and every result."""
+    models = [make_vector(seed) for seed in (1, 2, 3)]
+    results = [method.start(models[0].clone(), context)]
+    for incoming, t in zip(models[1:], times, strict=True):
+        results.append(method.merge(results[-1].theta.clone(), incoming, t, context))
+    return models, results
+
+
+METHOD = {"batch_size": 8, "descent": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"),
+    [
+        ([3.0, 2.0, 3.0], 1.0),
+        ([2.0, 1.0, 1.0], 1.5),
+        ([1.0, 1.0, 2.0], 0.5),
+        ([1.0, 1.5, 3.0], 0.0),  # the parabola's vertex is at 0
+        ([5.0, 3.0, 2.0], 2.0),
+        ([1.0, 1.0, 1.0], 0.0),
+        ([3.0, 2.0, 1.0], 2.0),
+        ([1.0, 2.0, 1.0], 0.0),  # no minimum
+        ([1.0, 0.5, math.inf], 1.0),
+        ([1.0, math.nan, math.inf], 0.0),
+        ([1.0, math.inf, 0.5], 0.0),
+    ],
+)
+def test_the_share_is_where_the_parabola_is_lowest(losses, share):
+    assert best_share(losses) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_only_fit_their_own_samples_leave_the_running_average_bit_by_bit(dtype):
+    """Classes that have nothing to do with the inputs, and few samples: what one half says is wrong for the other."""
+    objective, context = make_stream({"a": 8, "b": 8}, noise=1.0, dtype=dtype)
+    fallen_back = 0
+    models = [make_vector(seed, dtype) for seed in (1, 2, 3)]
+    for seed in range(4):
+        ode, average = ODEMerge(batch_size=8, descent=0.5, seed=seed), AverageMerge()
+        theta, mean = (method.start(models[0].clone(), context).theta.clone() for method in (ode, average))
+        for incoming, t in zip(models[1:], (0.5, 0.25), strict=True):
+            result = ode.merge(theta, incoming, t, context)
+            theta, mean = result.theta, average.merge(mean, incoming, t, context).theta
+            path = result.trajectory
+            if path.departure_taken == [0.0]:
+                assert torch.equal(theta, mean)
+                assert path.departure_loss[0] < min(path.departure_loss[1:])
+                fallen_back += 1
+            else:
+                assert not torch.equal(theta, mean)
+    assert fallen_back
+
+
+def test_what_generalises_is_taken_and_lowers_the_loss_on_new_samples():
+    objective, context = make_stream()
+    fresh, _ = make_stream({"a": 2000})
+    models, results = merge_all(ODEMerge(**METHOD), context)
+    average = torch.lerp(torch.lerp(models[0], models[1], 0.5), models[2], 0.25)
+    assert results[-1].trajectory.departure_taken[0] > 0.5
+    assert fresh.loss(results[-1].theta) < fresh.loss(average) - 0.1
+
+
+@pytest.mark.parametrize("descent", [0.5, 1.0])
+def test_a_descent_that_is_far_too_long_is_shortened(descent):
+    objective, context = make_stream(noise=0.3)
+    fresh, _ = make_stream({"a": 2000}, noise=0.3)
+    models, results = merge_all(ODEMerge(batch_size=8, descent=descent), context)
+    average = torch.lerp(models[0], models[1], 0.5)
+    assert 0.0 < results[1].trajectory.departure_taken[0] < 1.0
+    assert fresh.loss(results[1].theta) < fresh.loss(average)
+
+
+@pytest.mark.parametrize("t", [0.02, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("size", [8, 64, None])
+def test_both_paths_together_cost_the_gradients_of_algorithm_1(t, size):
+    cost = []
+    for method in (ODEMerge(batch_size=size), PaperODEMerge()):
+        objective, context = make_stream()
+        result = method.merge(make_vector(1), make_vector(2), t, context)
+        cost.append(objective.sample_gradients)
+        assert result.trajectory.gradient_evaluations == objective.gradient_evaluations
+    assert cost[0] == cost[1] > 0
+
+
+def test_losses_of_the_record_are_means_of_the_halves_and_of_the_merged_model():
+    objective, context = make_stream({"a": 30, "b": 10})
+    models, results = merge_all(ODEMerge(**METHOD), context)
+    path, average = results[-1].trajectory, torch.lerp(models[0], models[1], 0.5)
+    assert path.loss[0] == pytest.approx(objective.loss(average), rel=1e-12)
+    assert path.loss1 == pytest.approx(objective.loss(models[2]), rel=1e-12)
+    assert path.loss[-1] == objective.loss(results[-1].theta)
+    assert (path.t[-1], path.estimated, path.theta is results[-1].theta) == (0.25, True, True)
+
+
+def test_the_descent_of_one_merge_is_not_built_upon_by_the_next():
+    """Whatever the first merge made of its samples, the second gives the same model."""
+    _, context = make_stream()
+    ends = []
+    for seed in (0, 1):
+        method = ODEMerge(**METHOD, seed=seed)
+        models, results = merge_all(method, context, times=(0.5, 0.0))
+        method.seed = 7
+        ends.append((results[1].theta, method.merge(results[1].theta.clone(), models[2], 0.25, context).theta))
+    assert not torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def named(flat, context):
+    pieces = flat.split([math.prod(shape) for shape in context.shapes])
+    return {name: piece.view(shape) for name, piece, shape in zip(context.names, pieces, context.shapes, strict=True)}
+
+
+def test_the_average_kept_is_that_of_the_incoming_models_by_operating_time():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context)
+    expected = named(torch.lerp(torch.lerp(models[0], models[1], 0.5), models[2], 0.25), context)
+    found = method.state_dict()["average"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_search_keeps_the_average_at_the_mean_of_the_times_that_the_halves_chose():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD, operating_time="search"), context)
+    first, second = (result.t for result in results[1:])
+    assert 1 / 3 - 1e-9 <= first <= 2 / 3 + 1e-9
+    expected = named(torch.lerp(torch.lerp(models[0], models[1], first), models[2], second), context)
+    for name, piece in expected.items():
+        torch.testing.assert_close(method.state_dict()["average"][name], piece, rtol=1e-13, atol=1e-13)
+
+
+def test_a_task_without_weight_leaves_the_average_and_the_merged_model():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context, times=(0.5, 0.0))
+    assert torch.equal(results[2].theta, results[1].theta)
+    for name, piece in named(torch.lerp(models[0], models[1], 0.5), context).items():
+        assert torch.equal(method.state_dict()["average"][name], piece)
+
+
+def test_a_task_that_alone_has_a_weight_leaves_its_own_model():
+    _, context = make_stream()
+    models, results = merge_all(ODEMerge(**METHOD), context, times=(0.5, 1.0))
+    assert torch.equal(results[2].theta, models[2])
+
+
+def test_a_merge_leaves_the_state_that_was_returned_before_it():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context)
+    state = method.state_dict()
+    before = {name: tensor.clone() for name, tensor in state["average"].items()}
+    method.merge(results[-1].theta.clone(), models[0], 0.5, context)
+    assert all(torch.equal(state["average"][name], before[name]) for name in before)
+    assert not torch.equal(method.state_dict()["average"]["weight"], before["weight"])
+
+
+def test_a_stream_of_another_method_is_taken_over_at_its_merged_model():
+    _, context = make_stream()
+    merged, incoming = make_vector(1), make_vector(2)
+    method = ODEMerge(**METHOD)
+    method.load_state_dict({})
+    taken_over = method.merge(merged.clone(), incoming, 0.5, context).theta
+    begun = ODEMerge(**METHOD)
+    begun.start(merged, context)
+    assert torch.equal(taken_over, begun.merge(torch.zeros_like(merged), incoming, 0.5, context).theta)
+
+
+def test_progress_is_that_of_both_paths():
+    _, context = make_stream()
+    steps = []
+    context = replace(context, on_step=lambda done, total: steps.append((done, total)))
+    ODEMerge(batch_size=8).merge(make_vector(1), make_vector(2), 0.1, context)
+    assert steps[0][0] == 0
+    assert steps[-1][0] == steps[-1][1]
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+
+def test_a_single_sample_cannot_be_halved():
+    _, context = make_stream({"a": 1})
+    with pytest.raises(ValueError, match=r"needs two calibration samples that count, the buffer has \{'a': 1\}"):
+        ODEMerge().merge(make_vector(1), make_vector(2), 0.5, context)
+
+
+def test_tasks_of_a_single_sample_are_divided_between_the_halves():
+    _, context = make_stream({"a": 1, "b": 1, "c": 1})
+    result = ODEMerge(batch_size=1).merge(make_vector(1), make_vector(2), 0.5, context)
+    assert result.theta.isfinite().all()
