@@ -363,11 +363,12 @@ def float_storages(d):
     return {big.untyped_storage().data_ptr() for big in tensors if big.is_floating_point() and big.numel() >= d}
 
 
-@pytest.mark.parametrize(("method", "vectors"), [(PaperODEMerge, [5, 5, 5, 5]), (ODEMerge, [5, 5, 7, 7])])
+@pytest.mark.parametrize(("method", "vectors"), [(PaperODEMerge, [5, 5, 5, 5]), (ODEMerge, [6, 8, 7, 9])])
 def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, vectors):
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself.
 
-    With descent from the second step on also Adam's moments.
+    With descent also the running average, from the second step on Adam's moments, and the end of the first path beside
+    the second.
     """
     d = 5000
     net = nn.Linear(d, 1, bias=False)
@@ -384,7 +385,7 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
         return loss
 
     merge(net, method(0.25), merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
-    assert counts == vectors  # two steps of two micro-batches
+    assert counts == vectors  # two steps of two micro-batches, or two paths of two steps of one
 
 
 def test_nothing_left_to_merge_is_an_error():
@@ -438,7 +439,7 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
     with attached(module):
         calibration = Calibration(buffer, LogitsLoss(module))
         record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
-        assert record.gradient_evaluations == 10
+        assert record.gradient_evaluations == 20
         (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
         p, q = (z.double().softmax(1) for z in (own, kept))
         with torch.no_grad():

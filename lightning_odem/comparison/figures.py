@@ -198,12 +198,52 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     return figure
 
 
+def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting: str = "uniform") -> Figure:
+    """ACC of the final merged models against the gradients of single samples per merge: what gradients buy.
+
+    One point per calibration size, mean and deviation over the streams; methods without gradients are level lines.
+
+    Args:
+        comparison: What to show.
+        methods: Labels of the methods to draw, all by default.
+        weighting: Cells of which weighting.
+
+    Raises:
+        ValueError: If a method or the weighting does not occur, or no method took a gradient.
+    """
+    _largest_size(comparison, weighting)
+    figure = new_figure(7.6, 4.4)
+    axes = figure.subplots()
+    for method, style in _styles(comparison, methods).items():
+        groups: dict[int, list[CellResult]] = {}
+        for cell in comparison.select(method=method, weighting=weighting):
+            groups.setdefault(cell.calibration_size, []).append(cell)
+        if not groups:
+            continue
+        x = [np.mean([cell.per_merge()["sample_gradients"] for cell in groups[size]]) for size in sorted(groups)]
+        spread = [mean_and_std([100 * cell.report.acc() for cell in groups[size]]) for size in sorted(groups)]
+        mean, std = np.array(spread).T
+        if max(x) > 0:
+            axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=method, **style)
+        else:
+            axes.axhline(mean[-1], color=style["color"], lw=1.4, ls="--", label=method)
+    if not axes.containers:
+        raise ValueError("No method took a gradient; nothing to plot.")
+    axes.set_xscale("log")
+    axes.set_xlabel("gradients of single samples per merge")
+    axes.set_ylabel(f"{_ACC[weighting]} (%)")
+    open_frame(axes)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
 def save(comparison: Comparison, directory: str | os.PathLike) -> list[Path]:
     """Write data, tables and figures; files of the same names are replaced.
 
     Beside the files of :meth:`Comparison.save`: ``comparison.txt``, ``comparison.md`` and, where there is data for
-    them, ``radar.png`` (from three tasks), ``accuracy_over_tasks.png`` and ``sizes.png`` (from two calibration sizes),
-    each also as ``..._w.png`` for drawn utility weights, ``path_gamma.png`` and ``path_alignment_ratio.png``.
+    them, ``radar.png`` (from three tasks), ``accuracy_over_tasks.png``, ``cost.png`` (from one method that takes
+    gradients) and ``sizes.png`` (from two calibration sizes), each also as ``..._w.png`` for drawn utility weights,
+    ``path_gamma.png`` and ``path_alignment_ratio.png``.
 
     Args:
         comparison: What to write.
@@ -226,6 +266,8 @@ def save(comparison: Comparison, directory: str | os.PathLike) -> list[Path]:
             figures[f"radar{suffix}"] = radar(comparison, weighting=weighting)
         if _fully_evaluated(cells):
             figures[f"accuracy_over_tasks{suffix}"] = accuracy_over_tasks(comparison, weighting=weighting)
+        if any(cell.per_merge()["sample_gradients"] > 0 for cell in cells):
+            figures[f"cost{suffix}"] = cost(comparison, weighting=weighting)
         if several:
             figures[f"sizes{suffix}"] = sizes(comparison, weighting=weighting)
     for name in _PATH_LABELS:

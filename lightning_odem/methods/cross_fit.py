@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_odem.calibration import CalibrationObjective
@@ -84,6 +85,11 @@ class CrossFit:
             results.append(result)
             del straight  # not held while the second path is followed
         share = best_share(unseen_loss)
+        if not share:
+            rank_zero_info(
+                f"The gradients of half of the samples took the loss on the other half from {unseen_loss[0]:.4g} to "
+                f"{unseen_loss[1]:.4g}: the merged model is the running average."
+            )
         first, second = results
         time = None if first.t is None or second.t is None else (first.t + second.t) / 2
         theta = self._straight(incoming, time, t, context)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from torch import nan
 
-from lightning_odem.comparison.figures import accuracy_over_tasks, path_histogram, radar, save, sizes
+from lightning_odem.comparison.figures import accuracy_over_tasks, cost, path_histogram, radar, save, sizes
 from lightning_odem.comparison.results import CellResult, Comparison
 from lightning_odem.comparison.tables import markdown_comparison, render_comparison, render_sizes
 from lightning_odem.report import MergeRecord, StreamReport
@@ -207,6 +207,28 @@ def test_sizes_show_mean_and_deviation_at_each_size(comparison: Comparison) -> N
     assert bars["average"][0].get_xdata()[0] != line.get_xdata()[0]
 
 
+def test_cost_shows_accuracy_over_gradients_and_methods_without_any_as_level_lines(comparison: Comparison) -> None:
+    comparison.cells += [cell("odem", order, [0.9 - order / 10] * 3, size=512) for order in range(2)]
+    for entry in comparison.select(method="odem"):
+        for number, record in enumerate(entry.report.merges):
+            record.sample_gradients = entry.calibration_size * 10 * number  # the first merge does not count
+    axes = cost(comparison).axes[0]
+    (bars,) = axes.containers
+    line, _, (segments,) = bars.lines
+    assert_allclose(line.get_xdata(), [64 * 15, 512 * 15])
+    assert_allclose(line.get_ydata(), [80, 85])
+    deviation = np.std([80, 90], ddof=1)
+    assert_allclose(segments.get_segments()[1][:, 1], [85 - deviation, 85 + deviation])
+    (level,) = [line for line in axes.lines if line.get_label() == "average"]
+    assert_allclose(level.get_ydata(), 65)
+    assert axes.get_xscale() == "log"
+
+
+def test_there_is_no_cost_to_show_without_gradients(comparison: Comparison) -> None:
+    with pytest.raises(ValueError, match="No method took a gradient"):
+        cost(comparison)
+
+
 @pytest.mark.parametrize("draw", [radar, accuracy_over_tasks, sizes])
 def test_twelve_methods_look_different(draw) -> None:
     drawn = [line for line in draw(many(12)).axes[0].lines if line.get_marker() not in ("None", "_")]
@@ -230,12 +252,13 @@ def test_long_labels_and_legends_lie_inside_the_figure() -> None:
 @pytest.mark.slow
 def test_directory_holds_everything_there_is_data_for(comparison: Comparison, tmp_path: Path) -> None:
     comparison.cells.append(cell("odem", 0, [0.9, 0.9, 0.9], "dirichlet", size=512))
+    comparison.cells[2].report.merges[1].sample_gradients = 640
     written = save(comparison, tmp_path / "new")
     assert sorted(tmp_path.joinpath("new").iterdir()) == sorted(written)
     assert sorted(file.name for file in written) == [
         "accuracies.csv", "accuracy_over_tasks.png", "accuracy_over_tasks_w.png", "cells.csv", "comparison.md",
-        "comparison.txt", "path_alignment_ratio.png", "path_gamma.png", "radar.png", "radar_w.png", "results.json",
-        "sizes.png", "sizes_w.png",
+        "comparison.txt", "cost.png", "path_alignment_ratio.png", "path_gamma.png", "radar.png",
+        "radar_w.png", "results.json", "sizes.png", "sizes_w.png",
     ]  # fmt: skip
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written if file.suffix == ".png")
     text = (tmp_path / "new" / "comparison.txt").read_text(encoding="utf-8")
