@@ -220,10 +220,11 @@ def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting
             groups.setdefault(cell.calibration_size, []).append(cell)
         if not groups:
             continue
-        x = [np.mean([cell.per_merge()["sample_gradients"] for cell in groups[size]]) for size in sorted(groups)]
+        spent = {size: [cell.per_merge()["sample_gradients"] for cell in group] for size, group in groups.items()}
+        x = np.array([np.mean(spent[size]) for size in sorted(groups)])
         spread = [mean_and_std([100 * cell.report.acc() for cell in groups[size]]) for size in sorted(groups)]
         mean, std = np.array(spread).T
-        if max(x) > 0:
+        if x.max() > 0:
             axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=method, **style)
         else:
             axes.axhline(mean[-1], color=style["color"], lw=1.4, ls="--", label=method)
