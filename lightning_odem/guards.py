@@ -23,6 +23,10 @@ _COPIES = (
     "Launchers that spawn or fork (ddp_spawn, ddp_notebook) run training in copies of this process, where the state of "
     "the stream would be lost. Use strategy='ddp' in a script."
 )
+_CONVERT = (
+    "convert each checkpoint folder to one file with convert_zero_checkpoint_to_fp32_state_dict(folder, file) from "
+    "lightning.pytorch.utilities.deepspeed, "
+)
 
 
 def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
@@ -36,8 +40,9 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
             f"{type(strategy).__name__} shards the parameters in a form of its own that cannot be merged. Use "
-            "ModelParallelStrategy, which shards them by FSDP2, or strategy='ddp'; or fine-tune without this callback "
-            "and merge the saved checkpoints with `lightning-odem merge`."
+            "ModelParallelStrategy, which shards them by FSDP2, or strategy='ddp'; or fine-tune without this callback, "
+            f"{_CONVERT if isinstance(strategy, DeepSpeedStrategy) else ''}and merge the saved checkpoints with "
+            "`lightning-odem merge`."
         )
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(_COPIES)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_odem.offline.sharded_folder import refuse_sharded_folder
 from lightning_odem.weights import read_file, read_weights
 
 FOLDER_FILES = (
@@ -31,7 +32,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or a shard is missing.
-        ValueError: If it is corrupt, needs code to be read or holds no named tensors.
+        ValueError: If it is corrupt, needs code to be read or holds no named tensors; of a folder that DeepSpeed, FSDP
+            or ModelParallelStrategy wrote in shards the message has the command that converts it.
 
     Example:
         >>> import tempfile, torch
@@ -46,6 +48,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         return read_weights(path)
     found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
     if not found:
+        refuse_sharded_folder(path)
         raise FileNotFoundError(
             f"The folder {path} holds no weights: none of {', '.join(FOLDER_FILES)} is in it. Give the folder of a "
             "model as save_pretrained writes it, or a single file."
