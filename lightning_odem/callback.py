@@ -33,7 +33,7 @@ from lightning_odem.publication import publish
 from lightning_odem.random_state import RandomStream, load_random_state, take_random_state
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.rescue import rescuing
-from lightning_odem.restoration import restore_task_parameters
+from lightning_odem.restoration import is_ready, restore_task_parameters
 from lightning_odem.rundir import RunDirectory
 from lightning_odem.shards import local, reshard
 from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
@@ -174,6 +174,7 @@ class ContinualMergeCallback(L.Callback):
         self._collection: Collection | None = None
         self._random = RandomStream()
         self._taken_up = False  # from the directory, and not fitted on yet
+        self._went_on = False
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
 
@@ -222,8 +223,15 @@ class ContinualMergeCallback(L.Callback):
     def load_base(self, module: nn.Module) -> None:
         """Write the base model's weights into a module of the same architecture.
 
+        A module that is built in ``configure_model`` or on the meta device has its parameters, or its shards of them,
+        from ``on_fit_start`` on::
+
+            def on_fit_start(self):  # of the module
+                if merge.report.tasks:
+                    merge.load_base(self)
+
         Raises:
-            ValueError: If no task has been fitted yet, or names or shapes differ.
+            ValueError: If no task has been fitted yet, names or shapes differ, or the module is on the meta device.
         """
         if self._state.base is None:
             raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
@@ -241,9 +249,15 @@ class ContinualMergeCallback(L.Callback):
             # A task broken off before; if it is resumed, the checkpoint brings it back.
             self._state.started = {}
             self._directory.lock(trainer)
-            self._state.random = self._random.before_task(self._state.random, self._taken_up)
-            if self._taken_up and self.report.tasks:
-                self._restore(pl_module)
+            self._went_on = False
+            # Before the module's own setup, which may look at the heads there are or set them anew.
+            if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
+                self._go_on(pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the stream where the module was not built before."""
+        if not self._went_on:
+            self._go_on(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
@@ -443,11 +457,17 @@ class ContinualMergeCallback(L.Callback):
         self._state.cut(module)
         self.method.load_state_dict(self._state.method)
 
-    def _restore(self, module: nn.Module) -> None:
-        """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one."""
-        with isolate_rng():
-            for own in (self._state.fixed, *self._state.task_parameters.values()):
-                restore_task_parameters(module, own)
+    def _go_on(self, module: nn.Module) -> None:
+        """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one.
+
+        Random numbers go on from there too: those that built the module were drawn as by the first process.
+        """
+        self._went_on = True
+        self._state.random = self._random.before_task(self._state.random, self._taken_up)
+        if self._taken_up and self.report.tasks:
+            with isolate_rng():
+                for own in (self._state.fixed, *self._state.task_parameters.values()):
+                    restore_task_parameters(module, own)
 
     def _check_base(self, module: L.LightningModule) -> None:
         """Refuse a module that did not start from the base model of the stream found in the directory.

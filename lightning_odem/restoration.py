@@ -1,9 +1,11 @@
 """Parameters of earlier tasks, put back into a module that another process has built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 
 from lightning_odem.parameters import canonical_name
 from lightning_odem.snapshot import Snapshot, load_snapshot
@@ -40,6 +42,27 @@ def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
     load_snapshot(module, parameters, lambda name: name in parameters)
 
 
-def _missing(module: nn.Module, parameters: Snapshot) -> list[str]:
-    there = {canonical_name(name) for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    return [name for name in parameters if name not in there]
+def is_ready(module: L.LightningModule, shared: Iterable[str], own: Iterable[str]) -> bool:
+    """Whether a module has the parameters of a stream, with values, before Lightning has set it up.
+
+    One that is built in ``configure_model`` or on the meta device has not.
+
+    Args:
+        module: The module, in ``setup``.
+        shared: Names of the parameters and buffers that all tasks share.
+        own: Names of those that tasks keep for themselves; they may be missing if :func:`restore_task_parameters` can
+            have them made.
+    """
+    can_make = is_overridden("on_load_checkpoint", module)
+    on_meta = any(tensor.is_meta for _, tensor in _named(module))
+    return not on_meta and not _missing(module, [*shared, *([] if can_make else own)])
+
+
+def _missing(module: nn.Module, names: Iterable[str]) -> list[str]:
+    there = {canonical_name(name) for name, _ in _named(module)}
+    return [name for name in names if name not in there]
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -35,9 +35,15 @@ def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Cal
     Of sharded parameters both will do, whole tensors and this process's shards.
 
     Raises:
-        ValueError: If names or shapes differ; nothing is written then.
+        ValueError: If names or shapes differ, or the module is on the meta device; nothing is written then.
     """
     tensors = _tensors(module, select)
+    if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{', '.join(on_meta[:3])}{', ...' if len(on_meta) > 3 else ''} of {type(module).__name__} cannot be "
+            "written: they are on the meta device, without memory for values. Give them memory first "
+            "(module.to_empty(device=...)), or wait until Lightning has done so: in the module's hook on_fit_start."
+        )
     shards = find_shards(tensors)
     check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored")
     for name, tensor in tensors.items():

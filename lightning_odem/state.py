@@ -45,6 +45,11 @@ class StreamState:
     started: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def own_names(self) -> set[str]:
+        """Names of all parameters that are not merged."""
+        return set(self.fixed).union(*self.task_parameters.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
         plain = {name: getattr(self, name) for name in _PLAIN}

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback
@@ -66,6 +67,46 @@ def test_a_new_process_goes_on_as_if_the_stream_had_never_stopped(options):
     assert same(everything(other), everything(module))
     assert plain(parts.report) == plain(whole.report)
     assert not any(math.isnan(value) for row in parts.report.accuracy for value in row)
+
+
+class Late(Classifier):
+    """Built when Lightning asks for it, by random numbers; its head belongs to single tasks."""
+
+    task_specific = ("head",)
+
+    def __init__(self, merge):
+        super().__init__(dropout=0.2, batch_norm=True)
+        self.body = self.head = None
+        self.merge = merge
+
+    def configure_model(self):
+        if self.body is None:
+            built = Classifier(dropout=0.2, batch_norm=True)
+            self.body, self.head = built.body, nn.Linear(8, 3)
+            nn.init.normal_(self.body[0].weight)
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["built_by_the_seed", "load_base"])
+def test_a_module_built_in_configure_model_goes_on_as_well(seeded):
+    class Loading(Late):
+        def on_fit_start(self):
+            if self.merge.report.tasks and not seeded:
+                with torch.no_grad():
+                    self.body[0].weight.zero_()  # as from another file
+                self.merge.load_base(self)
+
+    def go(directory, stop_after=3):
+        L.seed_everything(3, verbose=False)
+        merge = ContinualMergeCallback(dirpath=directory, calibration_size=12)
+        module = Loading(merge)
+        for _, task in zip(range(stop_after), merge.remaining(tasks()), strict=False):
+            fit(module, task, merge)
+        return everything(module)
+
+    whole = go("whole")
+    go("parts", stop_after=1)
+    go("parts", stop_after=1)
+    assert same(go("parts"), whole)
 
 
 def file_of(tensor):

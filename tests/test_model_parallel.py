@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Classifier, Task, close, everything, fit
+from toy import Classifier, Task, close, everything, fit, same
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.durable import StreamStore
@@ -16,12 +16,16 @@ from lightning_odem.methods import ODEMerge
 pytestmark = pytest.mark.slow
 
 
+def run(script, *arguments):
+    path = Path(__file__).parent / "helpers" / script
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, path, *arguments], check=True, timeout=300, env=environment)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model_parallel")
-    script = Path(__file__).parent / "helpers" / "model_parallel.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, directory, "0.01"], check=True, timeout=300, env=environment)
+    run("model_parallel.py", directory, "0.01")
     return directory
 
 
@@ -59,3 +63,12 @@ def test_a_single_process_goes_on_with_a_stream_of_shards(directory, monkeypatch
         assert len(merge.report.tasks) == 4
         ends.append(everything(module))
     assert close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stream_goes_on_with_a_module_that_lightning_gives_shards_and_memory_to(tmp_path):
+    run("late_module.py", tmp_path)
+    run("late_module.py", tmp_path)
+    whole, parts = (torch.load(tmp_path / kind / "end.pt") for kind in ("whole", "parts"))
+    assert "heads.task_1.weight" in whole["tensors"]
+    assert same(parts["tensors"], whole["tensors"])
+    assert parts["accuracy"] == whole["accuracy"]

@@ -1,9 +1,10 @@
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from lightning_odem.classifier import TaskClassifier
-from lightning_odem.restoration import restore_task_parameters
+from lightning_odem.restoration import is_ready, restore_task_parameters
 
 OWN = {"heads.digits.weight": torch.full((3, 4), 2.0), "heads.digits.bias": torch.full((3,), 3.0)}
 
@@ -40,3 +41,25 @@ def test_another_shape_is_refused_and_nothing_written():
     with pytest.raises(ValueError, match=r"bias: \(1,\) in the module's model, \(2,\) in the stored"):
         restore_task_parameters(module, {"weight": torch.zeros(1, 2), "bias": torch.zeros(2)})
     assert torch.equal(module.weight, before)
+
+
+class Plain(L.LightningModule):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.body = nn.Linear(2, 1, bias)
+        self.register_buffer("mean", torch.zeros(1))
+
+
+class Making(Plain):
+    def on_load_checkpoint(self, checkpoint):
+        pass
+
+
+def test_a_module_is_ready_once_it_has_all_parameters_and_buffers_with_values():
+    shared, own = ["body.weight", "mean"], ["body.bias"]
+    assert is_ready(Plain(), shared, own)
+    assert not is_ready(Plain(), [*shared, "head.weight"], own)
+    assert not is_ready(Plain(bias=False), shared, own)
+    assert is_ready(Making(bias=False), shared, own)
+    assert not is_ready(Plain().to("meta"), shared, own)
+    assert not is_ready(Plain(bias=False).to("meta"), [], [])

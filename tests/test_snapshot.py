@@ -89,6 +89,18 @@ def test_load_of_another_architecture_writes_nothing(change):
     assert all(torch.equal(tensor, before[name]) for name, tensor in take_snapshot(net).items())
 
 
+def test_a_module_on_the_meta_device_is_not_taken_for_loaded():
+    snapshot = take_snapshot(Net())
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(
+        ValueError, match=r"body.0.weight, .*, \.\.\. of Net cannot be written: .*meta device.*on_fit_start"
+    ):
+        load_snapshot(net, snapshot, lambda name: True)
+    load_snapshot(net.to_empty(device="cpu"), snapshot, lambda name: True)
+    assert torch.equal(net.head.weight, snapshot["head.weight"])
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_block_leaves_nothing_behind(mode, fails):
