@@ -32,7 +32,9 @@ class MergeRecord:
             ``damped_share`` (n steps). ``gamma``, ``alignment_ratio`` and ``damped_share`` are empty for paths
             without such a damping; all is empty for methods that follow no path and for the first task. Some methods'
             options add lists under ``held_out_t`` and ``held_out_loss`` (candidates for the end, which lie beyond it as
-            well, and their losses on held-out samples), or ``rejected_t`` and ``rejected_loss`` (steps taken back).
+            well, and their losses on held-out samples), ``rejected_t`` and ``rejected_loss`` (steps taken back), or
+            ``departure``, ``departure_loss`` and ``departure_taken`` (shares of the paths' departure from the running
+            average, the losses there on samples that the paths did not see, and the share that was taken).
         steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.
