@@ -36,7 +36,8 @@ class MergeRecord:
             ``departure``, ``departure_loss`` and ``departure_taken`` (shares of the paths' departure from the running
             average, the losses there on samples that the paths did not see, and the share that was taken).
         steps: Steps of the path.
-        loss_before: Calibration loss of the merged model before this merge (NaN if never measured).
+        loss_before: Calibration loss where the path begins, at the merged model before this merge or at the running
+            average of the models before (NaN if never measured).
         loss_after: Calibration loss of the merged model after it.
         loss_incoming: Calibration loss of the incoming model.
         barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
