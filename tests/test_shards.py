@@ -102,6 +102,12 @@ def test_a_vector_of_shards_reads_writes_and_collects_as_one_of_whole_parameters
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_scale_too_large_for_one_shard_is_lowered_by_all_processes_together(jobs, size):
+    for result in jobs[size]:
+        assert result["scale"] == {"same": True, "scale": 4.0, "passes": 3}
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_a_snapshot_holds_the_shards_and_what_is_not_sharded(jobs, size):
     for rank, result in enumerate(jobs[size]):
         shapes, missing = result["round trip"]

@@ -84,7 +84,10 @@ class CalibrationObjective:
             ValueError: If the loss depends on none of the parameters.
         """
         batches = self.micro_batches() if batches is None else batches
-        return self.loss_scale.differentiate(lambda scale: self._loss_and_grad(theta, batches, scale))
+        shards = self.vector.shards
+        return self.loss_scale.differentiate(
+            lambda scale: self._loss_and_grad(theta, batches, scale), None if shards is None else shards.sum_
+        )
 
     def loss(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> float:
         """Loss at ``theta``, without a gradient; ``batches`` as in :meth:`loss_and_grad`."""

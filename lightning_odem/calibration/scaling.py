@@ -31,20 +31,35 @@ class LossScale:
     def __init__(self, value: float = 1.0) -> None:
         self.value = 2.0 ** math.floor(math.log2(max(value, 1.0)))
 
-    def differentiate(self, loss_and_grad: Callable[[float], tuple[float, Tensor]]) -> tuple[float, Tensor]:
+    def differentiate(
+        self,
+        loss_and_grad: Callable[[float], tuple[float, Tensor]],
+        sum_over_shards: Callable[[Tensor], None] | None = None,
+    ) -> tuple[float, Tensor]:
         """Loss and gradient of a function that gives its loss and the gradient times the scale.
 
         Args:
             loss_and_grad: Called with the scale; again if the gradient is too large for it.
+            sum_over_shards: Where the gradient is this process's shard of one: sums numbers over the processes, in
+                place. All of them have to lower the scale together, for they evaluate together.
         """
         while True:
             loss, grad = loss_and_grad(self.value)
             if self.value == 1.0:
                 return loss, grad
-            if not math.isfinite(loss) or torch.linalg.vector_norm(grad, math.inf).isfinite():
+            if not math.isfinite(loss) or _is_finite(grad, sum_over_shards):
                 return loss, grad.div_(self.value)
             del grad
             self.value /= 2.0
+
+
+def _is_finite(grad: Tensor, sum_: Callable[[Tensor], None] | None) -> bool:
+    """Whether a gradient is finite, in all shards."""
+    # A norm makes no vector, and is not defined on a shard without entries.
+    largest = torch.linalg.vector_norm(grad, math.inf) if len(grad) else grad.new_zeros(())
+    if sum_ is not None:
+        sum_(largest)
+    return bool(largest.isfinite())
 
 
 def loss_scale(trainer: L.Trainer) -> float:

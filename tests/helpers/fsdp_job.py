@@ -1,5 +1,6 @@
 """What the processes of a job do in tests of merges on sharded parameters; a single process does it on whole ones."""
 
+import math
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.batches import count
+from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.methods import (
     AverageMerge,
     LinearInterpolation,
@@ -269,6 +271,24 @@ def _divide(net, factor):
             module.set_gradient_divide_factor(factor)
 
 
+def scale_losses():
+    """A scale too large for the shard of one process; whether its gradient is the one without a scale, and passes."""
+    net = sharded(Net(1, torch.float32))
+    plain, scaled = make_objective(net, torch.float32), make_objective(net, torch.float32)
+    loss_and_grad, rank = scaled._loss_and_grad, scaled.processes.rank
+
+    def overflowing(theta, batches, scale):
+        loss, grad = loss_and_grad(theta, batches, scale)
+        if rank == 0 and scale > 4.0:
+            grad[0] = math.inf
+        return loss, grad
+
+    scaled._loss_and_grad, scaled.loss_scale = overflowing, LossScale(16.0)
+    theta = plain.vector.read()
+    same = torch.equal(plain.loss_and_grad(theta)[1], scaled.loss_and_grad(theta)[1])
+    return {"same": same, "scale": scaled.loss_scale.value, "passes": scaled.gradient_evaluations}
+
+
 def refusals():
     """Messages of what is refused."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -308,5 +328,6 @@ def everything(source, target):
         "merge in fp32": merge(["ode", "ode_paper tensor"], torch.float32),
         "round trip": round_trip(source, target),
         "parameters": parameters(),
+        "scale": scale_losses(),
         "refusals": refusals(),
     }
