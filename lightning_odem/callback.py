@@ -74,7 +74,9 @@ class ContinualMergeCallback(L.Callback):
     callback with that ``dirpath`` goes on with the stream, see :meth:`remaining`; its module has to start with the
     weights of the base model (:meth:`load_base`). If the process was seeded, before the callback was made, as the one
     that began the stream, and that one set no seeds between tasks, random numbers go on where the last merge left
-    them: the result is that of one process, bit for bit. While a task is fitted no other process can fit one.
+    them (or begin with the seed, where Lightning sets it for each fit: after ``seed_everything`` under strategies for
+    several processes): the result is that of one process, bit for bit. While a task is fitted no other process can fit
+    one.
 
     **Several processes** share the evaluations of the calibration loss; every one takes the same steps. They may hold
     the parameters whole (``strategy="ddp"``) or share them by FSDP2 (``ModelParallelStrategy``), where each holds and
@@ -250,6 +252,7 @@ class ContinualMergeCallback(L.Callback):
             self._state.started = {}
             self._directory.lock(trainer)
             self._went_on = False
+            self._random.before_fit(trainer.strategy)
             # Before the module's own setup, which may look at the heads there are or set them anew.
             if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
                 self._go_on(pl_module)

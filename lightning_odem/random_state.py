@@ -1,11 +1,13 @@
 """The global random state of Python, NumPy and torch, and how a stream goes on with it in another process."""
 
 import hashlib
+import os
 import random
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor
 
 
@@ -55,15 +57,29 @@ class RandomStream:
     It does so if this process was seeded like the one that began the stream when this object was made, and if that one
     set no seeds (and drew no numbers) between its tasks; otherwise the process's own seed is heeded. What it has to
     know of other processes it puts into a dict that is kept with the stream: ``began``, ``reseeded`` and ``state``.
+
+    Under strategies for several processes Lightning sets the seed of ``seed_everything`` anew as each fit starts, in
+    the first process as in later ones: there every task begins with that seed.
     """
 
     def __init__(self) -> None:
         self._began = random_digest(take_random_state())
         self._last: dict[str, Any] | None = None
+        self._set_anew: dict[str, Any] | None = None
+
+    def before_fit(self, strategy: Strategy) -> None:
+        """Note what a fit starts with, where Lightning has just set the seed."""
+        # All of these strategies do it as they set up the environment, if there is a seed.
+        is_set_anew = isinstance(strategy, ParallelStrategy) and "PL_GLOBAL_SEED" in os.environ
+        self._set_anew = take_random_state() if is_set_anew else None
 
     def before_task(self, known: dict[str, Any], is_new_process: bool) -> dict[str, Any]:
         """Go on where the last merge ended, if that is right; returns what is known then."""
         if not known:
+            return known
+        if self._set_anew is not None:
+            if is_new_process:  # which may have built its module since, unlike the one before
+                load_random_state(self._set_anew)
             return known
         if known is self._last:  # and no training has failed in between
             changed = random_digest(take_random_state()) != random_digest(known["state"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
 
@@ -26,7 +27,7 @@ def tasks(count=3, **options):
     return [Task(number, shuffle=True, **options) for number in range(count)]
 
 
-def process(directory, count=3, seed=3, stop_after=None, **options):
+def process(directory, count=3, seed=3, stop_after=None, strategy="auto", **options):
     """What one process does of a stream; returns its module and callback."""
     L.seed_everything(seed, verbose=False)
     module = Classifier(dropout=0.2, batch_norm=True)
@@ -34,8 +35,19 @@ def process(directory, count=3, seed=3, stop_after=None, **options):
     for done, task in enumerate(merge.remaining(tasks(count))):
         if done == stop_after:
             break
-        fit(module, task, merge)
+        fit(module, task, merge, strategy=strategy)
     return module, merge
+
+
+@pytest.fixture(params=["auto", "ddp"])
+def strategy(request):
+    """A strategy for one process; what torch.distributed and Lightning leave behind is cleared away."""
+    environment = dict(os.environ)
+    yield request.param
+    os.environ.clear()
+    os.environ.update(environment)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def plain(report):
@@ -69,6 +81,14 @@ def test_a_new_process_goes_on_as_if_the_stream_had_never_stopped(options):
     assert not any(math.isnan(value) for row in parts.report.accuracy for value in row)
 
 
+@pytest.mark.parametrize("strategy", ["ddp"], indirect=True)
+def test_where_lightning_sets_the_seed_anew_a_new_process_goes_on_as_well(strategy):
+    module, _ = process("whole", strategy=strategy)
+    for stop_after in (1, 1, None):
+        other, _ = process("parts", stop_after=stop_after, strategy=strategy)
+    assert same(everything(other), everything(module))
+
+
 class Late(Classifier):
     """Built when Lightning asks for it, by random numbers; its head belongs to single tasks."""
 
@@ -87,7 +107,7 @@ class Late(Classifier):
 
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["built_by_the_seed", "load_base"])
-def test_a_module_built_in_configure_model_goes_on_as_well(seeded):
+def test_a_module_built_in_configure_model_goes_on_as_well(seeded, strategy):
     class Loading(Late):
         def on_fit_start(self):
             if self.merge.report.tasks and not seeded:
@@ -100,7 +120,7 @@ def test_a_module_built_in_configure_model_goes_on_as_well(seeded):
         merge = ContinualMergeCallback(dirpath=directory, calibration_size=12)
         module = Loading(merge)
         for _, task in zip(range(stop_after), merge.remaining(tasks()), strict=False):
-            fit(module, task, merge)
+            fit(module, task, merge, strategy=strategy)
         return everything(module)
 
     whole = go("whole")

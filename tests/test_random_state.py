@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from lightning import seed_everything
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_odem.random_state import RandomStream, load_random_state, random_digest, take_random_state
 
@@ -85,3 +87,39 @@ def test_a_merge_that_was_not_kept_is_not_taken_for_the_last():
 
 def test_nothing_is_known_before_the_first_merge():
     assert begun().before_task({}, is_new_process=True) == {}
+
+
+def fit_starts(stream, strategy):
+    """As Lightning starts one: a strategy for several processes sets the seed anew."""
+    if isinstance(strategy, DDPStrategy):
+        reset_seed()
+    stream.before_fit(strategy)
+
+
+def test_where_lightning_sets_the_seed_anew_each_task_begins_with_it():
+    stream, strategy = begun(), DDPStrategy()
+    numbers()
+    known = stream.after_merge({})
+    fit_starts(stream, strategy)
+    expected = random_digest(take_random_state())
+    known = stream.before_task(known, is_new_process=False)
+    assert not known["reseeded"]
+    assert random_digest(take_random_state()) == expected
+    stream = begun()
+    fit_starts(stream, strategy)
+    numbers()  # which build a module
+    stream.before_task(known, is_new_process=True)
+    assert random_digest(take_random_state()) == expected
+
+
+def test_without_a_seed_to_set_anew_random_numbers_go_on_under_any_strategy(monkeypatch):
+    for strategy in (DDPStrategy(), SingleDeviceStrategy("cpu")):
+        stream = begun()
+        known = stream.after_merge({})
+        expected = numbers()
+        stream = begun()
+        monkeypatch.delenv("PL_GLOBAL_SEED")  # as if torch.manual_seed had been called instead
+        fit_starts(stream, strategy)
+        numbers()
+        stream.before_task(known, is_new_process=True)
+        assert numbers() == expected
