@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.methods.base import MergeContext, MergeResult
+from lightning_odem.methods.linalg import cosine
 from lightning_odem.methods.running_average import RunningAverage
 from lightning_odem.methods.sampling import halve
 
-SHARES = (0.0, 1.0, 2.0)
-"""Shares of the paths' departure from the running average at which the loss is measured."""
+SHARES = (0.0, 0.5, 1.0)
+"""Shares of a path's departure from the running average at which the loss is measured."""
 
 
 class Follow(Protocol):
@@ -36,21 +37,29 @@ class CrossFit:
     :math:`\bar\theta_k = (1 - t) \bar\theta_{k-1} + t \theta_1` the average that a path without gradients leads to, and
     L_A, L_B the loss on the halves,
 
-    .. math:: \Psi_k = \bar\theta_k + s \left(\frac{\theta^A + \theta^B}{2} - \bar\theta_k\right), \qquad
-        s = \arg\min_{0 \le s \le 2}\ L_B(\bar\theta_k + s (\theta^A - \bar\theta_k))
-        + L_A(\bar\theta_k + s (\theta^B - \bar\theta_k)),
+    .. math:: \Psi_k = \bar\theta_k + s\, \frac{\delta^A + \delta^B}{2}, \qquad
+        \delta^{A} = \theta^{A} - \bar\theta_k, \quad \delta^{B} = \theta^{B} - \bar\theta_k.
 
-    the minimum of the parabola through s = 0, 1 and 2. Every loss in it is one on samples that the path did not see:
-    where gradients only fit their own samples s is 0 and the merged model the running average, bit for bit. Both paths
-    together cost the gradients of one over all samples; judging costs three passes over all samples without gradient,
-    and one more measures the result.
+    How far to go, s, is judged on samples that the path did not see: the mean of :math:`L_B(\bar\theta_k + s \delta^A)`
+    and :math:`L_A(\bar\theta_k + s \delta^B)` at s = 0, 1/2 and 1 is a parabola :math:`\ell_0 + b s + a s^2`. The slope
+    of the merged model's loss is the same b, its curvature less, for what is noise in the two departures cancels in
+    their mean: :math:`a (1 + c) / 2`, with c the cosine between them (exactly, if the loss is curved alike in all
+    directions). Hence
+
+    .. math:: s = \mathrm{clip}\left(\frac{-b}{(1 + c)\, a},\ 0,\ 1\right).
+
+    Where gradients only fit their own samples s is 0 and the merged model the running average, bit for bit; where paths
+    are too long they are shortened. Both paths together cost the gradients of one over all samples; judging costs three
+    passes over all samples without gradient, and one more measures the result.
 
     The running average is kept between merges, in main memory. While the second path goes on, the end of the first is
     held beside it.
 
     Example:
-        >>> best_share([3.0, 2.0, 3.0]), best_share([1.0, 2.0, 5.0]), best_share([5.0, 3.0, 2.0])
-        (1.0, 0.0, 2.0)
+        >>> best_share([3.0, 2.0, 3.0], cosine=1.0), best_share([3.0, 2.5, 3.0], cosine=0.0)
+        (0.5, 1.0)
+        >>> best_share([1.0, 2.0, 5.0], cosine=0.0), best_share([5.0, 3.0, 2.0], cosine=0.0)
+        (0.0, 1.0)
     """
 
     def __init__(self) -> None:
@@ -84,13 +93,13 @@ class CrossFit:
                 unseen_loss[number] += unseen.loss(straight.add(result.theta, alpha=share)) / 2
             results.append(result)
             del straight  # not held while the second path is followed
-        share = best_share(unseen_loss)
+        first, second = results
+        share = best_share(unseen_loss, cosine(first.theta, second.theta, context.sum_))
         if not share:
             rank_zero_info(
                 f"The gradients of half of the samples took the loss on the other half from {unseen_loss[0]:.4g} to "
-                f"{unseen_loss[1]:.4g}: the merged model is the running average."
+                f"{unseen_loss[-1]:.4g}: the merged model is the running average."
             )
-        first, second = results
         time = None if first.t is None or second.t is None else (first.t + second.t) / 2
         theta = self._straight(incoming, time, t, context)
         if share:
@@ -120,15 +129,21 @@ class CrossFit:
         return average.lerp_(incoming, t if reached is None else reached)
 
 
-def best_share(losses: Sequence[float]) -> float:
-    """Where in [0, 2] the parabola through losses at 0, 1 and 2 is lowest; 0 unless it is lower there than at 0."""
-    at_0, at_1, at_2 = losses
-    curvature = at_2 - 2.0 * at_1 + at_0
+def best_share(losses: Sequence[float], cosine: float) -> float:
+    """Where in [0, 1] the mean of two departures is best, from the losses of each by itself.
+
+    Args:
+        losses: At 0, 1/2 and 1 times a departure, on samples that it was not made with.
+        cosine: Cosine between the departures.
+    """
+    at_0, half_way, at_1 = losses
+    slope = 4.0 * half_way - 3.0 * at_0 - at_1
+    curvature = (1.0 + cosine) * (at_1 - 2.0 * half_way + at_0)  # of the mean, as that of each by itself is halved
     if not math.isfinite(curvature):
-        return 1.0 if at_1 < at_0 else 0.0
+        return 0.0
     if curvature <= 0.0:
-        return 2.0 if at_2 < at_0 else 0.0
-    return min(max(1.0 - (at_2 - at_0) / (2.0 * curvature), 0.0), 2.0)
+        return 1.0 if at_1 < at_0 else 0.0
+    return min(max(0.0, -slope / (2.0 * curvature)), 1.0)
 
 
 def _half(on_step: Callable[[int, int], None] | None, index: int) -> Callable[[int, int], None] | None:

@@ -37,6 +37,19 @@ def norm(vector: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
     return math.sqrt(total(square, sum_))
 
 
+def cosine(a: Tensor, b: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
+    """Cosine between two vectors, accumulated in fp64; 0 if one of them vanishes.
+
+    Example:
+        >>> cosine(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0])), cosine(torch.zeros(2), torch.ones(2))
+        (0.6, 0.0)
+    """
+    pieces = zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
+    product = total(math.fsum(float(exact(x).dot(exact(y))) for x, y in pieces), sum_)
+    lengths = norm(a, sum_) * norm(b, sum_)
+    return product / lengths if lengths else 0.0
+
+
 def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition U diag(S) V^T without the directions that are zero up to rounding.
 

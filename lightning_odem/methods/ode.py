@@ -56,8 +56,8 @@ class ODEMerge(MergeMethod):
     :math:`\bar\theta_{k-1}` of the models so far, which has not seen a sample: what a descent has found for k - 1
     tasks is not built upon, but found anew for k. Two are followed, with one half of the samples each, and each is
     judged by the loss on the other half, see :class:`~lightning_odem.methods.cross_fit.CrossFit`. The merged model is
-    the average plus as much of the paths' mean departure from it as lowers the loss on samples that they did not see,
-    between none and twice of it. So :math:`\kappa` need not be right either; 0.012 follows from runs with descents of
+    the average plus as much of the paths' mean departure from it as lowers the loss on samples that they did not see.
+    So a :math:`\kappa` that is too large is no harm; 0.012 follows from runs with descents of
     several lengths and 128 to 1024 samples, on validation splits of small images.
 
     A merge costs as many sample gradients as Algorithm 1's, ceil(t / h) N, and seven passes over the buffer

@@ -49,23 +49,37 @@ METHOD = {"batch_size": 8, "descent": 0.03}
 
 
 @pytest.mark.parametrize(
-    ("losses", "share"),
+    ("losses", "cosine", "share"),
     [
-        ([3.0, 2.0, 3.0], 1.0),
-        ([2.0, 1.0, 1.0], 1.5),
-        ([1.0, 1.0, 2.0], 0.5),
-        ([1.0, 1.5, 3.0], 0.0),  # the parabola's vertex is at 0
-        ([5.0, 3.0, 2.0], 2.0),
-        ([1.0, 1.0, 1.0], 0.0),
-        ([3.0, 2.0, 1.0], 2.0),
-        ([1.0, 2.0, 1.0], 0.0),  # no minimum
-        ([1.0, 0.5, math.inf], 1.0),
-        ([1.0, math.nan, math.inf], 0.0),
-        ([1.0, math.inf, 0.5], 0.0),
+        ([3.0, 2.0, 3.0], 1.0, 0.5),
+        ([3.0, 2.0, 3.0], 0.0, 1.0),
+        ([3.0, 2.75, 3.5], 1.0, 0.375),
+        ([3.0, 2.75, 3.5], 0.0, 0.75),
+        ([3.0, 2.75, 3.5], -0.5, 1.0),
+        ([3.0, 3.25, 4.0], 0.0, 0.0),  # the parabola's vertex is at 0
+        ([5.0, 3.0, 2.0], 1.0, 1.0),  # beyond 1
+        ([1.0, 1.0, 1.0], 0.0, 0.0),
+        ([3.0, 2.0, 1.0], 0.0, 1.0),
+        ([1.0, 2.0, 1.0], 0.0, 0.0),  # no minimum
+        ([1.0, 0.5, math.inf], 0.0, 0.0),
+        ([1.0, math.nan, math.inf], 0.0, 0.0),
     ],
 )
-def test_the_share_is_where_the_parabola_is_lowest(losses, share):
-    assert best_share(losses) == pytest.approx(share)
+def test_the_share_is_where_the_parabola_of_the_mean_is_lowest(losses, cosine, share):
+    assert best_share(losses, cosine) == pytest.approx(share)
+
+
+def test_the_share_minimises_the_mean_loss_of_a_quadratic_with_noisy_departures():
+    """Departures of one signal and noise of their own: the share is found from each, and is right for their mean."""
+    generator = torch.Generator().manual_seed(0)
+    d, signal = 20000, torch.randn(20000, generator=generator, dtype=torch.float64)
+    loss = lambda theta: float((theta - 0.6 * signal).square().sum()) / d  # noqa: E731
+    first, second = (signal + 1.5 * torch.randn(d, generator=generator, dtype=torch.float64) for _ in range(2))
+    unseen = [(loss(s * first) + loss(s * second)) / 2 for s in (0.0, 0.5, 1.0)]
+    c = float(first @ second / first.norm() / second.norm())
+    mean = (first + second) / 2
+    best = 0.6 * float(mean @ signal / (mean @ mean))  # in closed form
+    assert best_share(unseen, c) == pytest.approx(best, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -83,7 +97,7 @@ def test_gradients_that_only_fit_their_own_samples_leave_the_running_average_bit
             path = result.trajectory
             if path.departure_taken == [0.0]:
                 assert torch.equal(theta, mean)
-                assert path.departure_loss[0] < min(path.departure_loss[1:])
+                assert path.departure_loss[0] < path.departure_loss[-1]
                 fallen_back += 1
             else:
                 assert not torch.equal(theta, mean)
