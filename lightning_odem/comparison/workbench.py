@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+import lightning_odem
 from lightning_odem.attach import attached
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.comparison.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, loader
@@ -141,7 +142,8 @@ class Workbench:
 
     def fingerprint(self, seed: int, tasks: tuple[str, ...], *more: Any) -> str:
         """Hash of the fine-tuned models in an order, and of whatever else decides a result."""
-        settings = [self.settings.batch_norm, repr(self.settings.calibration)]
+        # Defaults and rules change between versions of this package, trained models do not.
+        settings = [lightning_odem.__version__, self.settings.batch_norm, repr(self.settings.calibration)]
         return fingerprint([[self.describe(seed, task) for task in tasks], settings, *more])
 
     def _task(self, seed: int, name: str) -> Task:

@@ -127,6 +127,17 @@ def test_parameters_excluded_later_are_not_taken_from_what_was_merged_before(tmp
     assert part.report.accuracy != whole.report.accuracy
 
 
+@pytest.mark.slow
+def test_another_version_of_the_package_merges_anew_and_trains_nothing(tmp_path, monkeypatch):
+    options = {"methods": ["average"], "orders": 1, "weighting": ["uniform"], "joint": False}
+    compare(tmp_path, **options)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    monkeypatch.setattr("lightning_odem.__version__", "0.0.1")
+    compare(tmp_path, **options)
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
+
+
 def test_unknown_methods_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="Unknown merge method 'odem'"):
         compare(tmp_path, methods=["odem"])
