@@ -57,10 +57,8 @@ def test_the_ends_are_the_two_fine_tuned_models(comparison, directory):
         first, *_, last = [cell.report for cell in comparison.select(method=method)]
         assert [first.accuracy[-1], last.accuracy[-1]] == rows
         assert [first.acc(), last.acc()] == [rows[0][0], rows[1][1]]
-    assert (first.merges[1].loss_after, last.merges[1].loss_after) == (
-        first.merges[1].loss_before,
-        last.merges[1].loss_incoming,
-    )
+    found = (first.merges[1].loss_after, last.merges[1].loss_after)
+    assert found == pytest.approx((first.merges[1].loss_before, last.merges[1].loss_incoming), rel=1e-6)
 
 
 def test_a_share_is_the_operating_time(comparison):

@@ -82,7 +82,8 @@ class ODEMerge(MergeMethod):
             the transport. None needs further gradients or a further vector of the model's size.
         operating_time: How far the flow goes. ``"utility"`` (the paper's): to :math:`t_k = w_k / \sum_j w_j`. A number
             in [0, 1]: to that time in every merge. ``"became"``: to the minimum of a quadratic model of all tasks'
-            losses, see :func:`~lightning_odem.methods.became.became_time`; one more gradient on every sample.
+            losses, see :func:`~lightning_odem.methods.became.became_time`; one more gradient on every sample. With a
+            descent, and in a search, each half has a time of its own and the merge their mean.
             ``"search"``: to the point of lowest loss on calibration samples that the gradients do not see, among those
             h apart between the times that :math:`t_k` would be if the task's weight were ``search_to`` times smaller
             and larger. One more vector of the model's size is held. The report has the losses of all candidates.
