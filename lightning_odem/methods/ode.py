@@ -184,12 +184,14 @@ class ODEMerge(MergeMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an empty one begins a new stream, or takes over that of another method.
 
+        Without a descent an average is dropped: merges from now on would leave it behind.
+
         Raises:
             ValueError: If another method wrote it.
         """
         if state and state.keys() != {"average"}:
             raise ValueError(f"ODEMerge keeps an average, but the stream's state has: {', '.join(state)}.")
-        self._cross_fit.load_state_dict(state)
+        self._cross_fit.load_state_dict(state if self.descent else {})
 
     def _follow(
         self,

@@ -217,6 +217,14 @@ def test_a_stream_of_another_method_is_taken_over_at_its_merged_model():
     assert torch.equal(taken_over, begun.merge(torch.zeros_like(merged), incoming, 0.5, context).theta)
 
 
+def test_an_average_that_merges_without_descent_would_leave_behind_is_dropped():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context)
+    paper = PaperODEMerge()
+    paper.load_state_dict(method.state_dict())
+    assert paper.state_dict() == {}
+
+
 def test_progress_is_that_of_both_paths():
     _, context = make_stream()
     steps = []
