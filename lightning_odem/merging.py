@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_odem.base_gradients import BaseGradients
 from lightning_odem.batch_norm import BatchNormStatistics
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.objective import BatchLoss
@@ -134,6 +135,9 @@ def merging(
     task_data = None
     if "task_data" in method.needs:
         task_data = TaskData(vector, module, task, trace.batches)  # type: ignore[arg-type]
+    at_base = None
+    if method.task_samples and base and objective is not None:
+        at_base = BaseGradients(objective, base, incoming, statistics, task, trace.further)
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
     # A copy: a method may change its tensors in place before it fails.
     method_state = deepcopy(method.state_dict())
@@ -154,6 +158,7 @@ def merging(
                     if "snapshots" in method.needs
                     else (),
                     task_data=task_data,
+                    at_base=at_base,
                     on_step=on_step,
                     shards=vector.shards,
                 )

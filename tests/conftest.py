@@ -1,5 +1,6 @@
 import os
 import sys
+from itertools import cycle
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: several at a time share the cores.
@@ -10,6 +11,18 @@ import torch
 
 # The tests have no package of their own (importlib mode); what several files share lies here.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Give the processes that a test starts a port to meet at which no other test's take meanwhile.
+
+    Left to itself Lightning asks the kernel for a free one, which another connection may have before it is bound.
+    """
+    os.environ["MASTER_PORT"] = str(next(_PORTS))
 
 
 @pytest.fixture

@@ -5,16 +5,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
 from toy import Classifier
 
 from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.further import FurtherSamples
 from lightning_odem.calibration.prediction_loss import EntropyLoss, LogitsLoss
 from lightning_odem.flow import NonFiniteLossError, integrate
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import AverageMerge, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.snapshot import take_snapshot
+from lightning_odem.trace import TrainingTrace
 
 BF16, FP64 = torch.bfloat16, torch.float64
 SIZES = {"old": 20, "new": 8}
@@ -363,12 +366,21 @@ def float_storages(d):
     return {big.untyped_storage().data_ptr() for big in tensors if big.is_floating_point() and big.numel() >= d}
 
 
-@pytest.mark.parametrize(("method", "vectors"), [(PaperODEMerge, [5, 5, 5, 5]), (ODEMerge, [6, 8, 7, 9])])
-def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, vectors):
+@pytest.mark.parametrize(
+    ("method", "further", "vectors"),
+    [
+        (PaperODEMerge, 0, [5, 5, 5, 5]),
+        (ODEMerge, 0, [7, 7] + [7, 9, 8, 10]),
+        (ODEMerge, 2, [7, 7, 7] + [7, 8] + [9, 11, 9, 11]),
+    ],
+)
+def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, further, vectors):
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself.
 
-    With descent also the running average, from the second step on Adam's moments, and the end of the first path beside
-    the second.
+    With descent first the gradient at the base model, which is the point, and its sum over the samples; where there are
+    further samples then those of both halves there. Along the path also the running average and the mean gradient at
+    the base model, from the second step on Adam's moments, and the end of the first path beside the second. Where there
+    are further samples a path has its correction, and the first path also that of the second, in main memory.
     """
     d = 5000
     net = nn.Linear(d, 1, bias=False)
@@ -377,6 +389,7 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
     merged, base = {"weight": torch.zeros(1, d)}, {"weight": torch.zeros(1, d)}
     buffer, counts = CalibrationBuffer(4), []
     buffer.add("new", (torch.ones(4, 1), torch.ones(4)))
+    more = FurtherSamples(TensorDataset(torch.ones(further, 1), torch.ones(further)), torch.arange(further))
 
     def batch_loss(batch):
         loss = (net.weight * batch.samples[0].mean()).mean()
@@ -384,7 +397,8 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
             counts.append(len(float_storages(d) - others))
         return loss
 
-    merge(net, method(0.25), merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
+    calibration, trace = Calibration(buffer, batch_loss, 2), TrainingTrace(further=more)
+    merge(net, method(0.25), merged=merged, base=base, calibration=calibration, trace=trace)
     assert counts == vectors  # two steps of two micro-batches, or two paths of two steps of one
 
 
@@ -439,7 +453,7 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
     with attached(module):
         calibration = Calibration(buffer, LogitsLoss(module))
         record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
-        assert record.gradient_evaluations == 20
+        assert record.gradient_evaluations == 4  # of two epochs on each half
         (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
         p, q = (z.double().softmax(1) for z in (own, kept))
         with torch.no_grad():

@@ -97,11 +97,13 @@ def run_cell(
             model = bench.fine_tuned(plan.seed, name)
             own[name] = model.own
             load_task_parameters(module, model.own)
-            samples = None
+            samples, trace = None, _trace(model, tasks[name])
             if "calibration" in method.needs or bench.settings.batch_norm == "recalibrate":
-                samples = folding.draw(tasks[name].calibration_dataset(), weight)
+                dataset = tasks[name].calibration_dataset()
+                samples = folding.draw(dataset, weight)
+                trace = replace(trace, further=folding.draw_further(dataset, weight))
             with peak_memory(trainer.strategy.root_device) as peak:
-                record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))
+                record = folding.fold(model.weights, name, weight, samples, trace)
             peaks.append(peak.bytes)
             report.tasks.append(name)
             report.weights.append(weight)

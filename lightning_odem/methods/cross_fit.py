@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.methods.base import MergeContext, MergeResult
+from lightning_odem.methods.control_variate import ControlVariate
 from lightning_odem.methods.linalg import cosine
 from lightning_odem.methods.running_average import RunningAverage
 from lightning_odem.methods.sampling import halve
@@ -20,10 +21,19 @@ SHARES = (0.0, 0.5, 1.0)
 
 
 class Follow(Protocol):
-    """Follows a path from ``start`` in its memory with the samples of ``context``; ``unseen`` are the others."""
+    """Follows a path from ``start`` in its memory with the samples of ``context``; ``unseen`` are the others.
+
+    ``correction`` is to be added to gradients on its samples.
+    """
 
     def __call__(
-        self, start: Tensor, incoming: Tensor, t: float, context: MergeContext, unseen: CalibrationObjective
+        self,
+        start: Tensor,
+        incoming: Tensor,
+        t: float,
+        context: MergeContext,
+        unseen: CalibrationObjective,
+        correction: Tensor | None,
     ) -> MergeResult:
         """Follow the path."""
         ...
@@ -52,6 +62,9 @@ class CrossFit:
     are too long they are shortened. Both paths together cost the gradients of one over all samples; judging costs three
     passes over all samples without gradient, and one more measures the result.
 
+    Gradients on each half are corrected by what is known of the tasks beyond their samples in the buffer, see
+    :class:`~lightning_odem.methods.control_variate.ControlVariate`.
+
     The running average is kept between merges, in main memory. While the second path goes on, the end of the first is
     held beside it.
 
@@ -64,10 +77,12 @@ class CrossFit:
 
     def __init__(self) -> None:
         self._average = RunningAverage()
+        self._control = ControlVariate()
 
     def start(self, incoming: Tensor, context: MergeContext) -> None:
         """Begin a stream with its first model [d]."""
         self._average.start(incoming, context)
+        self._control.add(context)
 
     def merge(self, follow: Follow, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Merge in the memory of ``merged``, of which nothing but parameters new to the stream is used.
@@ -81,12 +96,14 @@ class CrossFit:
         """
         assert context.calibration is not None, "declared in needs"
         halves = halve(context.calibration)
+        self._control.add(context)
+        corrections = list(self._control.corrections(halves, context))
         results, unseen_loss = [], [0.0] * len(SHARES)
         for index, (seen, unseen) in enumerate((halves, halves[::-1])):
             part = replace(context, calibration=seen, on_step=_half(context.on_step, index))
             # Written once, the average knows all parameters, and the memory may be any.
             start = self._average.write_(torch.empty_like(merged) if index else merged, context)
-            result = follow(start, incoming, t, part, unseen)
+            result = follow(start, incoming, t, part, unseen, corrections.pop(0))
             straight = self._straight(incoming, result.t, t, context)
             result.theta.sub_(straight)  # the departure from here on
             for number, share in enumerate(SHARES):
@@ -116,12 +133,13 @@ class CrossFit:
         return MergeResult(theta, path, time)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running average; empty before the first task."""
-        return self._average.state_dict()
+        """The running average and the tasks' mean gradient at the base model; empty before the first task."""
+        return self._average.state_dict() | self._control.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; with an empty one the next merge takes the merged model for the average."""
         self._average.load_state_dict(state)
+        self._control.load_state_dict(state)
 
     def _straight(self, incoming: Tensor, reached: float | None, t: float, context: MergeContext) -> Tensor:
         """The running average with the incoming model, at the time that a path has reached; a new vector."""

@@ -124,6 +124,21 @@ def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuff
     return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
 
 
+def corrected(gradient: Gradient, correction: Tensor | None) -> Gradient:
+    """A gradient with a vector [d], from main memory or the device, added to it."""
+    if correction is None:
+        return gradient
+    held: Tensor = correction
+
+    def sum_(theta: Tensor) -> tuple[float, Tensor]:
+        nonlocal held
+        loss, found = gradient(theta)
+        held = held.to(found.device)
+        return loss, found.add_(held)
+
+    return sum_
+
+
 def _pieces(minibatch: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
     """The same samples in micro-batches of a size that fits on the device."""
     for batch in minibatch:

@@ -1,0 +1,102 @@
+"""What is known of the tasks' gradients beyond the calibration samples: their sum at the base model."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_odem.calibration import CalibrationObjective, MicroBatch
+from lightning_odem.methods.base import MergeContext
+from lightning_odem.methods.layout import tensors
+
+
+class ControlVariate:
+    r"""Corrects gradients on few samples by what these samples' gradient lacks at a point where more were seen.
+
+    When a task arrives its gradient at the base model, :math:`g_j`, is taken on many of its samples, once. Kept is only
+    the mean over tasks by their shares of the loss, :math:`\bar g = \sum_j s_j g_j`, one vector of the model's size.
+    With :math:`\hat g` the gradient on the n samples that are still there, a gradient at any other point becomes
+
+    .. math:: \hat g(\theta) + \bar g(\theta_{base}) - \hat g(\theta_{base}),
+
+    unbiased as before, and less noisy by as much as the two points see their samples alike: the control variate of
+    SVRG (Johnson & Zhang, NeurIPS 2013) with tasks whose samples are gone. It is 0 where no more samples were seen than
+    are there.
+
+    A path with one half A of the samples is judged on the other half B, which :math:`\bar g` may have seen: its part
+    :math:`\rho_B = n_B / M` of the M samples of each task is taken out again,
+
+    .. math:: \frac{\bar g - \rho_B\, \hat g_B}{1 - \rho_B} - \hat g_A \quad \text{at } \theta_{base}.
+    """
+
+    def __init__(self) -> None:
+        self._gradient: dict[str, Tensor] = {}
+        self._samples: dict[str, int] = {}
+
+    def add(self, context: MergeContext) -> None:
+        """Take in the incoming task: M gradients, M the method's ``task_samples`` or what the task has."""
+        if context.at_base is None or context.calibration is None:
+            return
+        shares, task = context.calibration.buffer.shares(), context.at_base.task
+        if task not in shares:
+            return
+        gradient, count = context.at_base.of_task(context.on_step)
+        before = math.fsum(shares[other] for other in self._samples if other in shares)
+        fraction = shares[task] / (before + shares[task])
+        pieces = {name: piece.cpu() for name, piece in tensors(gradient, context).items()}
+        kept = self._gradient or {name: torch.zeros_like(piece) for name, piece in pieces.items()}
+        # Of parameters new to the stream the earlier tasks' gradients are not known.
+        self._gradient = {
+            name: kept[name].lerp(pieces[name], fraction) if name in pieces else kept[name] for name in kept
+        }
+        self._samples = {**self._samples, task: count}
+
+    def corrections(
+        self, halves: Sequence[CalibrationObjective], context: MergeContext
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What to add to gradients on each of two halves of the samples [d], the second in main memory.
+
+        It costs the gradient of every sample once. None where no more is known than the samples tell.
+        """
+        assert context.calibration is not None, "there are halves of it"
+        shares = {task: s for task, s in context.calibration.buffer.shares().items() if task in self._samples}
+        known = math.fsum(shares.values())
+        seen = [self._seen(half, shares) for half in halves]
+        if context.at_base is None or not known or sum(seen) > 1.0 - 1e-9:
+            return None, None
+        first, second = (context.at_base.of(_of_tasks(half, shares)) for half in halves)
+        mean = torch.zeros_like(first)
+        for name, piece in tensors(mean, context).items():
+            if name in self._gradient:
+                piece.copy_(self._gradient[name])
+        # In the memory of what is not used any more: here it counts how many vectors are held.
+        other = mean.sub(second, alpha=seen[1]).div_(1.0 - seen[1]).sub_(first).mul_(known)
+        mean.sub_(first, alpha=seen[0]).div_(1.0 - seen[0]).sub_(second).mul_(known)
+        for vector in (other, mean):
+            for name, piece in tensors(vector, context).items():
+                if name not in self._gradient:
+                    piece.zero_()
+        return other, mean.cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean gradient by parameter name, and the number of samples by task; empty before the first."""
+        return {"gradient": self._gradient, "samples": self._samples} if self._samples else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; an empty one forgets everything."""
+        self._gradient, self._samples = dict(state.get("gradient", {})), dict(state.get("samples", {}))
+
+    def _seen(self, half: CalibrationObjective, shares: dict[str, float]) -> float:
+        """The part that a half has of the samples which the mean gradient was taken on."""
+        counts, known = half.buffer.counts, math.fsum(shares.values())
+        return math.fsum(share / known * counts[task] / self._samples[task] for task, share in shares.items())
+
+
+def _of_tasks(half: CalibrationObjective, shares: dict[str, float]) -> list[MicroBatch]:
+    """The samples of a half, of those tasks that have some; their shares sum to 1."""
+    there = {task: share for task, share in shares.items() if half.buffer.counts[task]}
+    total = math.fsum(there.values())
+    size = half.batch_size
+    return [batch for task, share in there.items() for batch in half.buffer.micro_batches_of(task, size, share / total)]
