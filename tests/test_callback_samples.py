@@ -144,8 +144,9 @@ def merge_two(kind, **options):
 def test_each_tasks_gradient_at_the_base_model_is_taken_on_samples_that_the_buffer_has_no_place_for():
     _, merge = merge_two(Task)
     assert merge.method.state_dict()["samples"] == {"task_1": 24, "task_2": 24}
-    epochs, at_base = 2 * 6, 6
-    assert [record.sample_gradients for record in merge.report.merges] == [24, epochs + at_base + 24]
+    epochs, at_base, coefficient = 2 * 6, 6, 4 * 3
+    costs = [record.sample_gradients for record in merge.report.merges]
+    assert costs == [24, epochs + at_base + coefficient + 24]
     assert merge.report.merges[1].calibration == {"task_1": 3, "task_2": 3}
 
 

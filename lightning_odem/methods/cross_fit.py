@@ -97,12 +97,14 @@ class CrossFit:
         assert context.calibration is not None, "declared in needs"
         halves = halve(context.calibration)
         self._control.add(context)
-        corrections = list(self._control.corrections(halves, context))
+        # Where the paths start. Written once, the average knows all parameters.
+        start = self._average.write_(merged, context)
+        corrections = list(self._control.corrections(halves, start, context))
         results, unseen_loss = [], [0.0] * len(SHARES)
         for index, (seen, unseen) in enumerate((halves, halves[::-1])):
             part = replace(context, calibration=seen, on_step=_half(context.on_step, index))
-            # Written once, the average knows all parameters, and the memory may be any.
-            start = self._average.write_(torch.empty_like(merged) if index else merged, context)
+            if index:
+                start = self._average.write_(torch.empty_like(incoming), context)
             result = follow(start, incoming, t, part, unseen, corrections.pop(0))
             straight = self._straight(incoming, result.t, t, context)
             result.theta.sub_(straight)  # the departure from here on

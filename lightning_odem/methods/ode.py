@@ -68,8 +68,9 @@ class ODEMerge(MergeMethod):
     So a :math:`\kappa` that is too large is no harm; 0.018 follows from runs with descents of
     several lengths and 128 to 1024 samples, on validation splits of small images.
 
-    With M samples of the new task a merge costs (E + 1) N + M sample gradients, the first task M; Algorithm 1's costs
-    ceil(t / h) N. (With 8 equal tasks of 1600 samples and N = 1024 all merges but the first cost 32,700 and 36,900.)
+    With M samples of the new task a merge costs (E + 1) N + M + 256 sample gradients, the first task M; Algorithm 1's
+    costs ceil(t / h) N. (With 8 equal tasks of 1600 samples and N = 1024 all merges but the first cost 34,500 and
+    36,900.)
     There are seven passes over the buffer without gradient: three for the ends of the paths, three and one to judge
     them and to measure the result. Besides the incoming model it holds the end of the first path, the point, a
     gradient, its correction and Adam's two moments, and two of Adam's temporaries within a step; in main memory from

@@ -54,6 +54,10 @@ class Stream:
         shapes = [tuple(shape) for shape in self.vector.shapes]
         return MergeContext(self.vector.names, shapes, calibration=self.objective, at_base=at_base)
 
+    def start(self):
+        """At the base model noise is the same as there: the coefficient is 1."""
+        return self.vector.gather(self.base)
+
     def gradient(self, *samples_and_shares):
         """The gradient at the base model, by plain autograd."""
         self.net.load_state_dict(self.base)
@@ -92,7 +96,7 @@ def test_a_correction_puts_samples_that_neither_half_has_in_the_place_of_the_hal
     stream = Stream(shares=shares)
     control, context = run(stream)
     halves = halve(stream.objective)
-    corrections = control.corrections(halves, context)
+    corrections = control.corrections(halves, stream.start(), context)
     own = stream.buffer.shares()
     for half, other, correction in zip(halves, halves[::-1], corrections, strict=True):
         kept = [(held(half)[task], share) for task, share in own.items()]
@@ -107,11 +111,49 @@ def test_a_correction_puts_samples_that_neither_half_has_in_the_place_of_the_hal
         torch.testing.assert_close(correction, expected, rtol=1e-10, atol=1e-13)
 
 
+def far_away(stream, scale):
+    """A point where the noise of gradients is another one than at the base model."""
+    generator = torch.Generator().manual_seed(1)
+    theta = stream.start()
+    return theta + scale * torch.randn(len(theta), generator=generator, dtype=theta.dtype)
+
+
+def test_it_counts_as_much_as_the_noise_where_paths_start_is_that_at_the_base_model():
+    stream = Stream()
+    control, context = run(stream)
+    halves, theta = halve(stream.objective), far_away(stream, 3.0)
+    difference = halves[0].loss_and_grad(theta)[1] - halves[1].loss_and_grad(theta)[1]  # all samples are few here
+    there = halves[0].loss_and_grad(stream.start())[1] - halves[1].loss_and_grad(stream.start())[1]
+    coefficient = float(difference @ there / (there @ there))
+    assert 0.0 < coefficient < 1.0
+    whole = control.corrections(halves, stream.start(), context)
+    for correction, full in zip(control.corrections(halves, theta, context), whole, strict=True):
+        torch.testing.assert_close(correction, coefficient * full, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("factor", "coefficient"), [(-1.0, 0.0), (5.0, 1.0)])
+def test_the_coefficient_lies_between_0_and_1(factor, coefficient):
+    """A loss whose gradients at the start are a multiple of those at the base model."""
+    stream = Stream()
+    control, context = run(stream)
+    whole = control.corrections(halve(stream.objective), stream.start(), context)
+    loss, base = stream.objective.batch_loss, stream.start()
+
+    def batch_loss(batch):
+        here = stream.vector.read()
+        return loss(batch) * (1.0 if torch.equal(here, base) else factor)
+
+    stream.objective.batch_loss = batch_loss
+    corrections = control.corrections(halve(stream.objective), base * (1.0 + 1e-12), context)
+    for correction, full in zip(corrections, whole, strict=True):
+        torch.testing.assert_close(correction, coefficient * full, rtol=1e-8, atol=1e-12)
+
+
 def test_it_is_nothing_where_no_more_samples_were_seen_than_are_there():
     stream = Stream(capacity=1000, limit=100)
     control, context = run(stream)
     before = stream.objective.sample_gradients
-    assert control.corrections(halve(stream.objective), context) == (None, None)
+    assert control.corrections(halve(stream.objective), stream.start(), context) == (None, None)
     assert stream.objective.sample_gradients == before
 
 
@@ -120,7 +162,7 @@ def test_samples_that_have_left_the_buffer_still_count():
     stream = Stream(capacity=24, limit=0)
     control, context = run(stream, "ab")
     assert control.state_dict()["samples"] == {"a": 24, "b": 12}
-    corrections = control.corrections(halve(stream.objective), context)
+    corrections = control.corrections(halve(stream.objective), stream.start(), context)
     assert all(correction.norm() > 0 for correction in corrections)
 
 
@@ -131,7 +173,7 @@ def test_only_tasks_that_were_taken_in_are_corrected():
     context = stream.arrive("b")
     control.add(context)
     halves = halve(stream.objective)
-    first, _ = control.corrections(halves, context)
+    first, _ = control.corrections(halves, stream.start(), context)
     inputs, labels = stream.seen["b"]
     is_left = ~(inputs[:, None] == held(halves[1])["b"][0][None]).all(2).any(1)
     expected = stream.gradient(((inputs[is_left], labels[is_left]), 0.5), (held(halves[0])["b"], -0.5))
@@ -143,7 +185,7 @@ def test_without_a_base_model_there_is_none():
     context = replace(stream.arrive("a"), at_base=None)
     control.add(context)
     assert control.state_dict() == {}
-    assert control.corrections(halve(stream.objective), context) == (None, None)
+    assert control.corrections(halve(stream.objective), stream.start(), context) == (None, None)
 
 
 def test_parameters_new_to_the_stream_are_not_corrected():
@@ -151,9 +193,9 @@ def test_parameters_new_to_the_stream_are_not_corrected():
     control, context = run(stream, "ab")
     state = control.state_dict()
     control.load_state_dict({**state, "gradient": {"weight": state["gradient"]["weight"]}})
-    known, _ = control.corrections(halve(stream.objective), context)
+    known, _ = control.corrections(halve(stream.objective), stream.start(), context)
     control.load_state_dict(state)
-    whole, _ = control.corrections(halve(stream.objective), context)
+    whole, _ = control.corrections(halve(stream.objective), stream.start(), context)
     assert torch.equal(known, torch.cat([whole[:15], torch.zeros(3)]))
 
 
@@ -184,15 +226,12 @@ def test_corrected_gradients_are_nearer_to_those_of_all_the_data():
     """At a point near the base model, in the mean over both halves."""
     stream = Stream(limit=1000)
     control, context = run(stream)
-    halves = halve(stream.objective)
-    generator = torch.Generator().manual_seed(1)
-    theta = stream.vector.gather(stream.base)
-    theta += 0.2 * torch.randn(len(theta), generator=generator, dtype=theta.dtype)
+    halves, theta = halve(stream.objective), far_away(stream, 0.2)
     everything = CalibrationBuffer(sum(SIZES.values()))
     for task, dataset in DATA.items():
         everything.add(task, dataset.tensors)
     _, truth = CalibrationObjective(stream.vector, everything, stream.objective.batch_loss).loss_and_grad(theta)
-    for half, correction in zip(halves, control.corrections(halves, context), strict=True):
+    for half, correction in zip(halves, control.corrections(halves, theta, context), strict=True):
         _, plain = half.loss_and_grad(theta)
         assert (plain + correction - truth).norm() < 0.5 * (plain - truth).norm()
 
@@ -204,6 +243,8 @@ def merge_stream(method, **options):
     for seed, task in enumerate(SIZES):
         torch.manual_seed(seed)
         context, incoming = stream.arrive(task), torch.randn(18, dtype=torch.float64)
+        if not method.task_samples:
+            context = replace(context, at_base=None)  # as a merge makes it
         before = stream.objective.sample_gradients
         t = 1 / (seed + 1)
         theta = (method.merge(theta, incoming, t, context) if seed else method.start(incoming, context)).theta.clone()
@@ -212,12 +253,15 @@ def merge_stream(method, **options):
 
 
 def test_a_merge_costs_two_epochs_one_pass_at_the_base_model_and_the_tasks_samples():
+    """And four gradients on 64 samples of a half each, or all it has, for the coefficient."""
     _, costs = merge_stream(ODEMerge(batch_size=8))
-    assert costs == [100, 2 * 24 + 24 + 100, 2 * 24 + 24 + 100]
+    assert costs == [100, *2 * [2 * 24 + 24 + 100 + 4 * 12]]
+    _, costs = merge_stream(ODEMerge(batch_size=8), capacity=180, limit=150)
+    assert costs == [180, *(2 * 180 + 180 + max(150, 180 // k) + 4 * k * math.ceil(64 / k) for k in (2, 3))]
 
 
 def test_without_task_samples_it_costs_the_epochs():
-    assert merge_stream(ODEMerge(batch_size=8, task_samples=0), limit=0)[1] == [24, 72 + 12, 72 + 8]
+    assert merge_stream(ODEMerge(batch_size=8, task_samples=0), limit=0)[1] == [0, 48, 48]
 
 
 def test_a_method_that_goes_on_from_a_state_merges_as_if_it_had_never_stopped():
