@@ -378,9 +378,10 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself.
 
     With descent first the gradient at the base model, which is the point, and its sum over the samples; where there are
-    further samples then the four of the coefficient and those of both halves there. Along the path also the running average and the mean gradient at
-    the base model, from the second step on Adam's moments, and the end of the first path beside the second. Where there
-    are further samples a path has its correction, and the first path also that of the second, in main memory.
+    further samples then the four of the coefficient and those of both halves there. Along the path also the running
+    average and the mean gradient at the base model, from the second step on Adam's moments, and the end of the first
+    path beside the second. Where there are further samples a path has its correction, and the first path also that of
+    the second, in main memory.
     """
     d = 5000
     net = nn.Linear(d, 1, bias=False)
