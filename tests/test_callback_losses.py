@@ -1,6 +1,5 @@
 """Calibration losses other than the module's own on labels."""
 
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
