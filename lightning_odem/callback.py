@@ -385,7 +385,7 @@ class ContinualMergeCallback(L.Callback):
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
         self._state = state
-        self._collection = None
+        self._collection = self._sampling = None
         release_averages(trainer)
         publish(trainer, self._directory, self.report)
         self.last_merged_path = record.checkpoint

@@ -34,9 +34,12 @@ def test_shards_are_merged_like_whole_parameters(directory):
     assert close(whole["merged"], shards["merged"], rtol=1e-6, atol=1e-7)
     for tasks in ("whole", "shards"):
         state = StreamStore(directory / tasks / "stream").load()
-        assert {name: tuple(kept.shape) for name, kept in state["method"]["average"].items()} == {
-            name: tuple(kept.shape) for name, kept in state["merged"].items()
-        }
+        for kept in ("average", "gradient"):
+            assert {name: tuple(tensor.shape) for name, tensor in state["method"][kept].items()} == {
+                name: tuple(tensor.shape) for name, tensor in state["merged"].items()
+            }
+        assert state["method"]["samples"] == {"task_1": 24, "task_2": 24, "task_3": 24}
+        assert sum(len(task["samples"][0]) for task in state["buffer"]["tasks"].values()) == 12
     assert whole["path"]["loss"] == pytest.approx(shards["path"]["loss"], rel=1e-6)
 
 
@@ -58,7 +61,8 @@ def test_a_single_process_goes_on_with_a_stream_of_shards(directory, monkeypatch
     monkeypatch.chdir(directory)
     ends = []
     for kind in ("whole", "shards"):
-        module, merge = Classifier(batch_norm=False), ContinualMergeCallback(ODEMerge(), dirpath=kind)
+        module = Classifier(batch_norm=False)
+        merge = ContinualMergeCallback(ODEMerge(), calibration_size=12, dirpath=kind)
         fit(module, Task(3), merge)
         assert len(merge.report.tasks) == 4
         ends.append(everything(module))

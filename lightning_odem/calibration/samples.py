@@ -29,10 +29,6 @@ class MicroBatch:
     transferred: bool
     logits: Tensor | None = None
 
-    def weighing(self, share: float) -> "MicroBatch":
-        """The same samples with another share."""
-        return replace(self, share=share)
-
     def select(self, index: Tensor | slice) -> "MicroBatch":
         """The batch of the samples at ``index``, as copies; its share is the same."""
         return _cut(batches.select, self, index)

@@ -1,7 +1,8 @@
-"""What is known of the tasks' gradients beyond the calibration samples: their sum at the base model."""
+"""What is known of the tasks' gradients beyond the calibration samples: their mean at the base model."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class ControlVariate:
         for name, piece in tensors(mean, context).items():
             if name in self._gradient:
                 piece.copy_(self._gradient[name])
-        # In the memory of what is not used any more: here it counts how many vectors are held.
+        # In place, so that five vectors of the model's size are alive here and not more.
         other = mean.sub(second, alpha=seen[1]).div_(1.0 - seen[1]).sub_(first).mul_(known)
         mean.sub_(first, alpha=seen[0]).div_(1.0 - seen[0]).sub_(second).mul_(known)
         for vector in (other, mean):
@@ -109,20 +110,19 @@ class ControlVariate:
     def _coefficient(
         self, halves: Sequence[CalibrationObjective], shares: dict[str, float], start: Tensor, context: MergeContext
     ) -> float:
-        assert context.at_base is not None, "its gradients are to be corrected by"
+        """How much of the noise at the base model is in the gradients where the paths start, in [0, 1]."""
+        assert context.at_base is not None, "a correction is made of its gradients"
         counts = [half.buffer.counts for half in halves]
         both = {task: share for task, share in shares.items() if all(count[task] for count in counts)}
         if not both:
             return 0.0
         size = -(-_SAMPLES // len(both))
-        few = [
-            [next(half.buffer.micro_batches_of(task, size)).weighing(share) for task, share in both.items()]
+        few, others = (
+            [replace(next(half.buffer.micro_batches_of(task, size)), share=share) for task, share in both.items()]
             for half in halves
-        ]
-        here, there = (
-            gradient(few[0]).sub_(gradient(few[1]))
-            for gradient in (lambda batches: halves[0].loss_and_grad(start, batches)[1], context.at_base.of)
         )
+        here = halves[0].loss_and_grad(start, few)[1].sub_(halves[1].loss_and_grad(start, others)[1])
+        there = context.at_base.of(few).sub_(context.at_base.of(others))
         return min(max(projection(here, there, context.sum_), 0.0), 1.0)
 
     def _seen(self, half: CalibrationObjective, shares: dict[str, float]) -> float:

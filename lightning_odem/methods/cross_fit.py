@@ -105,13 +105,16 @@ class CrossFit:
             part = replace(context, calibration=seen, on_step=_half(context.on_step, index))
             if index:
                 start = self._average.write_(torch.empty_like(incoming), context)
-            result = follow(start, incoming, t, part, unseen, corrections.pop(0))
+            correction = corrections.pop(0)
+            if correction is not None:
+                correction = correction.to(incoming.device)
+            result = follow(start, incoming, t, part, unseen, correction)
             straight = self._straight(incoming, result.t, t, context)
             result.theta.sub_(straight)  # the departure from here on
             for number, share in enumerate(SHARES):
                 unseen_loss[number] += unseen.loss(straight.add(result.theta, alpha=share)) / 2
             results.append(result)
-            del straight  # not held while the second path is followed
+            del straight, correction  # not held while the second path is followed
         first, second = results
         share = best_share(unseen_loss, cosine(first.theta, second.theta, context.sum_))
         if not share:

@@ -14,7 +14,7 @@ from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 class ReplayMerge(MergeMethod):
     r"""The running average, fine-tuned with Adam on the calibration set: a control for methods that use that set.
 
-    ODE-M takes :math:`\lceil t / h \rceil` gradients on the whole set; here the same samples pass through as many
+    Algorithm 1 takes :math:`\lceil t / h \rceil` gradients on the whole set; here the same samples pass through as many
     epochs of random minibatches, see :meth:`~lightning_odem.calibration.CalibrationBuffer.minibatches`. Both use the
     same labelled samples and the same number of sample gradients, so neither data nor cost explains a difference
     between their accuracies. The result need not lie near the path between the two models.

@@ -125,16 +125,13 @@ def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuff
 
 
 def corrected(gradient: Gradient, correction: Tensor | None) -> Gradient:
-    """A gradient with a vector [d], from main memory or the device, added to it."""
+    """A gradient with a vector [d] added to it, if there is one."""
     if correction is None:
         return gradient
-    held: Tensor = correction
 
     def sum_(theta: Tensor) -> tuple[float, Tensor]:
-        nonlocal held
         loss, found = gradient(theta)
-        held = held.to(found.device)
-        return loss, found.add_(held)
+        return loss, found.add_(correction)
 
     return sum_
 

@@ -26,19 +26,23 @@ class Sharded(Classifier):
 
 def main(directory: Path, descent: str) -> None:
     method = ODEMerge(descent=float(descent))  # above 0 with a state, shards of which are saved whole
+    options = {"calibration_size": 12}  # of 24 samples a task: gradients at the base model are taken on the others too
     for kind, strategy, kind_of_module in (
         ("whole", lambda: "ddp", Classifier),
         ("shards", lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), Sharded),
     ):
         module = kind_of_module(batch_norm=False)
-        merge = ContinualMergeCallback(method, dirpath=str(directory / kind))
+        merge = ContinualMergeCallback(method, dirpath=str(directory / kind), **options)
         for number in range(2):
             trainer = make_trainer(merge, strategy=strategy(), devices=2)
             trainer.fit(module, datamodule=Task(number, batch_size=4))
         assert isinstance(module.head.weight, DTensor) == (kind == "shards")
         merged = dict(gather_snapshot(module, take_snapshot(module)))
         # A third task that new processes' callbacks take up from the directory, and end in mid-task.
-        module, merge = kind_of_module(batch_norm=False), ContinualMergeCallback(method, dirpath=str(directory / kind))
+        module, merge = (
+            kind_of_module(batch_norm=False),
+            ContinualMergeCallback(method, dirpath=str(directory / kind), **options),
+        )
         saved = ModelCheckpoint(directory / f"{kind}-task", save_last=True)
         cut = Failing("on_train_end", RuntimeError("power cut"))
         trainer = make_trainer(cut, merge, saved, strategy=strategy(), devices=2, enable_checkpointing=True)
@@ -46,7 +50,10 @@ def main(directory: Path, descent: str) -> None:
             trainer.fit(module, datamodule=Task(2, batch_size=4))
         except RuntimeError as error:
             assert "power cut" in str(error)  # noqa: PT017
-        module, merge = kind_of_module(batch_norm=False), ContinualMergeCallback(method, dirpath=str(directory / kind))
+        module, merge = (
+            kind_of_module(batch_norm=False),
+            ContinualMergeCallback(method, dirpath=str(directory / kind), **options),
+        )
         merge.evaluation_data = merge.evaluation_data | {f"task_{number + 1}": Task(number) for number in range(2)}
         trainer = make_trainer(merge, strategy=strategy(), devices=2)
         trainer.fit(module, datamodule=Task(2, batch_size=4), ckpt_path=directory / f"{kind}-task" / "last.ckpt")
