@@ -12,12 +12,17 @@ from torch import Tensor
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.methods.base import MergeContext, MergeResult
 from lightning_odem.methods.control_variate import ControlVariate
+from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.linalg import cosine
 from lightning_odem.methods.running_average import RunningAverage
 from lightning_odem.methods.sampling import halve
 
 SHARES = (0.0, 0.5, 1.0)
 """Shares of a path's departure from the running average at which the loss is measured."""
+
+_DEPARTURES = ("departure_a", "departure_b")
+STATE = {"average", *_DEPARTURES, "gradient", "samples"}
+"""Keys of the state."""
 
 
 class Follow(Protocol):
@@ -42,31 +47,36 @@ class Follow(Protocol):
 class CrossFit:
     r"""Goes as far from the running average as samples confirm that were not used to get there (cross-fitting).
 
-    The calibration samples are cut in halves. From the running average :math:`\bar\theta_{k-1}`, which has seen none
-    of them, one path is followed with the gradients of each half, to :math:`\theta^A` and :math:`\theta^B`. With
-    :math:`\bar\theta_k = (1 - t) \bar\theta_{k-1} + t \theta_1` the average that a path without gradients leads to, and
-    L_A, L_B the loss on the halves,
+    The calibration samples are cut in halves A and B, a sample staying in its half for good, and one path is followed
+    with the gradients of each. At the end of merge k the paths are at :math:`\theta^A` and :math:`\theta^B`. With
+    :math:`\bar\theta_k = (1 - t) \bar\theta_{k-1} + t \theta_1` the running average, which has seen no sample, and L_A,
+    L_B the loss on the halves,
 
-    .. math:: \Psi_k = \bar\theta_k + s\, \frac{\delta^A + \delta^B}{2}, \qquad
-        \delta^{A} = \theta^{A} - \bar\theta_k, \quad \delta^{B} = \theta^{B} - \bar\theta_k.
+    .. math:: \Psi_k = \bar\theta_k + \frac{\delta_k^A + \delta_k^B}{2}, \qquad
+        \delta_k^{A} = s_k (\theta^{A} - \bar\theta_k), \quad \delta_k^{B} = s_k (\theta^{B} - \bar\theta_k).
 
-    How far to go, s, is judged on samples that the path did not see: the mean of :math:`L_B(\bar\theta_k + s \delta^A)`
-    and :math:`L_A(\bar\theta_k + s \delta^B)` at s = 0, 1/2 and 1 is a parabola :math:`\ell_0 + b s + a s^2`. The slope
+    The next merge's paths begin where these departures end, at :math:`\bar\theta_k + \delta_k^A` and
+    :math:`\bar\theta_k + \delta_k^B`: what a descent has found for k tasks is built upon, also where it was found with
+    samples that have left the buffer since, and each path goes on knowing nothing of the other half's samples.
+
+    How far to go, s, is judged on samples that the path did not see: the mean of
+    :math:`L_B(\bar\theta_k + s (\theta^A - \bar\theta_k))` and :math:`L_A(\bar\theta_k + s (\theta^B - \bar\theta_k))`
+    at s = 0, 1/2 and 1 is a parabola :math:`\ell_0 + b s + a s^2`. The slope
     of the merged model's loss is the same b, its curvature less, for what is noise in the two departures cancels in
     their mean: :math:`a (1 + c) / 2`, with c the cosine between them (exactly, if the loss is curved alike in all
     directions). Hence
 
     .. math:: s = \mathrm{clip}\left(\frac{-b}{(1 + c)\, a},\ 0,\ 1\right).
 
-    Where gradients only fit their own samples s is 0 and the merged model the running average, bit for bit; where paths
-    are too long they are shortened. Both paths together cost the gradients of one over all samples; judging costs three
-    passes over all samples without gradient, and one more measures the result.
+    Where gradients only fit their own samples s is 0, the merged model is the running average, bit for bit, and the
+    next paths begin there; where paths are too long they are shortened. Both paths together cost the gradients of one
+    over all samples; judging costs three passes over all samples without gradient, and one more measures the result.
 
     Gradients on each half are corrected by what is known of the tasks beyond their samples in the buffer, see
     :class:`~lightning_odem.methods.control_variate.ControlVariate`.
 
-    The running average is kept between merges, in main memory. While the second path goes on, the end of the first is
-    held beside it.
+    The running average and both departures are kept between merges, in main memory. While the second path goes on, the
+    end of the first is held beside it.
 
     Example:
         >>> best_share([3.0, 2.0, 3.0], cosine=1.0), best_share([3.0, 2.5, 3.0], cosine=0.0)
@@ -78,6 +88,7 @@ class CrossFit:
     def __init__(self) -> None:
         self._average = RunningAverage()
         self._control = ControlVariate()
+        self._departures: list[dict[str, Tensor]] = [{}, {}]
 
     def start(self, incoming: Tensor, context: MergeContext) -> None:
         """Begin a stream with its first model [d]."""
@@ -97,14 +108,13 @@ class CrossFit:
         assert context.calibration is not None, "declared in needs"
         halves = halve(context.calibration)
         self._control.add(context)
-        # Where the paths start. Written once, the average knows all parameters.
-        start = self._average.write_(merged, context)
+        start = self._start(0, merged, context)
         corrections = list(self._control.corrections(halves, start, context))
         results, unseen_loss = [], [0.0] * len(SHARES)
         for index, (seen, unseen) in enumerate((halves, halves[::-1])):
             part = replace(context, calibration=seen, on_step=_half(context.on_step, index))
             if index:
-                start = self._average.write_(torch.empty_like(incoming), context)
+                start = self._start(1, torch.empty_like(incoming), context)
             correction = corrections.pop(0)
             if correction is not None:
                 correction = correction.to(incoming.device)
@@ -135,16 +145,30 @@ class CrossFit:
             path.gradient_evaluations += second.trajectory.gradient_evaluations
             path.departure, path.departure_loss, path.departure_taken = list(SHARES), unseen_loss, [share]
         self._average.move(incoming, t if time is None else time, context)
+        self._departures = [
+            kept | {name: piece.to("cpu", copy=True) for name, piece in tensors(end.theta.mul_(share), context).items()}
+            for kept, end in zip(self._departures, results, strict=True)
+        ]
         return MergeResult(theta, path, time)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running average and the tasks' mean gradient at the base model; empty before the first task."""
-        return self._average.state_dict() | self._control.state_dict()
+        """The running average, both halves' departures and the tasks' mean gradient; empty before the first task."""
+        departures = {key: kept for key, kept in zip(_DEPARTURES, self._departures, strict=True) if kept}
+        return self._average.state_dict() | departures | self._control.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; with an empty one the next merge takes the merged model for the average."""
         self._average.load_state_dict(state)
         self._control.load_state_dict(state)
+        self._departures = [dict(state.get(key, {})) for key in _DEPARTURES]
+
+    def _start(self, half: int, vector: Tensor, context: MergeContext) -> Tensor:
+        """Where the path of a half begins, in the memory of a vector [d]."""
+        start = self._average.write_(vector, context)
+        for name, piece in tensors(start, context).items():
+            if name in self._departures[half]:
+                piece.add_(self._departures[half][name].to(piece.device))
+        return start
 
     def _straight(self, incoming: Tensor, reached: float | None, t: float, context: MergeContext) -> Tensor:
         """The running average with the incoming model, at the time that a path has reached; a new vector."""

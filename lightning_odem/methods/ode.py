@@ -20,7 +20,7 @@ from lightning_odem.flow import (
 from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.became import became_time
-from lightning_odem.methods.cross_fit import CrossFit
+from lightning_odem.methods.cross_fit import STATE, CrossFit
 from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.sampling import (
@@ -60,13 +60,14 @@ class ODEMerge(MergeMethod):
     :class:`~lightning_odem.methods.control_variate.ControlVariate`. Where there is no base model, or the samples of a
     task cannot be drawn by index, it is not.
 
-    **It falls back to the running average by itself.** Paths begin at the running average
-    :math:`\bar\theta_{k-1}` of the models so far, which has not seen a sample: what a descent has found for k - 1
-    tasks is not built upon, but found anew for k. Two are followed, with one half of the samples each, and each is
-    judged by the loss on the other half, see :class:`~lightning_odem.methods.cross_fit.CrossFit`. The merged model is
-    the average plus as much of the paths' mean departure from it as lowers the loss on samples that they did not see.
-    So a :math:`\kappa` that is too large is no harm; 0.018 follows from runs with descents of
-    several lengths and 128 to 1024 samples, on validation splits of small images.
+    **It falls back to the running average by itself.** Two paths are followed, with the gradients of one half of the
+    samples each, and each is judged by the loss on the other half, see
+    :class:`~lightning_odem.methods.cross_fit.CrossFit`. The merged model is the running average
+    :math:`\bar\theta_k` of the models so far, which has seen no sample, plus as much of the paths' mean departure from
+    it as lowers the loss on samples that they did not see. A sample stays in its half for good, so the next merge's
+    paths go on from where these ended and still know nothing of the other half. So a :math:`\kappa` that is too large
+    is no harm; 0.018 follows from runs with descents of several lengths and 128 to 1024 samples, on validation splits
+    of small images.
 
     With M samples of the new task a merge costs (E + 1) N + M + 256 sample gradients, the first task M; Algorithm 1's
     costs ceil(t / h) N. (With 8 equal tasks of 1600 samples and N = 1024 all merges but the first cost 34,500 and
@@ -74,8 +75,9 @@ class ODEMerge(MergeMethod):
     There are seven passes over the buffer without gradient: three for the ends of the paths, three and one to judge
     them and to measure the result. Besides the incoming model it holds the end of the first path, the point, a
     gradient, its correction and Adam's two moments, and two of Adam's temporaries within a step; in main memory from
-    merge to merge the running average and the mean gradient, in the method and in the stream's state. The loss at t = 0
-    in the report is the average's, and steps are those of the first path.
+    merge to merge the running average, both departures and the mean gradient, in the method and in the stream's state.
+    The loss at t = 0 in the report is the mean over the halves of that where its path begins, and steps are those of
+    the first path.
 
     With ``descent=0`` one path goes on from the last merged model :math:`\Psi_{k-1}` as in the paper, with all samples,
     and nothing is kept from merge to merge.
@@ -110,8 +112,8 @@ class ODEMerge(MergeMethod):
             budget is that of the whole buffer, for one more pass; losses on the way are the minibatches'. None (the
             paper's): every gradient is one on the whole buffer.
         descent: Length of the descent :math:`\kappa`, >= 0; 0 is the paper's flow.
-        epochs: With a descent, passes over the samples at most. Each merge begins at the average again, so that the
-            many passes of the paper's early merges would not be built upon.
+        epochs: With a descent, passes over the samples at most, so that their number is not that of the paper's
+            early merges, which have few tasks to reconcile.
         task_samples: With a descent, samples M of a task, those in the buffer among them, on which its gradient at the
             base model is taken when it comes; 0: no such gradient. It has to be many times N / k, what the buffer keeps
             of a task: in the eighth of eight merges 1600 with N between 128 and 1024 gave 0.6 to 1.6 points on
@@ -212,7 +214,7 @@ class ODEMerge(MergeMethod):
         Raises:
             ValueError: If another method wrote it.
         """
-        if state and not {"average"} <= state.keys() <= {"average", "gradient", "samples"}:
+        if state and not {"average"} <= state.keys() <= STATE:
             raise ValueError(f"ODEMerge keeps an average, but the stream's state has: {', '.join(state)}.")
         self._cross_fit.load_state_dict(state if self.descent else {})
 

@@ -60,14 +60,20 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
             f"Holding out calibration samples needs a task with two of them at least, the buffer has {buffer.counts}. "
             "Raise calibration_size, or choose another operating_time."
         )
-    return _divide(objective, {task: n - held[task] for task, n in buffer.counts.items()})
+    ends = {task: n - held[task] for task, n in buffer.counts.items()}
+    seen, unseen = {}, {}
+    for task, end in ends.items():
+        seen[task], unseen[task] = slice(end), slice(end, None)
+    return _part(objective, seen), _part(objective, unseen)
 
 
 def halve(objective: CalibrationObjective) -> tuple[CalibrationPart, CalibrationPart]:
     """The calibration loss on one half of each task's samples, and on the other.
 
-    Random and nearly class-balanced as in :func:`hold_out`. Of an odd number of samples the second half has one more
-    in every other task, the first one in the others, so that tasks of a single sample are divided as well.
+    A sample stays in its half for good, also when the task's quota shrinks: every other one of the random,
+    class-balanced order in which the buffer keeps them. Of an odd number of samples the second half has one more in
+    every other task, the first one in the others, so that tasks of a single sample are divided as well. Nothing is
+    copied.
 
     Args:
         objective: The calibration loss; its buffer is not changed.
@@ -76,28 +82,25 @@ def halve(objective: CalibrationObjective) -> tuple[CalibrationPart, Calibration
         ValueError: If there are not two samples that count.
     """
     buffer = objective.buffer
-    halves = _divide(objective, {task: (n + i % 2) // 2 for i, (task, n) in enumerate(buffer.counts.items())})
-    if not all(samples_per_epoch(half.buffer) for half in halves):
+    first, second = (
+        _part(objective, {task: slice((number + offset) % 2, None, 2) for number, task in enumerate(buffer.counts)})
+        for offset in (1, 0)
+    )
+    if not (samples_per_epoch(first.buffer) and samples_per_epoch(second.buffer)):
         raise ValueError(
             "A path judged on samples that it has not seen needs two calibration samples that count, the buffer has "
             f"{buffer.counts}. Raise calibration_size, or choose a method that needs no calibration, such as 'average'."
         )
-    return halves
+    return first, second
 
 
-def _divide(objective: CalibrationObjective, ends: dict[str, int]) -> tuple[CalibrationPart, CalibrationPart]:
-    """The first samples of each task, so many, and the rest."""
-    first = _cut(objective.buffer, {task: slice(0, end) for task, end in ends.items()})
-    rest = _cut(objective.buffer, {task: slice(ends[task], n) for task, n in objective.buffer.counts.items()})
-    return CalibrationPart(objective, first), CalibrationPart(objective, rest)
-
-
-def _cut(buffer: CalibrationBuffer, index: dict[str, slice]) -> CalibrationBuffer:
-    part, state = buffer.copy(), buffer.state_dict()
+def _part(objective: CalibrationObjective, index: dict[str, slice]) -> CalibrationPart:
+    """The calibration loss on a range of the samples of each task."""
+    part, state = objective.buffer.copy(), objective.buffer.state_dict()
     tasks: dict[str, Any] = state["tasks"]
     state["tasks"] = {task: dict(vars(TaskSamples(**held).view(index[task]))) for task, held in tasks.items()}
     part.load_state_dict(state)
-    return part
+    return CalibrationPart(objective, part)
 
 
 def samples_per_epoch(buffer: CalibrationBuffer) -> int:

@@ -84,12 +84,12 @@ def test_the_share_minimises_the_mean_loss_of_a_quadratic_with_noisy_departures(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_that_only_fit_their_own_samples_leave_the_running_average_bit_by_bit(dtype):
-    """Classes that have nothing to do with the inputs, and few samples: what one half says is wrong for the other."""
-    objective, context = make_stream({"a": 8, "b": 8}, noise=1.0, dtype=dtype)
+    """Classes that have nothing to do with the inputs, and a long descent: what one half says is wrong for the other."""
+    objective, context = make_stream({"a": 24, "b": 24}, noise=1.0, dtype=dtype)
     fallen_back = 0
     models = [make_vector(seed, dtype) for seed in (1, 2, 3)]
     for seed in range(4):
-        ode, average = ODEMerge(batch_size=8, descent=0.5, seed=seed), AverageMerge()
+        ode, average = ODEMerge(batch_size=8, descent=1.0, seed=seed), AverageMerge()
         theta, mean = (method.start(models[0].clone(), context).theta.clone() for method in (ode, average))
         for incoming, t in zip(models[1:], (0.5, 0.25), strict=True):
             result = ode.merge(theta, incoming, t, context)
@@ -138,24 +138,61 @@ def test_with_as_many_epochs_both_paths_together_cost_the_gradients_of_algorithm
 def test_losses_of_the_record_are_means_of_the_halves_and_of_the_merged_model():
     objective, context = make_stream({"a": 30, "b": 10})
     models, results = merge_all(ODEMerge(**METHOD), context)
-    path, average = results[-1].trajectory, torch.lerp(models[0], models[1], 0.5)
-    assert path.loss[0] == pytest.approx(objective.loss(average), rel=1e-12)
+    path = results[1].trajectory  # its paths begin at the first model
+    assert path.loss[0] == pytest.approx(objective.loss(models[0]), rel=1e-12)
+    path = results[2].trajectory
     assert path.loss1 == pytest.approx(objective.loss(models[2]), rel=1e-12)
     assert path.loss[-1] == objective.loss(results[-1].theta)
     assert (path.t[-1], path.estimated, path.theta is results[-1].theta) == (0.25, True, True)
 
 
-def test_the_descent_of_one_merge_is_not_built_upon_by_the_next():
-    """Whatever the first merge made of its samples, the second gives the same model."""
+def test_paths_go_on_where_their_halfs_departure_ended():
+    """From any model: the merged one given is the average with the mean of both departures."""
     _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context)
+    state = method.state_dict()
+    average, *ends = (
+        torch.cat([state[key][name].flatten() for name in context.names])
+        for key in ("average", "departure_a", "departure_b")
+    )
+    torch.testing.assert_close(average + (ends[0] + ends[1]) / 2, results[-1].theta, rtol=1e-12, atol=1e-12)
+    further = method.merge(torch.zeros_like(average), models[0], 0.2, context).theta
+    again = ODEMerge(**METHOD)
+    again.load_state_dict(state)
+    assert torch.equal(again.merge(torch.zeros_like(average), models[0], 0.2, context).theta, further)
+    begun = ODEMerge(**METHOD)
+    begun.load_state_dict({"average": state["average"]})
+    assert not torch.equal(begun.merge(torch.zeros_like(average), models[0], 0.2, context).theta, further)
+
+
+def test_a_path_knows_nothing_of_the_other_halfs_samples_in_any_merge():
     ends = []
-    for seed in (0, 1):
-        method = ODEMerge(**METHOD, seed=seed)
-        models, results = merge_all(method, context, times=(0.5, 0.0))
-        method.seed = 7
-        ends.append((results[1].theta, method.merge(results[1].theta.clone(), models[2], 0.25, context).theta))
-    assert not torch.equal(ends[0][0], ends[1][0])
-    assert torch.equal(ends[0][1], ends[1][1])
+    for change in (0, 1):
+        objective, context = make_stream({"a": 20, "b": 20})
+        state = objective.buffer.state_dict()
+        for number, held in enumerate(state["tasks"].values()):
+            held["samples"][1][number % 2 :: 2][:change] += 1  # the label of a sample of the second half
+            held["samples"][1].remainder_(4)
+        objective.buffer.load_state_dict(state)
+        method = ODEMerge(**METHOD)
+        _, results = merge_all(method, context)
+        assert [result.trajectory.departure_taken for result in results[1:]] == [[1.0], [1.0]]  # alike in both
+        ends.append([method.state_dict()[key]["weight"] for key in ("departure_a", "departure_b")])
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+def test_after_a_merge_that_fell_back_paths_begin_at_the_running_average():
+    _, context = make_stream()
+    models, results = merge_all(method := ODEMerge(**METHOD), context)
+    state = method.state_dict()
+    for key in ("departure_a", "departure_b"):
+        state[key] = {name: torch.zeros_like(piece) for name, piece in state[key].items()}
+    method.load_state_dict(state)
+    begun = ODEMerge(**METHOD)
+    begun.load_state_dict({"average": state["average"]})
+    ends = [rule.merge(results[-1].theta.clone(), models[0], 0.2, context).theta for rule in (method, begun)]
+    assert torch.equal(*ends)
 
 
 def named(flat, context):
