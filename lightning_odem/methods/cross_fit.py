@@ -61,10 +61,9 @@ class CrossFit:
 
     How far to go, s, is judged on samples that the path did not see: the mean of
     :math:`L_B(\bar\theta_k + s (\theta^A - \bar\theta_k))` and :math:`L_A(\bar\theta_k + s (\theta^B - \bar\theta_k))`
-    at s = 0, 1/2 and 1 is a parabola :math:`\ell_0 + b s + a s^2`. The slope
-    of the merged model's loss is the same b, its curvature less, for what is noise in the two departures cancels in
-    their mean: :math:`a (1 + c) / 2`, with c the cosine between them (exactly, if the loss is curved alike in all
-    directions). Hence
+    at s = 0, 1/2 and 1 is a parabola :math:`\ell_0 + b s + a s^2`. The slope of the merged model's loss is the same b,
+    its curvature less, for what is noise in the two departures cancels in their mean: :math:`a (1 + c) / 2`, with c the
+    cosine between them (exactly, if the loss is curved alike in all directions). Hence
 
     .. math:: s = \mathrm{clip}\left(\frac{-b}{(1 + c)\, a},\ 0,\ 1\right).
 
@@ -145,8 +144,11 @@ class CrossFit:
             path.gradient_evaluations += second.trajectory.gradient_evaluations
             path.departure, path.departure_loss, path.departure_taken = list(SHARES), unseen_loss, [share]
         self._average.move(incoming, t if time is None else time, context)
+        for end in results:
+            # A path that is given up need not be finite.
+            end.theta.mul_(share) if share else end.theta.zero_()
         self._departures = [
-            kept | {name: piece.to("cpu", copy=True) for name, piece in tensors(end.theta.mul_(share), context).items()}
+            kept | {name: piece.to("cpu", copy=True) for name, piece in tensors(end.theta, context).items()}
             for kept, end in zip(self._departures, results, strict=True)
         ]
         return MergeResult(theta, path, time)

@@ -60,11 +60,11 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
             f"Holding out calibration samples needs a task with two of them at least, the buffer has {buffer.counts}. "
             "Raise calibration_size, or choose another operating_time."
         )
-    ends = {task: n - held[task] for task, n in buffer.counts.items()}
-    seen, unseen = {}, {}
-    for task, end in ends.items():
-        seen[task], unseen[task] = slice(end), slice(end, None)
-    return _part(objective, seen), _part(objective, unseen)
+    kept = {task: n - held[task] for task, n in buffer.counts.items()}
+    return (
+        _part(objective, {task: slice(n) for task, n in kept.items()}),
+        _part(objective, {task: slice(n, None) for task, n in kept.items()}),
+    )
 
 
 def halve(objective: CalibrationObjective) -> tuple[CalibrationPart, CalibrationPart]:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
-from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge, PaperODEMerge
-from lightning_odem.methods.cross_fit import best_share
+from lightning_odem.methods import AverageMerge, MergeContext, MergeResult, ODEMerge, PaperODEMerge
+from lightning_odem.methods.cross_fit import CrossFit, best_share
 from lightning_odem.parameters import ParameterVector
 
 SIZES = {"a": 30, "b": 9, "c": 21}
@@ -84,7 +84,7 @@ def test_the_share_minimises_the_mean_loss_of_a_quadratic_with_noisy_departures(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_that_only_fit_their_own_samples_leave_the_running_average_bit_by_bit(dtype):
-    """Classes that have nothing to do with the inputs, and a long descent: what one half says is wrong for the other."""
+    """Classes unrelated to the inputs, and a long descent: what one half says is wrong for the other."""
     objective, context = make_stream({"a": 24, "b": 24}, noise=1.0, dtype=dtype)
     fallen_back = 0
     models = [make_vector(seed, dtype) for seed in (1, 2, 3)]
@@ -193,6 +193,21 @@ def test_after_a_merge_that_fell_back_paths_begin_at_the_running_average():
     begun.load_state_dict({"average": state["average"]})
     ends = [rule.merge(results[-1].theta.clone(), models[0], 0.2, context).theta for rule in (method, begun)]
     assert torch.equal(*ends)
+
+
+def test_a_path_that_ends_nowhere_leaves_the_average_and_a_finite_state():
+    _, context = make_stream()
+    cross_fit, average, incoming = CrossFit(), make_vector(1), make_vector(2)
+    cross_fit.start(average, context)
+
+    def follow(start, incoming, t, context, unseen, correction):
+        return MergeResult(torch.full_like(start, math.inf))
+
+    result = cross_fit.merge(follow, average.clone(), incoming, 0.25, context)
+    assert torch.equal(result.theta, torch.lerp(average, incoming, 0.25))
+    assert not any(
+        piece.any() for key in ("departure_a", "departure_b") for piece in cross_fit.state_dict()[key].values()
+    )
 
 
 def named(flat, context):
