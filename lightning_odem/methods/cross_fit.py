@@ -57,7 +57,8 @@ class CrossFit:
 
     The next merge's paths begin where these departures end, at :math:`\bar\theta_k + \delta_k^A` and
     :math:`\bar\theta_k + \delta_k^B`: what a descent has found for k tasks is built upon, also where it was found with
-    samples that have left the buffer since, and each path goes on knowing nothing of the other half's samples.
+    samples that have left the buffer since. Of the other half's samples a path knows single numbers: the shares, the
+    coefficient of its correction, and a time where paths choose it.
 
     How far to go, s, is judged on samples that the path did not see: the mean of
     :math:`L_B(\bar\theta_k + s (\theta^A - \bar\theta_k))` and :math:`L_A(\bar\theta_k + s (\theta^B - \bar\theta_k))`
@@ -145,8 +146,10 @@ class CrossFit:
             path.departure, path.departure_loss, path.departure_taken = list(SHARES), unseen_loss, [share]
         self._average.move(incoming, t if time is None else time, context)
         for end in results:
-            # A path that is given up need not be finite.
-            end.theta.mul_(share) if share else end.theta.zero_()
+            if share:
+                end.theta.mul_(share)
+            else:  # a path that is given up need not be finite
+                end.theta.zero_()
         self._departures = [
             kept | {name: piece.to("cpu", copy=True) for name, piece in tensors(end.theta, context).items()}
             for kept, end in zip(self._departures, results, strict=True)
