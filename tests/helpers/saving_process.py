@@ -100,7 +100,6 @@ def save_from_memory(report: Report, directory: str, megabytes: int) -> None:
 def hold_lock(report: Report, path: str, seconds: float) -> None:
     lock = StreamLock(path)
     lock.acquire()
-    report(os.getpid())
     time.sleep(seconds)
 
 
