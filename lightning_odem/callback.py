@@ -1,7 +1,6 @@
 """The callback: when things happen in a Trainer's life. What happens is in the other files."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +23,7 @@ from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, 
 from lightning_odem.measurement import Measurement
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
+from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.metrics import check_weights
 from lightning_odem.naming import file_name, next_task_name, next_task_weight
 from lightning_odem.parameters import ParameterVector
@@ -369,7 +369,7 @@ class ContinualMergeCallback(L.Callback):
                 merged=take_snapshot(pl_module, self.division.shared(pl_module)) | unrounded,
                 task_parameters=task_parameters,
                 fixed=_unless_same(state.fixed, take_snapshot(pl_module, self.division.fixed(pl_module))),
-                method=deepcopy(self.method.state_dict()),
+                method=copy_containers(self.method.state_dict()),
                 buffer=buffer if buffer is not None else state.buffer,
                 report=report.with_merge(
                     record,
@@ -428,7 +428,7 @@ class ContinualMergeCallback(L.Callback):
             if self.report.tasks:
                 return
         self._state.load_state_dict(state_dict)
-        self.method.load_state_dict(self._state.method)
+        self._load_method()
         self._taken_up = False
         self._resumed = self._stage == "fit"
         if self._resumed and "random_now" in state_dict:
@@ -440,11 +440,15 @@ class ContinualMergeCallback(L.Callback):
     def _needs_samples(self) -> bool:
         return "calibration" in self.method.needs or self.batch_norm == "recalibrate"
 
+    def _load_method(self) -> None:
+        """Take the method to where the stream is."""
+        self.method.load_state_dict(copy_containers(self._state.method))
+
     def _take_up(self, stored: dict[str, Any]) -> None:
         """Go on with the stream that was found in the directory."""
         capacity = self._state.buffer.capacity
         self._state.load_state_dict(stored)
-        self.method.load_state_dict(self._state.method)
+        self._load_method()
         self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
         if self.last_merged_path is not None:  # the directory may have been moved
             self.last_merged_path = str(Path(stored["dirpath"]) / Path(self.last_merged_path).name)
@@ -460,7 +464,7 @@ class ContinualMergeCallback(L.Callback):
         if newer is not None:
             self._take_up(newer)
         self._state.cut(module)
-        self.method.load_state_dict(self._state.method)
+        self._load_method()
 
     def _go_on(self, module: nn.Module) -> None:
         """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one.
@@ -509,7 +513,7 @@ class ContinualMergeCallback(L.Callback):
             merged = state.merged if self.finetune_from == "merged" else None
             load_snapshot(module, merged or state.base, is_shared)
         # The instance may have served another stream.
-        self.method.load_state_dict(state.method)
+        self._load_method()
         state.started = {"task": task, "weight": weight}
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
+from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.sharding import check_sharding
 from lightning_odem.parameters import ParameterVector, canonical_name, is_excluded
 from lightning_odem.processes import Processes
@@ -116,8 +116,8 @@ def merging(
         like one in the merge, leaves the module with the incoming model and the method with the state it had.
 
     Raises:
-        ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient or
-            something the method needs is not there.
+        ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient,
+            something the method needs is not there or the method changed its state in place.
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
@@ -139,8 +139,7 @@ def merging(
     if method.task_samples and base and objective is not None:
         at_base = BaseGradients(objective, base, incoming, statistics, task, trace.further)
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
-    # A copy: a method may change its tensors in place before it fails.
-    method_state = deepcopy(method.state_dict())
+    method_state = KeptState(method)
     try:
         with Processes.current().together():
             with undisturbed(module):
@@ -170,6 +169,7 @@ def merging(
                         t = result.t
                         statistics.write_(incoming_statistics)
                         statistics.interpolate(merged, t)
+                method_state.check()
                 vector.write_(result.theta)
                 if calibration and merged is not None and batch_norm == "recalibrate":
                     statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
@@ -188,7 +188,7 @@ def merging(
         with torch.no_grad():
             for buffer, value in zip(module.buffers(), incoming_buffers, strict=True):
                 buffer.copy_(value)
-        method.load_state_dict(method_state)
+        method_state.restore()
         if isinstance(error, NonFiniteLossError):
             raise NonFiniteLossError(f"Merging task {task!r}: {error.what}", error.step, error.t) from error
         raise

@@ -111,22 +111,22 @@ def test_a_keyboard_interrupt_in_a_merge_leaves_the_fine_tuned_model():
 
 
 def test_a_merge_method_with_a_memory_forgets_a_merge_that_failed():
-    class Counting(AverageMerge):
-        """Counts its merges."""
+    class Listing(AverageMerge):
+        """Makes its list of merges longer in place."""
 
-        merges = 0
+        merges = []
 
         def merge(self, merged, incoming, t, context):
-            self.merges += 1
+            self.merges.append(t)
             return super().merge(merged, incoming, t, context)
 
         def state_dict(self):
             return {"merges": self.merges}
 
         def load_state_dict(self, state):
-            self.merges = state.get("merges", 0)
+            self.merges = state.get("merges", [])
 
-    module, merge = Classifier(), ContinualMergeCallback(Counting())
+    module, merge = Classifier(), ContinualMergeCallback(Listing())
     first = Task(0)
     fit(module, first, merge)
     fit(module, Task(1), merge)
@@ -134,7 +134,7 @@ def test_a_merge_method_with_a_memory_forgets_a_merge_that_failed():
     first.test_set.tensors = (first.test_set.tensors[0].resize_(12, 2), targets)  # its evaluation fails
     with pytest.raises(RuntimeError):
         fit(module, Task(2), merge)
-    assert merge.method.merges == merge.state_dict()["method"]["merges"] == 1
+    assert merge.method.merges == merge.state_dict()["method"]["merges"] == [0.5]
 
 
 def test_retrying_a_failed_merge_from_the_last_checkpoint_merges_without_training(tmp_path):

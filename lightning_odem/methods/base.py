@@ -133,12 +133,16 @@ class MergeMethod(ABC):
     def state_dict(self) -> dict[str, Any]:
         """State to keep from merge to merge: tensors on the CPU, numbers and strings in plain containers.
 
-        Later merges must leave what was returned as it is: return copies, or replace tensors instead of changing them.
+        A merge that fails goes back to what was returned before it, so later merges have to leave that as it is:
+        replace tensors instead of changing them in place (``self.x = self.x * 0.9``, not ``self.x.mul_(0.9)``), or copy
+        them here and in :meth:`load_state_dict`. A method that does neither is refused at its second merge.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state given by :meth:`state_dict`; an empty one takes the method back to before its first task.
+
+        Its tensors are the stream's and not to be changed in place either.
 
         Raises:
             ValueError: If there is a state but the method keeps none, as when another method wrote it.

@@ -8,15 +8,16 @@ from torch import nn
 
 from lightning_odem.merging import merging
 from lightning_odem.methods import METHODS, MergeMethod, MergeResult, OPCMMerge, resolve_method
+from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.snapshot import take_snapshot
 
 
 class Momentum(MergeMethod):
-    """Keeps a tensor, which it changes in place, as state_dict is allowed to hand it out."""
+    """Keeps a tensor and a list, the tensor replaced at each merge and the list longer."""
 
     def __init__(self):
         self.velocity = None
-        self.merges = 0
+        self.merges = []
         self.fails = False
 
     def start(self, incoming, context):
@@ -24,8 +25,8 @@ class Momentum(MergeMethod):
         return MergeResult(incoming)
 
     def merge(self, merged, incoming, t, context):
-        self.velocity.mul_(0.9).add_(incoming - merged)
-        self.merges += 1
+        self.velocity = 0.9 * self.velocity + (incoming - merged)
+        self.merges.append(t)
         if self.fails:
             raise RuntimeError("in the method")
         return MergeResult(merged.add_(self.velocity, alpha=t))
@@ -34,7 +35,25 @@ class Momentum(MergeMethod):
         return {} if self.velocity is None else {"velocity": self.velocity, "merges": self.merges}
 
     def load_state_dict(self, state):
-        self.velocity, self.merges = state.get("velocity"), state.get("merges", 0)
+        self.velocity, self.merges = state.get("velocity"), state.get("merges", [])
+
+
+class InPlace(Momentum):
+    """The same, but the tensor that state_dict handed out is changed."""
+
+    def merge(self, merged, incoming, t, context):
+        self.velocity.mul_(0.9).add_(incoming - merged)
+        return MergeResult(merged.add_(self.velocity, alpha=t))
+
+
+class Copying(InPlace):
+    """The same, but what is handed out or taken up is a copy."""
+
+    def state_dict(self):
+        return {"velocity": self.velocity.clone()} if self.velocity is not None else {}
+
+    def load_state_dict(self, state):
+        self.velocity = state["velocity"].clone() if state else None
 
 
 def make_net(seed):
@@ -82,6 +101,34 @@ def test_a_failure_within_the_merge_leaves_the_method_as_it_was():
         merge(method, 3, merged, base)
     merge_two(undisturbed, base)
     assert_same(method.state_dict(), undisturbed.state_dict())
+
+
+def test_a_method_that_changes_its_state_in_place_is_refused():
+    base = make_net(0)
+    method = InPlace()
+    merged = merge(method, 1, None, base)
+    with pytest.raises(ValueError, match="changed 'velocity' of its state in place"):
+        merge(method, 2, merged, base)
+
+
+def test_a_method_that_hands_out_and_takes_up_copies_may_change_its_state_in_place():
+    base = make_net(0)
+    copying, replacing = Copying(), Momentum()
+    merged = merge_two(copying, base)
+    assert_same(merged, merge_two(replacing, base))
+    with pytest.raises(RuntimeError, match="in the block"):
+        merge(copying, 3, merged, base, fail_after=True)
+    assert_same(merge(copying, 4, merged, base), merge(replacing, 4, merged, base))
+
+
+def test_what_is_kept_of_a_method_are_its_own_tensors():
+    method, base = Momentum(), make_net(0)
+    merge_two(method, base)
+    kept = KeptState(method)
+    assert kept.value["velocity"] is method.velocity
+    method.merges.append(0.25)
+    kept.restore()
+    assert method.merges == [0.5]
 
 
 def test_a_failure_in_the_first_task_leaves_a_method_without_state():
