@@ -75,9 +75,9 @@ class ODEMerge(MergeMethod):
     There are seven passes over the buffer without gradient: three for the ends of the paths, three and one to judge
     them and to measure the result. Besides the incoming model it holds the end of the first path, the point, a
     gradient, its correction and Adam's two moments, and two of Adam's temporaries within a step; in main memory from
-    merge to merge the running average, both departures and the mean gradient, in the method and in the stream's state.
-    The loss at t = 0 in the report is the mean over the halves of that where its path begins, and steps are those of
-    the first path.
+    merge to merge the running average, both departures and the mean gradient, and while it merges the next of each. The
+    loss at t = 0 in the report is the mean over the halves of that where its path begins, and steps are those of the
+    first path.
 
     With ``descent=0`` one path goes on from the last merged model :math:`\Psi_{k-1}` as in the paper, with all samples,
     and nothing is kept from merge to merge.
