@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_odem.backbone import Normalize, build_backbone
-from lightning_odem.prediction import labelled, split_targets
+from lightning_odem.classification import ClassificationSteps
 from lightning_odem.probe import extract_features, fit_linear_probe
 from lightning_odem.tangent import Linearized
 from lightning_odem.weights import load_weights
 
 
-class TaskClassifier(LightningModule):
+class TaskClassifier(ClassificationSteps):
     """One backbone shared by all tasks and one linear head per task.
 
     The task is that of the Trainer's datamodule, which has the attributes ``task_name`` and ``num_classes``; its
@@ -167,35 +165,6 @@ class TaskClassifier(LightningModule):
         if not self.trains_head:
             self._fit_probe()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the current task, logged as ``train/loss``."""
-        images, targets = batch
-        loss = cross_entropy(self(images), targets)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the accuracy of the current task as ``val/acc``."""
-        self._log_accuracy("val/acc", batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the accuracy of the current task as ``test/acc``."""
-        self._log_accuracy("test/acc", batch)
-
-    def calibration_step(self, batch: Any, task: str) -> Tensor:
-        """Mean cross-entropy of a task's calibration samples.
-
-        Raises:
-            ValueError: If the samples have no labels.
-        """
-        images, targets = labelled(batch, task)
-        return cross_entropy(self(images, task), targets)
-
-    def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, classes] and targets [B] of a task; None for the targets of images without labels."""
-        images, targets = split_targets(batch)
-        return self(images, task), targets
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a one-cycle schedule over the steps of this run.
 
@@ -265,8 +234,3 @@ class TaskClassifier(LightningModule):
                 f"Task {self._current_task!r} has a training sample of label {outside[0].item()}, but its head has "
                 f"{classes} classes (labels 0 to {classes - 1})."
             )
-
-    def _log_accuracy(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, targets = batch
-        accuracy = (self(images).argmax(dim=1) == targets).float().mean()
-        self.log(name, accuracy, prog_bar=True, batch_size=len(targets), sync_dist=True)

@@ -4,19 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from lightning_odem.classification import ClassificationSteps
 from lightning_odem.clip.prompts import DEFAULT_PROMPTS, PROMPTS
 from lightning_odem.clip.text import TextEncoder
 from lightning_odem.clip.weights import read_clip, read_clip_vision
-from lightning_odem.prediction import labelled, split_targets
 
 
-class ClipClassifier(LightningModule):
+class ClipClassifier(ClassificationSteps):
     r"""CLIP with a zero-shot head per task, as in the experiments of the ODE-M paper.
 
     The logits of an image are :math:`e^s \cos(P f(x), h_c)` with the vision tower f, the visual projection P, the logit
@@ -172,35 +171,6 @@ class ClipClassifier(LightningModule):
             if name.startswith("heads.") and name.removeprefix("heads.") not in self.heads:
                 self._set_head(name.removeprefix("heads."), torch.empty_like(head))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the current task, logged as ``train/loss``."""
-        images, targets = batch
-        loss = cross_entropy(self(images), targets)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the accuracy of the current task as ``val/acc``."""
-        self._log_accuracy("val/acc", batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the accuracy of the current task as ``test/acc``."""
-        self._log_accuracy("test/acc", batch)
-
-    def calibration_step(self, batch: Any, task: str) -> Tensor:
-        """Mean cross-entropy of a task's calibration samples.
-
-        Raises:
-            ValueError: If the samples have no labels.
-        """
-        images, targets = labelled(batch, task)
-        return cross_entropy(self(images, task), targets)
-
-    def prediction_step(self, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, classes] and targets [B] of a task; None for the targets of images without labels."""
-        images, targets = split_targets(batch)
-        return self(images, task), targets
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the vision tower."""
         return torch.optim.Adam(self.vision_model.parameters(), lr=self.lr)
@@ -213,8 +183,3 @@ class ClipClassifier(LightningModule):
                 f"Task name {task!r} cannot name a head: {error}. Use a non-empty string without dots that is not a "
                 "method of nn.ParameterDict."
             ) from error
-
-    def _log_accuracy(self, name: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, targets = batch
-        accuracy = (self(images).argmax(dim=1) == targets).float().mean()
-        self.log(name, accuracy, prog_bar=True, batch_size=len(targets), sync_dist=True)

@@ -16,6 +16,7 @@ from lightning_odem.durable.fingerprint import hash_tensors
 from lightning_odem.stream import Task
 
 _SAMPLED = 256
+_LIBRARIES = ("builtins", "lightning", "torch")
 # Callbacks that leave the training alone.
 _IDLE = (ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor)
 _TRAINER = (
@@ -41,15 +42,16 @@ def fingerprint(description: Any) -> str:
 def describe_training(module: L.LightningModule, task: Task, trainer: L.Trainer, seed: int) -> dict[str, Any]:
     """Everything that makes a fine-tuned model what it is, as plain data.
 
-    The module by its class, source, plain attributes, architecture and weights; the task by :func:`describe_task`; the
-    Trainer's settings and callbacks; the seed; and the versions of torch, lightning and this package. What it cannot
-    see: source code outside the module's own class, and randomness that the seed does not govern.
+    The module by its class, source (of its bases too), plain attributes, architecture and weights; the task by
+    :func:`describe_task`; the Trainer's settings and callbacks; the seed; and the versions of torch and lightning. Not
+    that of this package, so that an update does not train everything anew. What it cannot see: source code outside
+    these classes, and randomness that the seed does not govern.
     """
     callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, _IDLE)]  # type: ignore[attr-defined]
     return {
         "module": {
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
-            "source": _source(type(module)),
+            "source": _sources(type(module)),
             "settings": _plain_attributes(module) | {key: _stable(value) for key, value in module.hparams.items()},
             "architecture": _stable(module),
             "weights": hash_tensors(module.state_dict()),
@@ -61,7 +63,7 @@ def describe_training(module: L.LightningModule, task: Task, trainer: L.Trainer,
             "callbacks": sorted(callback.state_key for callback in callbacks),
         },
         "seed": seed,
-        "versions": {name: version(name) for name in ("torch", "lightning", "lightning-odem")},
+        "versions": {name: version(name) for name in ("torch", "lightning")},
     }
 
 
@@ -98,6 +100,11 @@ def _stable(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _sources(kind: type) -> list[str]:
+    """Source code of a class and of those it is derived from, but for libraries whose versions are known."""
+    return [_source(base) for base in kind.__mro__ if base.__module__.split(".")[0] not in _LIBRARIES]
 
 
 def _source(kind: type) -> str:

@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 
 import lightning as L
 import pytest
@@ -133,6 +134,10 @@ def test_another_version_of_the_package_merges_anew_and_trains_nothing(tmp_path,
     compare(tmp_path, **options)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     monkeypatch.setattr("lightning_odem.__version__", "0.0.1")
+    installed = {"lightning-odem": "0.0.1"}
+    monkeypatch.setattr(
+        "lightning_odem.comparison.fingerprint.version", lambda name: installed.get(name) or version(name)
+    )
     compare(tmp_path, **options)
     assert len(list((tmp_path / "cells").iterdir())) == 2
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from images import make_model, make_stream, make_trainer
+from images import make_backbone, make_model, make_stream, make_trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
 
+from lightning_odem import TaskClassifier
 from lightning_odem.comparison.fingerprint import describe_task, describe_training, fingerprint, hash_tensors
 
 
@@ -37,6 +38,27 @@ def test_a_progress_bar_changes_nothing():
 )
 def test_whatever_changes_the_training_changes_the_fingerprint(change):
     assert described(**change) != described()
+
+
+def test_another_source_of_a_base_class_changes_the_fingerprint():
+    def derived(base):
+        return type("Model", (base,), {})(make_backbone(), mean=[0.5] * 3, std=[0.25] * 3)
+
+    def once():
+        class Steps(TaskClassifier):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx)
+
+        return derived(Steps)
+
+    def twice():
+        class Steps(TaskClassifier):
+            def training_step(self, batch, batch_idx):
+                return 2 * super().training_step(batch, batch_idx)
+
+        return derived(Steps)
+
+    assert described(model=once()) == described(model=once()) != described(model=twice())
 
 
 def test_other_weights_of_the_base_model_change_the_fingerprint():
