@@ -1,5 +1,6 @@
 """The steps of a module that classifies the images of several tasks."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -9,12 +10,12 @@ from torch.nn.functional import cross_entropy
 from lightning_odem.prediction import labelled, split_targets
 
 
-class ClassificationSteps(LightningModule):
-    """Training, evaluation and calibration by cross-entropy.
+class ClassificationSteps(LightningModule, ABC):
+    """Training, evaluation and calibration by cross-entropy; a subclass gives the logits."""
 
-    A subclass gives ``forward(images, task=None)``, the logits [B, classes] of a task, without a name of the current
-    one.
-    """
+    @abstractmethod
+    def forward(self, images: Tensor, task: str | None = None) -> Tensor:
+        """Logits [B, classes] of a task, without a name of the current one."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the current task, logged as ``train/loss``."""

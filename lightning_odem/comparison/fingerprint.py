@@ -16,7 +16,7 @@ from lightning_odem.durable.fingerprint import hash_tensors
 from lightning_odem.stream import Task
 
 _SAMPLED = 256
-_LIBRARIES = ("builtins", "lightning", "torch")
+_LIBRARIES = ("abc", "builtins", "lightning", "torch", "typing")
 # Callbacks that leave the training alone.
 _IDLE = (ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor)
 _TRAINER = (
@@ -103,7 +103,7 @@ def _stable(value: Any) -> Any:
 
 
 def _sources(kind: type) -> list[str]:
-    """Source code of a class and of those it is derived from, but for libraries whose versions are known."""
+    """Source code of a class and of those it is derived from, but for the libraries of every module."""
     return [_source(base) for base in kind.__mro__ if base.__module__.split(".")[0] not in _LIBRARIES]
 
 
