@@ -15,6 +15,9 @@ from lightning_odem.snapshot import undisturbed
 ABSENT_BIAS = -20.0
 """Bias of a class without samples: it takes at most e^-20 = 2e-9 of the probability, and stays finite in fp16."""
 
+LEAST_SPREAD = 1e-4
+"""Standard deviation, relative to the largest one, below which a feature counts as constant."""
+
 
 def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: float = 3.0) -> tuple[Tensor, Tensor]:
     r"""Fit a multinomial logistic regression to standardised features.
@@ -23,7 +26,9 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: flo
     feature scaled to mean 0 and variance 1; the scaling is then folded into the returned weight and bias, which apply
     to the features as they are. Weights and biases of the classes with samples sum to zero over these classes, so
     their largest logit is never negative, whatever the features become later; a class without samples has weight 0
-    and bias ``ABSENT_BIAS``. The same input gives the same result.
+    and bias ``ABSENT_BIAS``. A feature that varies less than ``LEAST_SPREAD`` times as much as the one that varies most
+    gets no weight: scaled to variance 1 it would drown all others once fine-tuning moves it. The same input gives the
+    same result.
 
     Args:
         features: Features [N, D] of any floating dtype; computed in fp64.
@@ -50,6 +55,8 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: flo
     _check(features, labels, num_classes, l2)
     scaler = StandardScaler()
     scaled = scaler.fit_transform(features.detach().to("cpu", torch.float64).numpy())
+    spread = np.sqrt(scaler.var_)
+    scaled[:, spread < LEAST_SPREAD * spread.max()] = 0.0
     targets = labels.cpu().numpy()
     present = np.unique(targets)
     weight = np.zeros((num_classes, features.shape[1]))

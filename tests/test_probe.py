@@ -99,6 +99,15 @@ def test_a_single_class_always_wins():
     assert (torch.randn(100, 3) @ weight.T + bias).argmax(1).unique().tolist() == [2]
 
 
+def test_features_that_are_dead_up_to_rounding_get_no_weight():
+    """As two of the 384 of a real pretrained sentence encoder, which are 1e-32 and 1e-9."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 4, generator=generator) * torch.tensor([1.0, 1e-32, 1e-9, 0.5])
+    weight, _ = fit_linear_probe(features, torch.arange(40) % 3, 3)
+    assert weight[:, 1:3].eq(0).all()
+    assert 0 < weight.abs().max() < 10
+
+
 def test_constant_features_get_no_weight():
     features, labels = blobs(3)
     features[:, 1] = 0.1  # not exact in binary: its computed variance must not be amplified
