@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_odem.calibration.batches import copy
 from lightning_odem.calibration.loss import move_to_device
 from lightning_odem.calibration.scaling import LossScale, loss_scale
 from lightning_odem.parameters import ParameterVector
@@ -16,7 +17,8 @@ from lightning_odem.prediction import predict, predict_with_targets
 class TaskData:
     """Training batches of one task, with outputs of the module and gradients at any point.
 
-    The module is in eval mode while a merge uses it. It is left at the point evaluated last.
+    The module is in eval mode while a merge uses it. It is left at the point evaluated last. It gets a copy of a batch
+    each time.
 
     Args:
         vector: The parameters theta stands for.
@@ -42,11 +44,11 @@ class TaskData:
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Predictions (class scores [B, C] of most modules) and targets at the module's present weights."""
-        return predict_with_targets(self.module, batch, self.task)
+        return predict_with_targets(self.module, copy(batch), self.task)
 
     def features(self, batch: Any) -> Tensor:
         """What the module's ``features(inputs)`` gives, or its predictions where it has no such method."""
-        features = getattr(self.module, "features", None)
+        batch, features = copy(batch), getattr(self.module, "features", None)
         if features is None or not isinstance(batch, (tuple, list)):
             return predict(self.module, batch, self.task)[0]
         with self.module.trainer.precision_plugin.forward_context():

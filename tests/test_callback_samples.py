@@ -1,9 +1,13 @@
 """Where the samples come from: those of the calibration, and those that accuracies are measured on."""
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, default_collate
 from toy import Classifier, Incoming, Streamed, Task, accuracy, close, everything, fit, make_trainer, same, weights
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
+from lightning_odem.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -159,3 +163,61 @@ def test_the_samples_that_the_buffer_keeps_are_the_same_for_every_method():
     kept = [merge_two(Task, method=method)[1].state_dict()["buffer"]["tasks"] for method in ("ode", "ode_paper")]
     for task in ("task_1", "task_2"):
         assert (kept[0][task]["samples"][0] == kept[1][task]["samples"][0]).all()
+
+
+class Seeing(Classifier):
+    """Notes how its batches come: the containers, and dtype, device and order in memory of what is in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {True: set(), False: set()}
+
+    def training_step(self, batch, batch_idx):
+        self.note(batch)
+        inputs, targets = batch.values() if isinstance(batch, dict) else batch
+        # As users write it, for batches of their own.
+        return cross_entropy(self(inputs.mul_(2)), targets.neg_().neg_().view(-1)[::2])
+
+    def prediction_step(self, batch, task):
+        inputs, targets = self.note(batch)
+        return self(inputs), targets[:, 0]
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def note(self, batch):
+        leaves = list(batch.values()) if isinstance(batch, dict) else list(batch)
+        forms = [(leaf.dtype, leaf.device, leaf.is_contiguous(), leaf.mT.is_contiguous()) for leaf in leaves]
+        if len(leaves[0]) > 1:  # of a single sample all orders are one
+            self.seen[self.training].add((type(batch), *forms))
+        return leaves
+
+
+def pairs(task, container, transposed):
+    """A dataloader of inputs and of two targets a sample."""
+
+    def collate(samples):
+        inputs, targets = default_collate(samples)
+        inputs = inputs.t().contiguous().t() if transposed else inputs
+        return container((inputs, torch.stack([targets, targets], 1)))
+
+    return DataLoader(task.train_set, batch_size=8, collate_fn=collate)
+
+
+def as_dict(pair):
+    return dict(zip("xy", pair, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("container", [list, tuple, as_dict])
+@pytest.mark.parametrize("method", [name for name, rule in METHODS.items() if "calibration" in rule.needs])
+def test_a_merge_gives_training_step_batches_as_the_dataloader_does(method, container, transposed):
+    module, merge = Seeing(), ContinualMergeCallback(method, calibration_size=30)
+    for number in range(3):
+        loader = pairs(Task(number), container, transposed)
+        make_trainer(merge).fit(module, loader, loader)
+    held = merge.state_dict()["buffer"]["tasks"]["task_1"]["samples"]
+    offered = {tuple(row) for row in Task(0).train_set.tensors[0].tolist()}
+    assert {tuple(row) for row in (held["x"] if container is as_dict else held[0]).tolist()} <= offered
+    assert len(module.seen[True]) == 1
+    assert module.seen[False] == module.seen[True]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -38,13 +39,21 @@ def view(batch: Any, index: slice) -> Any:
     return tree_map(lambda leaf: leaf[index], batch)
 
 
+def copy(batch: Any) -> Any:
+    """The batch as a dataloader would make it: with memory and containers of its own, and without gaps in memory.
+
+    The dimensions of its tensors keep their order in memory.
+    """
+    return apply_to_collection(batch, Tensor, torch.clone)
+
+
 def select(batch: Any, index: Tensor | slice) -> Any:
-    """The samples at ``index``, as a copy on the CPU that shares no memory with the batch."""
-    return tree_map(lambda leaf: leaf[index].detach().to("cpu", copy=True), batch)
+    """The samples at ``index``, as a copy on the CPU that shares no memory with the batch, laid out as the batch is."""
+    return tree_map(lambda leaf: _in_order_of(leaf, leaf[index].detach().to("cpu", copy=True)), batch)
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """Join batches of one structure.
+    """Join batches of one structure, laid out in memory as the largest of them.
 
     Raises:
         ValueError: If their structures or sample shapes differ.
@@ -55,9 +64,10 @@ def concatenate(batches: Sequence[Any]) -> Any:
         raise ValueError(f"Calibration batches differ in structure: {' and '.join(sorted(structures))}.")
     columns = zip(*(leaves for leaves, _ in flattened), strict=True)
     try:
-        return tree_unflatten([torch.cat(column) for column in columns], flattened[0][1])
+        joined = [_in_order_of(max(column, key=len), torch.cat(column)) for column in columns]
     except RuntimeError as error:
         raise ValueError(f"Calibration samples differ in shape and cannot be kept together: {error}") from error
+    return tree_unflatten(joined, flattened[0][1])
 
 
 def labels(batch: Any) -> Tensor | None:
@@ -69,6 +79,16 @@ def labels(batch: Any) -> Tensor | None:
         found = batch[1]
     is_class = isinstance(found, Tensor) and found.dim() == 1 and not found.is_floating_point()
     return found if is_class else None
+
+
+def _in_order_of(pattern: Tensor, tensor: Tensor) -> Tensor:
+    """A dense tensor, its dimensions in that order in memory in which a copy of ``pattern`` has its own."""
+    if pattern.is_contiguous():  # which a single sample may be with any strides
+        return tensor.contiguous()
+    strides = torch.empty_like(pattern, device="meta").stride()
+    order = sorted(range(pattern.dim()), key=lambda dim: -strides[dim])
+    places = sorted(range(pattern.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(places)
 
 
 def _check_containers(batch: Any) -> None:

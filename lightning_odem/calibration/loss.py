@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_odem.calibration.batches import copy
 from lightning_odem.calibration.samples import MicroBatch
 
 
@@ -39,7 +40,7 @@ class ModuleLoss:
         Raises:
             TypeError: If the step returns something other than a scalar tensor or a dictionary with one under "loss".
         """
-        samples = move_to_device(self._module, batch.samples, batch.transferred)
+        samples = samples_on_device(self._module, batch)
         with self._module.trainer.precision_plugin.forward_context():
             if self._step is not None:
                 result: Any = self._step(samples, batch.task)
@@ -52,6 +53,14 @@ class ModuleLoss:
                 f"tensor, or a dictionary with one under 'loss'; got {type(result).__name__}."
             )
         return loss.reshape(())
+
+
+def samples_on_device(module: L.LightningModule, batch: MicroBatch) -> Any:
+    """The samples of a micro-batch on the module's device, for its steps to use as they use a dataloader's batch.
+
+    However they were cut they lie in memory as the dataloader laid them out, and nobody else has this memory.
+    """
+    return move_to_device(module, copy(batch.samples), batch.transferred)
 
 
 def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = False) -> Any:

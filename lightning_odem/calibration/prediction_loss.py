@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.distributions import entropy, kl_divergence
-from lightning_odem.calibration.loss import ModuleLoss, move_to_device
+from lightning_odem.calibration.loss import ModuleLoss, samples_on_device
 from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.prediction import predict
@@ -34,7 +34,7 @@ class ClassScores:
             TypeError: If the module gives something else, or a single class.
         """
         module = self._module
-        moved = move_to_device(module, batch.samples, batch.transferred)
+        moved = samples_on_device(module, batch)
         if getattr(module, "prediction_step", None) is None and isinstance(moved, (Tensor, tuple, list)):
             moved = (moved if isinstance(moved, Tensor) else moved[0], None)
         predicted = predict(module, moved, batch.task)

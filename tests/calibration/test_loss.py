@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_odem.calibration import MicroBatch
 from lightning_odem.calibration.loss import ModuleLoss, move_to_device
+from lightning_odem.calibration.prediction_loss import EntropyLoss
 
 INPUTS = torch.arange(12.0).view(4, 3) / 10
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -200,6 +201,48 @@ def test_batches_come_in_the_trainers_precision_and_integers_stay(precision, see
     moved = in_fit(Classifier(), lambda module: move_to_device(module, samples), precision=precision)
     assert [tensor.dtype for tensor in moved.values()] == [seen, torch.uint8, torch.int64]
     assert in_fit(Classifier(), lambda module: ModuleLoss(module)(BATCH).dtype, precision=precision) == computed
+
+
+class Rough(Classifier):
+    """Relies on contiguous batches of its own, and uses them up."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch.pop(0), batch.pop()
+        return cross_entropy(self.net(inputs.view(-1).mul_(2).view(-1, 3)), targets.view(-1).mul_(-1).add_(1))
+
+    def prediction_step(self, batch, task):
+        return self.net(batch.pop(0).view(-1).mul_(2).view(-1, 3)), None
+
+
+@pytest.mark.parametrize("kind", [ModuleLoss, EntropyLoss])
+def test_a_step_may_do_with_a_micro_batch_what_it_may_with_a_dataloaders(kind):
+    pair = [torch.arange(24.0).view(8, 3), torch.arange(8) // 2 % 2]
+    batch = MicroBatch(pair, "digits", 1.0, False).view(slice(1, None, 2))
+    before = [leaf.clone() for leaf in batch.samples]
+
+    def twice(module):
+        loss = kind(module)
+        return loss(batch).item(), loss(batch).item()
+
+    first, second = in_fit(Rough(), twice)
+    assert first == second
+    assert all(map(torch.equal, batch.samples, before))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_have_the_memory_format_that_the_dataloader_gave_them(memory_format):
+    images = torch.randn(8, 3, 2, 2).to(memory_format=memory_format)
+    found = []
+
+    class Seeing(WithCalibrationStep):
+        def calibration_step(self, batch, task):
+            found.append(batch[0])
+            return self.net.weight.sum()
+
+    batch = MicroBatch((images,), "digits", 1.0, False).view(slice(0, None, 2))
+    in_fit(Seeing(), lambda module: ModuleLoss(module)(batch))
+    assert found[0].is_contiguous(memory_format=memory_format)
+    assert torch.equal(found[0], images[::2])
 
 
 def test_the_loss_runs_under_autocast_where_the_trainer_does():
