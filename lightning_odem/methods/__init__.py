@@ -2,11 +2,14 @@
 
 from lightning_odem.methods.average import AverageMerge
 from lightning_odem.methods.base import NEEDS, MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.closed_form import ClosedFormMerge
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.dop import DOPMerge
+from lightning_odem.methods.exact_stream import ExactStream
 from lightning_odem.methods.function import FunctionMerge
 from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
+from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
@@ -18,6 +21,7 @@ from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.methods.representation import RepresentationCorrection
 from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
+from lightning_odem.methods.task_singular_vectors import TaskSingularVectorsMerge
 from lightning_odem.methods.ties import TiesMerge
 from lightning_odem.methods.trm_style import TRMStyleMerge
 
@@ -25,9 +29,12 @@ __all__ = [
     "METHODS",
     "NEEDS",
     "AverageMerge",
+    "ClosedFormMerge",
     "DOPMerge",
+    "ExactStream",
     "FunctionMerge",
     "HCMMMerge",
+    "IsotropicMerge",
     "LinearInterpolation",
     "MagMaxMerge",
     "MergeContext",
@@ -43,6 +50,7 @@ __all__ = [
     "SecondMomentMerge",
     "TRMStyleMerge",
     "TaskArithmeticMerge",
+    "TaskSingularVectorsMerge",
     "TiesMerge",
     "describe_method",
     "method_name",

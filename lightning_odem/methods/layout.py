@@ -73,6 +73,24 @@ def matrices(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> I
         context.on_step(len(names), len(names))
 
 
+PACKED = ("in_proj_weight", "qkv.weight")
+"""How the names end of attention weights [3 * d, d] that hold the layers of queries, keys and values."""
+
+
+def parts(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Walk through weight matrices as :func:`matrices`, each packed attention weight as the three that it holds.
+
+    So a network merges alike however its attention is written.
+
+    Yields:
+        A key, the name of the parameter and in packed ones the number of the part, and the views [rows, columns].
+    """
+    for name, views in zip(names, matrices(context, names, *vectors), strict=True):
+        number = 3 if name.endswith(PACKED) and len(views[0]) % 3 == 0 else 1
+        for index, part in enumerate(zip(*(view.chunk(number) for view in views), strict=True)):
+            yield (name if number == 1 else f"{name}:{index}"), part
+
+
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Walk through the tensors that are not among ``names``: for each its views in all vectors."""
     pieces = [tensors(vector, context) for vector in vectors]

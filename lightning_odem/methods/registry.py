@@ -6,10 +6,12 @@ from typing import TypeVar
 
 from lightning_odem.methods.average import AverageMerge
 from lightning_odem.methods.base import NEEDS, MergeMethod
+from lightning_odem.methods.closed_form import ClosedFormMerge
 from lightning_odem.methods.dop import DOPMerge
 from lightning_odem.methods.function import FunctionMerge, MergeFunction
 from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
+from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
@@ -19,15 +21,18 @@ from lightning_odem.methods.opcm import OPCMMerge
 from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
+from lightning_odem.methods.task_singular_vectors import TaskSingularVectorsMerge
 from lightning_odem.methods.ties import TiesMerge
 from lightning_odem.methods.trm_style import TRMStyleMerge
 
 METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
     "average": AverageMerge,
     "average_replay": ReplayMerge,
+    "closed_form": ClosedFormMerge,
     "dop": DOPMerge,
     "hcmm": HCMMMerge,
     "interpolation": LinearInterpolation,
+    "isotropic": IsotropicMerge,
     "magmax": MagMaxMerge,
     "nufilt": NUFILTMerge,
     "ode": ODEMerge,
@@ -36,6 +41,7 @@ METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
     "opcm": OPCMMerge,
     "second_moment": SecondMomentMerge,
     "task_arithmetic": TaskArithmeticMerge,
+    "task_singular_vectors": TaskSingularVectorsMerge,
     "ties": TiesMerge,
     "trm_style": TRMStyleMerge,
 }

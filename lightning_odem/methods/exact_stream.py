@@ -1,0 +1,142 @@
+"""Rules that depend on the tasks through sums alone, kept as running sums."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.layout import tensors
+
+Sums = dict[str, Tensor]
+MEAN = "mean/"
+"""Prefix of the keys under which the mean task vector is kept, a tensor by parameter name."""
+
+
+class ExactStream(MergeMethod):
+    r"""A one-shot rule kept as running sums: the stream gives what the rule gives on all models at once.
+
+    The published sequential forms of one-shot rules feed the merged model back in as if it were a fine-tuned one. A
+    rule that sees the task vectors :math:`\tau_k = \psi_k - \psi_0` only through sums needs no such recursion. It keeps
+
+    .. math:: S_k = \sum_{j \le k} p_j\, s(\tau_j), \qquad p_j = w_j / \sum_{i \le k} w_i,
+
+    and the merged model is read from them, :math:`\Psi_k = \psi_0 + f(S_k, n_k)`. So the order of the tasks does not
+    matter, utility weights enter linearly, memory does not grow with the number of tasks, and a task can be taken out
+    again (:meth:`remove`). :math:`n_k = 1 / \sum_j p_j^2` is the number of tasks, counted by their shares: K for equal
+    weights. Rules that are sums instead of means multiply by it.
+
+    One task alone gives its own model. A task of weight 0 leaves the merged model and the sums as they are, bit by bit.
+    If the method takes over a stream that another one began, the merged model it finds counts as one task.
+
+    With ``recursion`` the rule is applied to two models, the merged one and the incoming one, again and again: the
+    sequential baseline of the literature, for comparison. Utility weights then have no effect.
+
+    A subclass writes :meth:`statistics` and :meth:`solve`. The mean task vector is kept for it. The sums lie in main
+    memory, in fp32 or the higher precision of the vectors.
+    """
+
+    needs: frozenset[str] = frozenset({"base"})
+
+    def __init__(self, recursion: bool = False) -> None:
+        self.recursion = recursion
+        self._sums: Sums = {}
+        self._concentration = 1.0
+
+    @abstractmethod
+    def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
+        """What a task adds to the sums besides its task vector [d], by key, one tensor after the other."""
+
+    @abstractmethod
+    def solve(self, sums: Sums, tasks: float, context: MergeContext) -> Tensor:
+        """The merged task vector [d], a new one, from the sums over ``tasks`` tasks."""
+
+    @property
+    def tasks(self) -> float:
+        """Number of tasks in the sums, counted by their shares."""
+        return 1.0 / self._concentration
+
+    def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
+        """The first task's model as it is."""
+        self.load_state_dict({})
+        self._sums = self._of(incoming, context)
+        return MergeResult(incoming)
+
+    def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
+        """Add the task to the sums and read the merged model."""
+        if t == 0.0:
+            return MergeResult(merged)
+        if self.recursion:
+            self._sums, self._concentration, t = {}, 1.0, 0.5
+        self.add(merged, incoming, t, context)
+        if self._concentration == 1.0:
+            return MergeResult(incoming)
+        return MergeResult(self.read(context))
+
+    def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
+        """Subtract what a task added, and read the merged model of the others."""
+        self._sums = self._with(withdrawn, -share / (1.0 - share), merged, context)
+        # Of a single task left it is 1, up to rounding.
+        self._concentration = min((self._concentration - share**2) / (1.0 - share) ** 2, 1.0)
+        return MergeResult(self.read(context))
+
+    def add(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> None:
+        """Take a model [d] into the sums at operating time ``t``; ``merged`` stands for what they do not know yet."""
+        self._sums = self._with(incoming, t, merged, context)
+        self._concentration = (1.0 - t) ** 2 * self._concentration + t**2
+
+    def read(self, context: MergeContext) -> Tensor:
+        """The merged model [d], a new vector."""
+        assert context.base is not None, "declared in needs"
+        return self.solve(self._sums, self.tasks, context).add_(context.base)
+
+    def mean(self, sums: Sums, context: MergeContext) -> Tensor:
+        """The mean task vector [d], a new vector."""
+        assert context.base is not None, "declared in needs"
+        mean = torch.empty_like(context.base)
+        for name, piece in tensors(mean, context).items():
+            piece.copy_(sums[MEAN + name])
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums by key and the sum of the squared shares; empty before the first task."""
+        return {"sums": self._sums, "concentration": self._concentration} if self._sums else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; an empty one begins a new stream.
+
+        Raises:
+            ValueError: If another method wrote it.
+        """
+        if state and state.keys() != {"sums", "concentration"}:
+            raise ValueError(
+                f"{type(self).__name__} keeps sums and their concentration, but the stream's state has: "
+                f"{', '.join(state)}."
+            )
+        self._sums, self._concentration = dict(state.get("sums", {})), state.get("concentration", 1.0)
+
+    def _of(self, model: Tensor, context: MergeContext) -> Sums:
+        """The statistics of one model, on the CPU."""
+        return {key: tensor.to("cpu", copy=True) for key, tensor in self._statistics(model, context)}
+
+    def _statistics(self, model: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
+        assert context.base is not None, "declared in needs"
+        task_vector = model - context.base
+        for name, piece in tensors(task_vector, context).items():
+            yield MEAN + name, piece
+        yield from self.statistics(task_vector, context)
+
+    def _with(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> Sums:
+        """The sums moved by ``t`` towards a model's statistics; replaced, not changed in place."""
+        known = self._sums
+        if any(MEAN + name not in known for name in context.names):
+            known = self._of(merged, context) | known
+        moved = {}
+        for key, tensor in self._statistics(model, context):
+            if known[key].shape != tensor.shape:
+                kept, found = tuple(known[key].shape), tuple(tensor.shape)
+                raise ValueError(f"{type(self).__name__} has kept {key} in shape {kept}, the model gives {found}.")
+            moved[key] = known[key].lerp(tensor.cpu(), t)
+        return known | moved

@@ -1,0 +1,69 @@
+"""Isotropic merging: the sum of the task vectors with each matrix's spectrum flattened."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lightning_odem.methods.arguments import check_patterns, check_range
+from lightning_odem.methods.base import MergeContext
+from lightning_odem.methods.exact_stream import ExactStream, Sums
+from lightning_odem.methods.layout import parts, weight_matrices
+from lightning_odem.methods.linalg import singular
+
+
+def flatten_spectrum(matrix: Tensor) -> Tensor:
+    r"""The matrix [m, n] with every singular value replaced by their mean over min(m, n).
+
+    Directions that are zero up to rounding stay zero, since their singular vectors are arbitrary.
+
+    Example:
+        >>> import torch
+        >>> flatten_spectrum(torch.diag(torch.tensor([3.0, 1.0])))
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    u, s, v = singular(matrix)
+    return (u @ v.T * (s.sum() / min(matrix.shape))).to(matrix)
+
+
+class IsotropicMerge(ExactStream):
+    r"""Isotropic merging, Iso-C (Marczak et al., ICML 2025, arXiv 2502.04959), as an exact stream.
+
+    The sum of the task vectors of each weight matrix, :math:`\sum_k \tau_k = U \Sigma V^T`, becomes
+
+    .. math:: \Psi_k = \psi_0 + \lambda\, \bar\sigma\, U V^T, \qquad \bar\sigma = \mathrm{mean}(\Sigma).
+
+    So no direction that many tasks share drowns those of single ones. Other parameters are averaged. With unequal
+    utility weights the sum is :math:`n_k \sum_j p_j \tau_j`, see :class:`~lightning_odem.methods.ExactStream`. The
+    layers of a packed attention weight are matrices of their own, see :func:`~lightning_odem.methods.layout.parts`.
+
+    Published for CLIP ViT-B/32 and 8 tasks (fine-tuned 90.4): one-shot 82.8 %, as a recursion 71.7 %.
+
+    State: one vector of the model's size. One merge costs one singular value decomposition per matrix.
+
+    Args:
+        scale: lambda, above 0. 1 is the authors' choice for many tasks; it is otherwise fitted on validation data.
+        layers: Patterns of the weight matrices to flatten, see
+            :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
+        recursion: Feed the merged model back in, as the sequential baselines of the literature do.
+
+    Raises:
+        ValueError: For a scale that is not positive; when merging, for patterns that match nothing.
+    """
+
+    def __init__(self, scale: float = 1.0, layers: Sequence[str] | None = None, recursion: bool = False) -> None:
+        super().__init__(recursion)
+        check_range("scale", scale, 0, open_low=True)
+        self.scale = scale
+        self.layers = check_patterns("layers", layers)
+
+    def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
+        """Nothing but the task vector itself."""
+        return iter(())
+
+    def solve(self, sums: Sums, tasks: float, context: MergeContext) -> Tensor:
+        """Flatten the matrices of the sum."""
+        merged = self.mean(sums, context)
+        for _, (matrix,) in parts(context, weight_matrices(context, self.layers), merged):
+            matrix.copy_(flatten_spectrum(matrix).mul_(tasks * self.scale))
+        return merged

@@ -1,0 +1,197 @@
+import itertools
+
+import pytest
+import torch
+from vectors import SHAPES, flatten, make_context, make_models, merge_stream, unflatten
+
+from lightning_odem.methods import ClosedFormMerge, IsotropicMerge, MergeContext, MergeResult, TaskSingularVectorsMerge
+
+WEIGHTS = [1.0, 3.0, 0.5, 2.0]
+
+
+def mean(tensors, weights):
+    return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True)) / sum(weights)
+
+
+def isotropic(updates, weights):
+    """The rule on all models at once, written out."""
+    number = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+    u, s, vh = torch.linalg.svd(number * mean(updates, weights), full_matrices=False)
+    return s.mean() * u @ vh
+
+
+def closed_form(updates, weights, ridge=0.1):
+    """The least-squares problem as one tall system over all tasks, solved by QR."""
+    shares = [weight / sum(weights) for weight in weights]
+    roots = [update / update.norm() for update in updates]  # C = root^T root
+    trace = sum(share * root.square().sum() for share, root in zip(shares, roots, strict=True))
+    average = mean(updates, weights)
+    rows, targets = [], []
+    for share, root, update in zip(shares, roots, updates, strict=True):
+        rows.append(share**0.5 * root)
+        targets.append(share**0.5 * root @ update.T)
+    size = average.shape[1]
+    rows.append((ridge * trace) ** 0.5 * torch.eye(size, dtype=average.dtype))
+    targets.append((ridge * trace) ** 0.5 * average.T)
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(targets), driver="gels").solution.T
+
+
+def singular_vectors(updates, weights):
+    number = len(updates)
+    lefts, values, rights = [], [], []
+    for weight, update in zip(weights, updates, strict=True):
+        u, s, vh = torch.linalg.svd(update, full_matrices=False)
+        rank = max(len(s) // number, 1)
+        lefts.append(u[:, :rank])
+        values.append(s[:rank] * number * weight / sum(weights))
+        rights.append(vh[:rank])
+
+    def polar(matrix):
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u @ vh
+
+    return polar(torch.cat(lefts, 1)) @ torch.diag(torch.cat(values)) @ polar(torch.cat(rights))
+
+
+RULES = {
+    "isotropic": (IsotropicMerge, isotropic),
+    "closed_form": (ClosedFormMerge, closed_form),
+    "task_singular_vectors": (TaskSingularVectorsMerge, singular_vectors),
+}
+both = pytest.mark.parametrize(("make", "one_shot"), RULES.values(), ids=RULES)
+
+
+def at_once(one_shot, base, models, weights):
+    """The merged model from all models at once: the rule for matrices, the average for the rest."""
+    parts, start = [unflatten(model - base) for model in models], unflatten(base)
+    merged = {}
+    for name, shape in SHAPES.items():
+        updates = [part[name] for part in parts]
+        if name.endswith("weight"):
+            update = one_shot([update.flatten(1) for update in updates], weights).view(shape)
+        else:
+            update = mean(updates, weights)
+        merged[name] = start[name] + update
+    return flatten(merged)
+
+
+@both
+@pytest.mark.parametrize("weights", [[1.0] * 4, WEIGHTS])
+def test_the_stream_equals_the_rule_on_all_models_at_once(make, one_shot, weights):
+    base, models = make_models(4)
+    for number, merged in enumerate(merge_stream(make(), base, models, weights), start=1):
+        if number > 1:
+            torch.testing.assert_close(merged, at_once(one_shot, base, models[:number], weights[:number]))
+
+
+@both
+def test_the_order_of_the_tasks_does_not_matter(make, one_shot):
+    base, models = make_models(4)
+    ends = [
+        merge_stream(make(), base, [models[i] for i in order], [WEIGHTS[i] for i in order])[-1]
+        for order in itertools.permutations(range(4))
+    ]
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0])
+
+
+@both
+def test_one_task_alone_gives_its_own_model(make, one_shot):
+    base, models = make_models(2)
+    assert torch.equal(merge_stream(make(), base, models[:1])[-1], models[0])
+    # Also behind tasks that do not count.
+    assert torch.equal(merge_stream(make(), base, models, [0.0, 1.0])[-1], models[1])
+
+
+@both
+def test_a_task_of_weight_0_changes_nothing(make, one_shot):
+    base, models = make_models(3)
+    with_it = merge_stream(make(), base, [models[0], models[2], models[1]], [1.0, 0.0, 2.0])
+    without = merge_stream(make(), base, [models[0], models[1]], [1.0, 2.0])
+    assert torch.equal(with_it[1], with_it[0])
+    assert torch.equal(with_it[-1], without[-1])
+
+
+@both
+def test_the_state_goes_on_where_it_was(make, one_shot):
+    base, models = make_models(3)
+    context, first, second = make_context(base), make(), make()
+    merged = first.merge(first.start(models[0], context).theta.clone(), models[1], 0.5, context).theta
+    second.load_state_dict(first.state_dict())
+    ends = [method.merge(merged.clone(), models[2], 1 / 3, context).theta for method in (first, second)]
+    assert torch.equal(*ends)
+
+
+@both
+def test_a_state_of_another_method_is_refused(make, one_shot):
+    with pytest.raises(ValueError, match="the stream's state has: velocity"):
+        make().load_state_dict({"velocity": torch.zeros(2)})
+
+
+@both
+def test_a_stream_that_another_method_began_counts_as_one_task(make, one_shot):
+    base, models = make_models(2)
+    context = make_context(base)
+    taken_over = make().merge(models[0].clone(), models[1], 0.25, context).theta
+    torch.testing.assert_close(taken_over, merge_stream(make(), base, models, [3.0, 1.0])[-1])
+
+
+@both
+def test_a_recursion_feeds_the_merged_model_back_in(make, one_shot):
+    base, models = make_models(3)
+    merged = merge_stream(make(recursion=True), base, models, WEIGHTS[:3])
+    for before, after, incoming in zip(merged[:-1], merged[1:], models[1:], strict=True):
+        torch.testing.assert_close(after, at_once(one_shot, base, [before, incoming], [1.0, 1.0]))
+
+
+@pytest.mark.parametrize("make", [IsotropicMerge, ClosedFormMerge])
+@pytest.mark.parametrize("gone", range(4))
+def test_a_task_taken_out_leaves_the_model_of_the_others(make, gone):
+    base, models = make_models(4)
+    method, context = make(), make_context(base)
+    merged = method.start(models[0].clone(), context).theta.clone()
+    for k in range(1, 4):
+        merged = method.merge(merged, models[k], WEIGHTS[k] / sum(WEIGHTS[: k + 1]), context).theta
+    result = method.remove(merged, models[gone], WEIGHTS[gone] / sum(WEIGHTS), context)
+    others = [index for index in range(4) if index != gone]
+    left = merge_stream(make(), base, [models[i] for i in others], [WEIGHTS[i] for i in others])[-1]
+    assert isinstance(result, MergeResult)
+    torch.testing.assert_close(result.theta, left)
+
+
+@both
+def test_packed_attention_merges_as_the_three_layers_it_holds(make, one_shot):
+    apart = {f"attn.{part}.weight": (4, 4) for part in "qkv"}
+    packed = {"attn.qkv.weight": (12, 4)}
+    base, models = make_models(3, shapes=apart)
+    ends = [merge_stream(make(), base, models, shapes=shapes)[-1] for shapes in (apart, packed)]
+    torch.testing.assert_close(*ends)
+
+
+@both
+def test_a_layer_that_no_task_has_moved_stays(make, one_shot):
+    base, models = make_models(3)
+    for model in models:
+        model[:72] = base[:72]  # conv.weight
+    merged = merge_stream(make(), base, models)[-1]
+    assert torch.equal(merged[:72], base[:72])
+
+
+def test_a_parameter_new_to_the_stream_is_taken_to_be_as_in_the_merged_model():
+    base, models = make_models(2)
+    few = {name: shape for name, shape in SHAPES.items() if name != "tall.weight"}
+    method = IsotropicMerge()
+    parts = [unflatten(model) for model in (base, *models)]
+    start = flatten({name: parts[1][name] for name in few})
+    method.start(start, MergeContext(list(few), list(few.values()), base=flatten({n: parts[0][n] for n in few})))
+    merged = method.merge(models[0].clone(), models[1], 0.5, make_context(base)).theta
+    torch.testing.assert_close(merged, merge_stream(IsotropicMerge(), base, models)[-1])
+
+
+def test_another_shape_is_refused_by_name():
+    base, models = make_models(2)
+    method = ClosedFormMerge()
+    method.start(models[0], make_context(base))
+    other = {**SHAPES, "wide.weight": (12, 4), "wide.bias": (4,)}
+    with pytest.raises(ValueError, match=r"mean/wide.weight in shape \(4, 12\), the model gives \(12, 4\)"):
+        method.merge(models[0].clone(), models[1], 0.5, make_context(base, other))
