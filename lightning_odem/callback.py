@@ -412,9 +412,7 @@ class ContinualMergeCallback(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put whole tensors into the checkpoint where processes share the parameters."""
-        whole = self._state.whole(pl_module)
-        names = ("base", "merged", "task_parameters", "fixed", "method")
-        checkpoint["callbacks"][self.state_key].update({name: getattr(whole, name) for name in names})
+        checkpoint["callbacks"][self.state_key].update(self._state.whole(pl_module).state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
