@@ -342,7 +342,6 @@ class ContinualMergeCallback(L.Callback):
         fine_tuned = self._measurement.current(pl_module, task)
         own = take_snapshot(pl_module, self.division.task_specific(pl_module))
         task_parameters = {**state.task_parameters, task: own}
-        unrounded: Snapshot = {}
         with (
             rescuing(trainer, self.dirpath, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
             progress(trainer, f"merging {task}") as on_step,
@@ -358,15 +357,15 @@ class ContinualMergeCallback(L.Callback):
                 batch_norm=self.batch_norm,
                 trace=trace,
                 on_step=on_step,
-                unrounded=unrounded,
-            ) as record,
+            ) as merge,
         ):
+            record = merge.record
             _copy_from_main_process(trainer, pl_module)
             row = self._measurement.every_task(trainer, pl_module, task_parameters)
             record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
             state = replace(
                 state,
-                merged=take_snapshot(pl_module, self.division.shared(pl_module)) | unrounded,
+                merged=merge.snapshot(),
                 task_parameters=task_parameters,
                 fixed=_unless_same(state.fixed, take_snapshot(pl_module, self.division.fixed(pl_module))),
                 method=copy_containers(self.method.state_dict()),
@@ -412,9 +411,7 @@ class ContinualMergeCallback(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put whole tensors into the checkpoint where processes share the parameters."""
-        whole = self._state.whole(pl_module)
-        names = ("base", "merged", "task_parameters", "fixed", "method")
-        checkpoint["callbacks"][self.state_key].update({name: getattr(whole, name) for name in names})
+        checkpoint["callbacks"][self.state_key].update(self._state.whole(pl_module).state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""

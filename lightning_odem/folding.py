@@ -14,7 +14,7 @@ from lightning_odem.flow import operating_time
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.report import MergeRecord
-from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot
+from lightning_odem.snapshot import Snapshot, load_snapshot
 from lightning_odem.trace import TrainingTrace
 
 
@@ -34,7 +34,8 @@ class Folding:
         calibration: Further settings of the calibration.
 
     Attributes:
-        merged: Parameters and buffers of the merged model by name; None before the first.
+        merged: Parameters and buffers of the merged model by name, parameters in half precision as they were before
+            they were rounded; None before the first.
         weights: Utility weights of the tasks merged.
 
     Example:
@@ -93,8 +94,7 @@ class Folding:
         Raises:
             ValueError: If names or shapes differ, or the method needs what was not given.
         """
-        is_shared = self._division.shared(self.module)
-        load_snapshot(self.module, incoming, is_shared)
+        load_snapshot(self.module, incoming, self._division.shared(self.module))
         buffer = self._buffer.copy()
         if samples is not None:
             buffer.add(task, samples, weight=weight)
@@ -110,11 +110,11 @@ class Folding:
             batch_norm=self._batch_norm,
             trace=trace,
             on_step=on_step,
-        ) as record:
-            merged = take_snapshot(self.module, is_shared)
+        ) as merge:
+            merged = merge.snapshot()
         self.merged, self._buffer = merged, buffer
         self.weights.append(weight)
-        return record
+        return merge.record
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
         """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it will get.

@@ -22,7 +22,7 @@ from lightning_odem.parameters import ParameterVector, canonical_name, is_exclud
 from lightning_odem.processes import Processes
 from lightning_odem.report.record import MergeRecord
 from lightning_odem.shards import find_shards, local, reshard
-from lightning_odem.snapshot import load_snapshot, undisturbed
+from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.task_data import TaskData
 from lightning_odem.trace import TrainingTrace
 
@@ -68,6 +68,31 @@ class Calibration:
         self.buffer.store_logits(task, logits)
 
 
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is made, but may still be taken back.
+
+    Args:
+        record: What happened, without accuracies.
+        module: The module, which holds the merged model.
+        exclude: Patterns of parameters that were not merged.
+        unrounded: Merged parameters of lower precision than the vector as they were before they were rounded, on the
+            CPU.
+    """
+
+    record: MergeRecord
+    module: nn.Module
+    exclude: tuple[str, ...]
+    unrounded: Snapshot
+
+    def snapshot(self) -> Snapshot:
+        """Parameters and buffers of the merged model by name, on the CPU: what the next merge is to start from.
+
+        Parameters are not rounded to lower precision, or the roundings of a stream would add up.
+        """
+        return take_snapshot(self.module, lambda name: not is_excluded(name, self.exclude)) | self.unrounded
+
+
 @contextmanager
 def merging(
     module: nn.Module,
@@ -82,8 +107,7 @@ def merging(
     batch_norm: str = "average",
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
-    unrounded: dict[str, Tensor] | None = None,
-) -> Iterator[MergeRecord]:
+) -> Iterator[Merge]:
     """Replace a module's weights, the incoming model, by their merge into the merged model.
 
     Besides the module's own weights this holds ``merged`` and ``base``, which the caller keeps, and on the module's
@@ -100,7 +124,7 @@ def merging(
         method: The merge method.
         task: Name of the incoming task.
         t: Operating time in [0, 1]; the record has the method's own where it chose another.
-        merged: Parameters and buffers of the merged model by name; None for the first task.
+        merged: Parameters and buffers of the merged model by name, see :meth:`Merge.snapshot`; None for the first task.
         base: Those of the base model, needed by methods that declare ``"base"``.
         calibration: Samples and loss, needed by methods that declare ``"calibration"``. Where the loss is measured
             against logits, the incoming model's are put into the buffer, which is therefore a copy of the stream's.
@@ -108,12 +132,10 @@ def merging(
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the incoming model's training left behind, as far as the method needs it.
         on_step: Told (steps done, steps in all).
-        unrounded: Receives, on the CPU, merged parameters of lower precision than the vector as they were before they
-            were rounded: what the next merge is to start from, or roundings add up.
 
     Yields:
-        What happened, without accuracies. The block under the merge belongs to the transaction: an exception in it,
-        like one in the merge, leaves the module with the incoming model and the method with the state it had.
+        The merge. The block under it belongs to the transaction: an exception in it, like one in the merge, leaves the
+        module with the incoming model and the method with the state it had.
 
     Raises:
         ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient,
@@ -177,12 +199,11 @@ def merging(
             statistics.write_(merged_statistics)
             if merged is not None and t == 0.0:
                 load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
-            if unrounded is not None:
-                unrounded.update(vector.unrounded(result.theta))
+            unrounded = vector.unrounded(vector.gather(merged) if merged is not None and t == 0.0 else result.theta)
             record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
             del result
             record.merge_seconds = time.perf_counter() - started
-            yield record
+            yield Merge(record, module, exclude, unrounded)
     except BaseException as error:
         vector.write_(incoming)
         with torch.no_grad():

@@ -133,11 +133,8 @@ class RunDirectory:
                 self._store.save(whole.state_dict())
         self._number = self._store.number
         if self._mapped:
-            state.base, state.merged, state.task_parameters = map(
-                self._store.map, ("base", "merged", "task_parameters")
-            )
+            state.map(self._store.map)
             state.cut(module)
-            state.buffer.load_state_dict(self._store.map("buffer"))
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
         """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -62,22 +62,20 @@ class StreamState:
 
     def whole(self, module: nn.Module) -> "StreamState":
         """The state with whole tensors in the first process, where several share the parameters of the module."""
-        own = {task: whole_snapshot(module, snapshot) for task, snapshot in self.task_parameters.items()}
-        base, merged = (snapshot and whole_snapshot(module, snapshot) for snapshot in (self.base, self.merged))
-        method = {
-            key: whole_snapshot(module, kept) if _is_snapshot(kept) else kept for key, kept in self.method.items()
-        }
-        return replace(self, base=base, merged=merged, task_parameters=own, method=method)
+        return replace(self, **self._with_snapshots(partial(whole_snapshot, module)))
 
     def cut(self, module: nn.Module) -> None:
         """Keep this process's shards only, where several share the parameters of the module."""
-        self._replace_snapshots(partial(cut_snapshot, module))
+        vars(self).update(self._with_snapshots(partial(cut_snapshot, module)))
 
-    def _replace_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> None:
-        self.base, self.merged = (snapshot and change(snapshot) for snapshot in (self.base, self.merged))
-        self.fixed = change(self.fixed)
-        self.task_parameters = _changed(self.task_parameters, change)
-        self.method = _changed(self.method, change)
+    def map(self, section: Callable[[str], Any]) -> None:
+        """Take what holds tensors from where the state dict was saved: ``section`` gives its entries by name."""
+        for name in _PLAIN:
+            setattr(self, name, section(name))
+        self.buffer.load_state_dict(section("buffer"))
+
+    def _with_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:
+        return {entry.name: _changed(getattr(self, entry.name), change) for entry in fields(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a :meth:`state_dict`.
@@ -95,14 +93,17 @@ class StreamState:
 
 
 # What is replaced as a whole, never changed in place.
-_PLAIN = ("base", "merged", "task_parameters", "fixed", "method", "dirpath", "random")
+_PLAIN = tuple(entry.name for entry in fields(StreamState) if entry.name not in ("buffer", "report", "started"))
 
 
-def _changed(values: dict[str, Any], change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:
-    """The same dict if no snapshot in it has changed: what is saved already is known by its identity."""
-    changed = {name: change(value) if _is_snapshot(value) else value for name, value in values.items()}
-    return values if all(map(operator.is_, changed.values(), values.values())) else changed
+def _changed(value: Any, change: Callable[[Snapshot], Snapshot]) -> Any:
+    """A value with every snapshot in it changed, however deep in dicts.
 
-
-def _is_snapshot(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
+    The very value if none has changed: what is saved already is known by its identity.
+    """
+    if not isinstance(value, dict) or not value:
+        return value
+    if all(isinstance(tensor, Tensor) for tensor in value.values()):
+        return change(value)
+    changed = {name: _changed(inner, change) for name, inner in value.items()}
+    return value if all(map(operator.is_, changed.values(), value.values())) else changed

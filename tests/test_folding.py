@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 from torch.utils.data import TensorDataset
-from toy import Classifier, Incoming, Task, close, fit, same
+from toy import Classifier, Incoming, Task, close, fit, same, weights
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.attach import attached
@@ -24,11 +24,11 @@ class Breaking(AverageMerge):
 def fitted(small_stream):
     """Three models and what the callback made of them."""
 
-    def fit_with(method):
+    def fit_with(method, **options):
         module, incoming = Classifier(batch_norm=True), Incoming()
         merge = ContinualMergeCallback(method=method, weights=WEIGHTS, calibration_size=12)
         for number in range(3):
-            fit(module, Task(number), incoming, merge)
+            fit(module, Task(number), incoming, merge, **options)
         return merge, incoming.models
 
     return fit_with
@@ -53,6 +53,28 @@ def test_folding_makes_of_the_models_what_the_callback_made(fitted, method):
     assert close(folding.merged, merge._state.merged, rtol=1e-5, atol=1e-6)
     assert record.t == merge.report.merges[-1].t
     assert record.gradient_evaluations == merge.report.merges[-1].gradient_evaluations
+
+
+def test_in_half_precision_it_is_what_the_callback_made_to_the_bit(fitted):
+    merge, models = fitted("average", precision="bf16-true")
+    folding = Folding(Classifier(batch_norm=True).bfloat16(), "average")
+    for number, (model, weight) in enumerate(zip(models, WEIGHTS, strict=True)):
+        folding.fold(model, str(number), weight)
+    assert same(folding.merged, merge._state.merged)
+
+
+def test_the_roundings_of_many_merges_in_bf16_do_not_add_up():
+    module, generator = Classifier().bfloat16(), torch.Generator().manual_seed(0)
+    models = [
+        {name: (value + torch.randn(value.shape, generator=generator)).bfloat16() for name, value in like.items()}
+        for like in [take_snapshot(Classifier())] * 40
+    ]
+    folding = Folding(module, "average")
+    for number, model in enumerate(models):
+        folding.fold(model, str(number))
+    mean = {name: sum(model[name].double() for model in models) / len(models) for name in models[0]}
+    assert close(folding.merged, {name: value.float() for name, value in mean.items()}, rtol=1e-5, atol=1e-6)
+    assert close(weights(module), {name: value.bfloat16() for name, value in mean.items()}, rtol=2**-7, atol=1e-6)
 
 
 def fold_three(options, scramble=False):

@@ -47,8 +47,8 @@ def make_calibration(predict, dtype=torch.float32, batch_size=5, columns=3):
 def merge(net, method, t=0.5, merged=None, base=None, calibration=None, **settings):
     with merging(
         net, method, task="new", t=t, merged=merged, base=base or {}, calibration=calibration, **settings
-    ) as record:
-        return record
+    ) as made:
+        return made.record
 
 
 def bits(module):
@@ -100,6 +100,31 @@ def test_time_0_leaves_the_merged_model_and_time_1_gives_the_incoming_one_bit_by
     expected = bits(net if t else before)
     merge(net, method, t=t, merged=take_snapshot(before), calibration=make_calibration(net.predict, dtype))
     assert same(bits(net), expected)
+
+
+def test_a_snapshot_is_the_model_as_it_was_before_it_was_rounded():
+    net, before = make_net(1, BF16), make_net(0, BF16)
+    merged = {name: value + 2**-12 if value.is_floating_point() else value for name, value in bits(before).items()}
+    merged = {name: value.float() if "head" not in name else value for name, value in merged.items()}
+    incoming, settings = bits(net), {"base": {}, "calibration": None, "exclude": ("head",)}
+    with merging(net, AverageMerge(), task="new", t=0.25, merged=merged, **settings) as made:
+        found = made.snapshot()
+    assert found.keys() == {name for name in incoming if "head" not in name}
+    for name in ("body.weight", "body.bias", "norm.weight", "norm.bias"):
+        assert torch.equal(found[name], merged[name].lerp(incoming[name].float(), 0.25)), name
+        assert torch.equal(found[name].bfloat16(), bits(net)[name]), name
+
+
+def test_a_snapshot_at_time_0_is_the_merged_model_whatever_the_method_returns():
+    class Elsewhere(MergeMethod):
+        def merge(self, merged, incoming, t, context):
+            return MergeResult(incoming.clone(), t=0.0)
+
+    net, before = make_net(1, BF16), take_snapshot(make_net(0, BF16))
+    merged = {name: value.float() + 2**-12 if "body" in name else value for name, value in before.items()}
+    with merging(net, Elsewhere(), task="new", t=0.5, merged=merged, base={}, calibration=None) as made:
+        found = made.snapshot()
+    assert all(torch.equal(found[name], merged[name]) for name in ("body.weight", "body.bias"))
 
 
 def test_the_average_of_two_models_is_their_mean():

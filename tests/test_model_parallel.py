@@ -76,3 +76,31 @@ def test_a_stream_goes_on_with_a_module_that_lightning_gives_shards_and_memory_t
     assert "heads.task_1.weight" in whole["tensors"]
     assert same(parts["tensors"], whole["tensors"])
     assert parts["accuracy"] == whole["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resumed_shards")
+    run("resumed_shards.py", directory)
+    run("resumed_shards.py", directory)
+    return directory
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("exclusion", ["frozen", "trained"])
+def test_a_stream_with_an_excluded_head_goes_on_as_if_it_had_never_stopped(resumed, exclusion, precision):
+    case = f"{exclusion}-{precision}"
+    whole, parts = (torch.load(resumed / kind / case / "end.pt") for kind in ("whole", "parts"))
+    assert same(parts["tensors"], whole["tensors"])
+    assert parts["accuracy"] == whole["accuracy"]
+    state = StreamStore(resumed / "parts" / case / "stream").load()
+    heads = [state["fixed"]] if exclusion == "frozen" else state["task_parameters"].values()
+    assert all(head["head.weight"].shape == (3, 8) for head in heads)
+
+
+def test_snapshots_of_a_training_run_are_whole_in_a_checkpoint_in_mid_task(resumed):
+    whole, parts = (torch.load(resumed / kind / "mid-task" / "end.pt") for kind in ("whole", "parts"))
+    assert same(parts["tensors"], whole["tensors"])
+    content = torch.load(resumed / "parts" / "saved" / "last.ckpt", weights_only=True)
+    trail = content["callbacks"]["ContinualMergeCallback"]["started"]["trail"]
+    assert {snapshot["body.0.weight"].shape for snapshot in trail["snapshots"].values()} == {(8, 4)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +16,10 @@ from lightning_odem.measurement import load_task_parameters
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, PaperODEMerge
 from lightning_odem.report import MergeRecord
-from lightning_odem.snapshot import Snapshot, load_snapshot, undisturbed
+from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+
+Visit = Callable[[float, Callable[[], Snapshot]], None]
+"""Told t, and how to take a snapshot of the model there."""
 
 
 class StraightLine(MergeMethod):
@@ -55,7 +59,7 @@ def follow_path(
     task: str,
     calibration: Calibration,
     points: int,
-    visit: Callable[[float], None],
+    visit: Visit,
     division: Division,
     batch_norm: str = "average",
 ) -> MergeRecord:
@@ -75,8 +79,9 @@ def follow_path(
         task: Name of the incoming task.
         calibration: Samples and loss.
         points: Stops, t = 0 and t = 1 included.
-        visit: Told t in [0, 1] at every stop, with the module standing at :math:`\theta(t)`. It may change what is not
-            merged as long as it puts back what the calibration loss depends on.
+        visit: Told t in [0, 1] at every stop, with the module standing at :math:`\theta(t)`, and what takes a snapshot
+            of the model there, not rounded to half precision. It may change what is not merged as long as it puts back
+            what the calibration loss depends on.
         division: Which parameters are merged.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.batch_norm.BatchNormStatistics`.
 
@@ -92,9 +97,10 @@ def follow_path(
     is_shared = division.shared(module)
     exclude = division.patterns(module)
     load_snapshot(module, merged, is_shared)
-    visit(0.0)
+    visit(0.0, lambda: merged)
     load_snapshot(module, incoming, is_shared)
-    stops = _Stops(flow, points, merged, BatchNormStatistics(module, exclude, batch_norm), visit)
+    statistics = BatchNormStatistics(module, exclude, batch_norm)
+    stops = _Stops(flow, points, merged, statistics, visit, partial(take_snapshot, module, is_shared))
     with merging(
         module,
         stops,
@@ -105,8 +111,8 @@ def follow_path(
         calibration=calibration,
         exclude=exclude,
         batch_norm=batch_norm,
-    ) as record:
-        return record
+    ) as merge:
+        return merge.record
 
 
 def store_logits_of(
@@ -170,9 +176,10 @@ class _Stops(MergeMethod):
         points: int,
         merged: Snapshot,
         statistics: BatchNormStatistics,
-        visit: Callable[[float], None],
+        visit: Visit,
+        take: Callable[[], Snapshot],
     ) -> None:
-        self._flow, self._points, self._merged, self._visit = flow, points, merged, visit
+        self._flow, self._points, self._merged, self._visit, self._take = flow, points, merged, visit, take
         self._statistics, self._incoming = statistics, statistics.read()
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
@@ -185,7 +192,7 @@ class _Stops(MergeMethod):
                 objective.vector.write_(merged)  # the flow's point: it moves in this memory
                 if self._statistics.policy == "recalibrate":
                     self._statistics.recalibrate(objective.buffer, objective.batch_loss, objective.batch_size)
-                self._visit(done / steps)
+                self._visit(done / steps, lambda: self._take() | objective.vector.unrounded(merged))
                 self._interpolate(done / steps)
 
         return self._flow.merge(merged, incoming, t, replace(context, on_step=arrive))

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_odem.attach import attached
@@ -24,7 +23,7 @@ from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration
 from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.describe import describe_method
-from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot
+from lightning_odem.snapshot import Snapshot, load_snapshot
 
 Follow = Literal["schedule", "best"]
 
@@ -179,7 +178,7 @@ def _run_order(
             if merged is None:
                 store_logits_of(model, module, task=name, calibration=calibration, division=bench.division)
             else:
-                candidates = _Candidates(module, is_shared, partial(mean_accuracy, validation))
+                candidates = _Candidates(partial(mean_accuracy, validation))
                 follow_path(
                     module,
                     method,
@@ -206,15 +205,15 @@ def _run_order(
 class _Candidates:
     """The models on a path, of which the best is kept."""
 
-    def __init__(self, module: nn.Module, is_shared: Callable[[str], bool], measure: Callable[[], float]) -> None:
-        self._module, self._is_shared, self._measure = module, is_shared, measure
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self._measure = measure
         self.t: list[float] = []
         self.accuracy: list[float] = []
         self.best: Snapshot = {}
 
-    def visit(self, t: float) -> None:
+    def visit(self, t: float, take: Callable[[], Snapshot]) -> None:
         accuracy = self._measure()
         if accuracy > max(self.accuracy, default=-1.0):
-            self.best = take_snapshot(self._module, self._is_shared)
+            self.best = take()
         self.t.append(t)
         self.accuracy.append(accuracy)

@@ -150,7 +150,7 @@ def _run_pair(
                 task=pair[1],
                 calibration=calibration,
                 points=points,
-                visit=lambda t, rows=rows: rows.append(measurement.every_task(trainer, module, own)),  # type: ignore[misc]
+                visit=lambda *_, rows=rows: rows.append(measurement.every_task(trainer, module, own)),
                 division=bench.division,
                 batch_norm=bench.settings.batch_norm,
             )

@@ -38,3 +38,4 @@ class HCMMMerge(RepresentationCorrection):
         clip: float = 1.0,
     ) -> None:
         super().__init__(SecondMomentMerge(coefficient), layers, lr, loss, weight_decay, clip)
+        self.coefficient = coefficient

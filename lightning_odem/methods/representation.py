@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -28,7 +29,7 @@ class RepresentationCorrection(MergeMethod):
 
     averaged over the features' dimensions, or the squared difference. It protects what came before at the expense of
     the incoming task. Features are what the module's ``features(inputs)`` returns, its predictions if it has none;
-    batch-norm layers use the merged statistics on both sides.
+    batch-norm layers use the merged statistics on both sides, those of the utility time.
 
     The released code corrects CLIP's visual projection, which it finds by its shape; in any other backbone it
     corrects nothing. Here it is the last weight matrix among the merged parameters unless ``layers`` says otherwise:
@@ -39,7 +40,9 @@ class RepresentationCorrection(MergeMethod):
     three vectors of the model's size (the model before, the corrected model, a gradient) beside those of the wrapped
     method, and Adam's two moments of the corrected matrices.
 
-    State and first task are the wrapped method's. A task of utility weight 0 changes nothing.
+    State, first task and the operating time reached are the wrapped method's. A task of utility weight 0 changes
+    nothing, and nothing is corrected where the method chose the time 0. Of a path the loss at its end, and with it
+    barrier and envelope excess, is that of the corrected model, for one more pass over the calibration samples.
 
     Args:
         method: The merge method, an instance, a registered name or an import path.
@@ -93,8 +96,14 @@ class RepresentationCorrection(MergeMethod):
         if t == 0.0 or self.lr == 0.0:
             return self.method.merge(merged, incoming, t, context)
         result = self.method.merge(merged.clone(), incoming, t, context)
+        if result.t == 0.0:
+            return result
         # The method may have returned the incoming model itself.
-        return MergeResult(self._correct(result.theta.clone(), merged, t, context), result.trajectory)
+        theta, path = self._correct(result.theta.clone(), merged, t, context), result.trajectory
+        if path is not None:
+            loss = math.nan if context.calibration is None else context.calibration.loss(theta)
+            path = replace(path, theta=theta, loss=[*path.loss[:-1], loss])
+        return replace(result, theta=theta, trajectory=path)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped method's state."""

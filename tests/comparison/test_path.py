@@ -1,6 +1,6 @@
 import pytest
 import torch
-from toy import Classifier, Task, everything, make_trainer, same
+from toy import Classifier, Task, close, everything, make_trainer, same
 
 from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer
@@ -31,7 +31,7 @@ def follow(pair, flow, visit=None, points=11, **options):
     batch_norm, (merged, incoming), samples = pair
     module, buffer, stops = Classifier(batch_norm=batch_norm), CalibrationBuffer(16), {}
 
-    def keep(t):
+    def keep(t, take):
         stops[t] = everything(module)
         if visit is not None:
             visit(module, t)
@@ -160,6 +160,31 @@ def test_statistics_at_a_stop_follow_the_policy_of_the_merge(policy):
     separate = merged_separately(pair, 0.3, batch_norm=policy)
     for name in ("body.1.running_mean", "body.1.running_var"):
         assert torch.allclose(stops[0.3][name], separate[name], rtol=0.05)
+
+
+def test_snapshots_at_stops_are_not_rounded_to_half_precision():
+    models = [take_snapshot(Classifier(lr=lr)) for lr in (0.1, 0.2)]
+    models[1] = {name: value + 1.0 for name, value in models[1].items()}
+    merged = {name: value + 2**-12 for name, value in models[0].items()}  # as merges before have left it
+    module, buffer, stops = Classifier().bfloat16(), CalibrationBuffer(16), {}
+    with attached(module):
+        buffer.add("b", (Task(0).train_set.tensors[0].bfloat16(), Task(0).train_set.tensors[1]))
+        follow_path(
+            module,
+            StraightLine(0.5),
+            merged,
+            {name: value.bfloat16() for name, value in models[1].items()},
+            task="b",
+            calibration=Calibration(buffer, ModuleLoss(module)),
+            points=3,
+            visit=lambda t, take: stops.update({t: (take(), take_snapshot(module))}),
+            division=Division(()),
+        )
+    assert list(stops) == [0.0, 0.5, 1.0]
+    for t, (found, rounded) in stops.items():
+        exact = {name: value.lerp(models[1][name].bfloat16().float(), t) for name, value in merged.items()}
+        assert close(found, exact, rtol=1e-6, atol=1e-7)
+        assert same({name: value.bfloat16() for name, value in found.items()}, rounded)
 
 
 def test_a_failing_visit_ends_the_path(pair):

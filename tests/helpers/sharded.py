@@ -88,7 +88,8 @@ def merge(dtype):
         merged = take_snapshot(make_net(0, dtype))
         calibration = make_calibration(net, SIZES, dtype)
         calls.clear()
-        with merging(net, method, task="new", t=0.4, merged=merged, base={}, calibration=calibration) as record:
+        with merging(net, method, task="new", t=0.4, merged=merged, base={}, calibration=calibration) as made:
+            record = made.record
             evaluations = record.gradient_evaluations + record.loss_evaluations
         weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
         losses = [record.loss_before, record.loss_after, record.barrier]

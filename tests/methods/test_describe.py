@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from lightning_odem.methods import (
     METHODS,
     FunctionMerge,
+    HCMMMerge,
     LinearInterpolation,
     MergeMethod,
     ODEMerge,
@@ -30,6 +32,12 @@ def test_every_method_describes_itself_as_plain_data(name):
     assert json.loads(json.dumps(description)) == json.loads(json.dumps(describe_method(resolve_method(name))))
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_argument_is_in_the_description(name):
+    method = resolve_method(name)
+    assert describe_method(method).keys() == {"name", *inspect.signature(type(method)).parameters}
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -41,6 +49,7 @@ def test_every_method_describes_itself_as_plain_data(name):
         (ODEMerge(batch_size=None, descent=0.0), PaperODEMerge()),
         (LinearInterpolation(0.1), LinearInterpolation(0.2)),
         (TaskArithmeticMerge(0.5, "sum"), TaskArithmeticMerge(0.5, "utility")),
+        (HCMMMerge(0.1), HCMMMerge(0.2)),
         (FunctionMerge(stay), FunctionMerge(go)),
     ],
 )

@@ -100,9 +100,9 @@ def test_a_module_is_rectified_row_by_row():
     buffer.add("new", (inputs, targets))
     calibration = Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
     method = PaperODEMerge(step_size=0.5, granularity="row")
-    with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as record:
-        assert record.path["gamma"] == pytest.approx([gamma])
-        assert record.path["damped_share"][0] > 0.0
+    with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as made:
+        assert made.record.path["gamma"] == pytest.approx([gamma])
+        assert made.record.path["damped_share"][0] > 0.0
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
 
@@ -257,8 +257,8 @@ def test_record_and_batch_norm_statistics_are_those_of_the_time_reached(options,
     objective = make_objective(net)
     calibration = Calibration(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": start, "base": {}, "calibration": calibration}
-    with merging(net, ODEMerge(**options), **settings) as record:
-        assert (record.t, record.path["t"][-1]) == (t, t)
+    with merging(net, ODEMerge(**options), **settings) as made:
+        assert (made.record.t, made.record.path["t"][-1]) == (t, t)
     torch.testing.assert_close(net[1].running_mean, torch.full((6,), 1 - t, dtype=torch.float64))
     if t == 0.0:
         assert all(torch.equal(tensor, start[name]) for name, tensor in net.state_dict().items())
@@ -269,8 +269,8 @@ def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
     objective = make_objective(net)
     calibration = Calibration(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
-    with merging(net, ODEMerge(0.2, operating_time="search", step_control=True, descent=0.0), **settings) as record:
-        pass
+    with merging(net, ODEMerge(0.2, operating_time="search", step_control=True, descent=0.0), **settings) as made:
+        record = made.record
     assert record.t == record.path["t"][-1]
     assert len(record.path["held_out_t"]) == len(record.path["held_out_loss"]) > 1
     report = StreamReport(["c"], [1.0], [[0.5]], [0.1], [0.6], [0.1], [record])

@@ -307,9 +307,9 @@ class TestModule:
     def merge(self, method, t=0.23):
         net, merged = self.net(1), take_snapshot(self.net(0))
         calibration = self.calibration(net)
-        with merging(net, method, task="new", t=t, merged=merged, base={}, calibration=calibration) as record:
+        with merging(net, method, task="new", t=t, merged=merged, base={}, calibration=calibration) as made:
             pass
-        return net, calibration, record
+        return net, calibration, made.record
 
     def test_the_record_tells_what_was_done(self):
         net, calibration, record = self.merge(ReleasedODEMerge(0.1))

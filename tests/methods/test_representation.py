@@ -3,14 +3,28 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import make_trainer
+from toy import Classifier, Task, make_trainer
 
+from lightning_odem.attach import attached
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.loss import ModuleLoss
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods import AverageMerge, LinearInterpolation, MergeContext, MergeMethod, MergeResult
+from lightning_odem.merging import Calibration, merging
+from lightning_odem.methods import (
+    AverageMerge,
+    LinearInterpolation,
+    MergeContext,
+    MergeMethod,
+    MergeResult,
+    ODEMerge,
+    PaperODEMerge,
+)
 from lightning_odem.methods.representation import RepresentationCorrection
 from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.parameters import ParameterVector
+from lightning_odem.snapshot import take_snapshot
 from lightning_odem.task_data import TaskData
+from lightning_odem.trace import TrainingTrace
 
 D = 3
 
@@ -159,6 +173,51 @@ def test_the_incoming_model_stays_as_it_is_also_where_the_wrapped_method_returns
     corrected = RepresentationCorrection(Overwrite(), lr=1e-2).merge(before.clone(), incoming, 0.5, context).theta
     assert torch.equal(incoming, kept)
     assert mean_difference(corrected, before, context) < 0.7 * mean_difference(incoming, before, context)
+
+
+def merge_two(method, batch_norm=False):
+    """What a merge makes of two models: the merged and the incoming one, the module, the record and its loss."""
+    module, buffer = Classifier(batch_norm=batch_norm), CalibrationBuffer(16)
+    before = {name: value + 0.5 for name, value in take_snapshot(module).items()}
+    incoming = take_snapshot(module)
+    tasks = {name: Task(number) for number, name in enumerate(("old", "new"))}
+    for name, task in tasks.items():
+        buffer.add(name, task.train_set.tensors)
+    with attached(module):
+        calibration = Calibration(buffer, ModuleLoss(module))
+        trace = TrainingTrace(batches=list(tasks["new"].train_dataloader()))
+        settings = {"merged": before, "base": {}, "calibration": calibration, "trace": trace}
+        with merging(module, method, task="new", t=0.5, **settings) as made:
+            pass
+        vector = ParameterVector(module)
+        loss = calibration.objective(vector).loss(vector.read())
+    return before, incoming, take_snapshot(module), made.record, loss
+
+
+@pytest.mark.parametrize("operating_time", [0.25, "search"])
+def test_the_operating_time_that_the_wrapped_method_chose_is_that_of_the_merge(operating_time):
+    flow = ODEMerge(operating_time=operating_time, descent=0.0, batch_size=None)
+    *_, plain, _ = merge_two(flow, batch_norm=True)
+    before, incoming, merged, record, _ = merge_two(RepresentationCorrection(flow, lr=1e-3), batch_norm=True)
+    assert record.t == plain.t == record.path["t"][-1] != 0.5
+    for name in ("body.1.running_mean", "body.1.running_var"):
+        torch.testing.assert_close(merged[name], before[name].lerp(incoming[name], record.t))
+
+
+def test_the_loss_recorded_at_the_end_of_the_path_is_that_of_the_corrected_model():
+    *_, plain, _ = merge_two(PaperODEMerge())
+    *_, record, loss = merge_two(RepresentationCorrection(PaperODEMerge(), lr=0.1))
+    assert record.loss_after == record.path["loss"][-1] == pytest.approx(loss, rel=1e-6)
+    assert record.loss_after != pytest.approx(plain.loss_after, rel=1e-4)
+    assert record.path["loss"][:-1] == plain.path["loss"][:-1]
+
+
+def test_nothing_is_corrected_where_the_wrapped_method_stays_at_the_merged_model():
+    flow = ODEMerge(operating_time=0.0, descent=0.0)
+    before, _, merged, record, _ = merge_two(RepresentationCorrection(flow, lr=0.1))
+    assert record.t == 0.0
+    assert record.sample_gradients == merge_two(flow)[-2].sample_gradients
+    assert all(torch.equal(merged[name], before[name]) for name in before)
 
 
 def test_the_pass_is_counted_once_per_sample():
