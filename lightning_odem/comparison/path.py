@@ -17,6 +17,9 @@ from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, Paper
 from lightning_odem.report import MergeRecord
 from lightning_odem.snapshot import Snapshot, load_snapshot, undisturbed
 
+SAME_ACCURACY = 1e-9
+"""Means of accuracies that differ by less differ by rounding: a single sample counts for more."""
+
 
 class StraightLine(MergeMethod):
     """The straight line from the merged to the incoming model, whatever the loss: the flow of the transport alone.
