@@ -59,7 +59,9 @@ class ContinualMergeCallback(L.Callback):
 
     - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
       switched off;
-    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``;
+    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``: scores [B, C] of two
+      or more classes, or class ids [B], and class ids [B]. Where accuracies are to be measured, anything else, such as
+      a single logit or a regression, is refused before training;
     - ``task_specific``, a tuple of patterns like ``exclude``, for parameters such as the heads of single tasks.
 
     The datamodule may define ``task_name``, ``task_weight``, and ``calibration_dataset()`` or
@@ -275,7 +277,7 @@ class ContinualMergeCallback(L.Callback):
             self._find_data(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first step, when heads are ready: check the calibration loss, measure the models at hand."""
+        """Before the first step, when heads are ready: check loss and predictions, measure the models at hand."""
         if self._measured:
             return
         self._measured = True
@@ -286,6 +288,13 @@ class ContinualMergeCallback(L.Callback):
                 task = state.started["task"]
                 state.started["before_training"] = measure(pl_module, state.merged, task)
                 state.started["pretrained"] = measure(pl_module, state.base, task)
+            self._measurement.check(pl_module, [*self.report.tasks, state.started["task"]])
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The same where a training is resumed in the middle of an epoch, which does not start again."""
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

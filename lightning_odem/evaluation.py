@@ -43,29 +43,67 @@ def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
     """Fraction of a task's samples classified correctly, in [0, 1]; the module should be in eval mode.
 
     Predictions come from ``module.prediction_step(batch, task)`` if there is one, which returns scores [B, C] or class
-    ids [B] and targets [B]; otherwise from ``module(inputs)`` on batches ``(inputs, targets)``. The Trainer's
-    ``limit_test_batches`` applies to each loader.
+    ids [B] and targets [B]; otherwise from ``module(inputs)`` on batches ``(inputs, targets)``. Class ids are integers
+    or booleans. The Trainer's ``limit_test_batches`` applies to each loader.
 
     Raises:
-        ValueError: If there is no sample, or predictions and targets do not fit together.
+        ValueError: If there is no sample, predictions and targets do not fit together, or they are no classes.
     """
     correct: list[Tensor] = []
     total = 0
     for batch in _limited(data, module.trainer.limit_test_batches):
-        with torch.no_grad():
-            scores, targets = predict_with_targets(module, move_to_device(module, batch), task)
-        if scores.dim() not in (1, 2) or len(scores) != len(targets) or targets.dim() != 1:
-            raise ValueError(
-                f"Predictions of {type(module).__name__} on task {task!r} must be scores [B, C] or class ids [B] with "
-                f"targets [B], got {tuple(scores.shape)} and {tuple(targets.shape)}. A method "
-                "prediction_step(batch, task) -> (predictions, targets) decides what they are."
-            )
-        predicted = scores.argmax(1) if scores.dim() == 2 else scores
+        predicted, targets = _classes(module, batch, task)
         correct.append((predicted == targets).sum())
         total += len(targets)
     if not total:
-        raise ValueError(f"Task {task!r} has no sample to measure an accuracy on.")
+        raise _no_sample(task)
     return int(torch.stack(correct).sum()) / total
+
+
+def check_classes(module: L.LightningModule, data: Iterable, task: str) -> None:
+    """Predict the first batch of a task's data, and refuse what :func:`accuracy` would refuse of it."""
+    for batch in _limited(data, module.trainer.limit_test_batches):
+        _classes(module, batch, task)
+        return
+    raise _no_sample(task)
+
+
+def _classes(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    """Predicted and true class ids [B] of a batch."""
+    with torch.no_grad():
+        scores, targets = predict_with_targets(module, move_to_device(module, batch), task)
+    # One column of scores is no choice between classes: its argmax is 0 whatever the score.
+    are_classes = (_are_scores(scores) or _are_ids(scores)) and _are_ids(targets)
+    if not are_classes or len(scores) != len(targets):
+        raise ValueError(
+            f"Predictions of {type(module).__name__} on task {task!r} must be scores [B, C] of 2 or more classes, or "
+            f"integer class ids [B], with integer targets [B], got {_describe(scores)} and targets "
+            f"{_describe(targets)}. A method prediction_step(batch, task) -> (predictions, targets) decides what they "
+            "are: of a single logit it can give `logits.flatten() > 0`. A task without classes has no accuracy: "
+            "without test and validation data it is NaN."
+        )
+    # Unsigned integers cannot be compared with others.
+    return (scores.argmax(1) if scores.dim() == 2 else scores.long()), targets.long()
+
+
+def _are_scores(values: Any) -> bool:
+    return isinstance(values, Tensor) and values.dim() == 2 and values.shape[1] > 1
+
+
+def _are_ids(values: Any) -> bool:
+    if not isinstance(values, Tensor) or values.dim() != 1:
+        return False
+    return not (values.is_floating_point() or values.is_complex())
+
+
+def _describe(values: Any) -> str:
+    if not isinstance(values, Tensor):
+        return type(values).__name__
+    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+
+
+def _no_sample(task: str) -> ValueError:
+    return ValueError(f"Task {task!r} has no sample to measure an accuracy on.")
 
 
 def _chained(loaders: Any) -> Iterable | None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.division import Division
-from lightning_odem.evaluation import accuracy, data_of, evaluation_data
+from lightning_odem.evaluation import accuracy, check_classes, data_of, evaluation_data
 from lightning_odem.progress import progress
 from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 
@@ -29,6 +29,7 @@ class Measurement:
         self.given: dict[str, Iterable | L.LightningDataModule] = {}
         # Loaders of the user, so never part of a checkpoint.
         self._found: dict[str, Iterable | None] = {}
+        self._checked: dict[str, Iterable] = {}
         self._division = division
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
@@ -53,13 +54,28 @@ class Measurement:
                 "callback's evaluation_data, a dataloader by task name."
             )
 
+    def check(self, module: L.LightningModule, tasks: Iterable[str]) -> None:
+        """Refuse predictions that are no classes, on the first batch of each task's data that is new.
+
+        Raises:
+            ValueError: As :func:`~lightning_odem.evaluation.accuracy`.
+        """
+        for task in tasks:
+            data = self._data(task)
+            if data is not None and self._checked.get(task) is not data:
+                with undisturbed(module):
+                    check_classes(module, data, task)
+                self._checked[task] = data
+
     def current(self, module: L.LightningModule, task: str) -> float:
         """Accuracy on a task of the module as it is; NaN where there is no data."""
         data = self._data(task)
         if data is None:
             return math.nan
         with undisturbed(module):
-            return accuracy(module, data, task)
+            measured = accuracy(module, data, task)
+        self._checked[task] = data
+        return measured
 
     def with_weights(self, module: L.LightningModule, weights: Snapshot | None, task: str) -> float:
         """Accuracy on a task with other shared weights, which are taken out again; NaN without weights."""

@@ -98,7 +98,8 @@ def extract_features(
         Features [N, D], fp32, and labels [N], int64, on the CPU.
 
     Raises:
-        ValueError: If the dataset is empty or the backbone returns anything but one tensor [B, D].
+        ValueError: If the dataset is empty, labels are not integers, or the backbone returns anything but one tensor
+            [B, D].
 
     Example:
         >>> dataset = [(torch.full((1, 2, 2), float(i)), i) for i in range(3)]
@@ -115,6 +116,7 @@ def extract_features(
                 found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(f"The backbone returned {found} for images {list(images.shape)}; features are [B, D].")
             features.append(output.to("cpu", torch.float32))
+            _check_integers(targets)
             labels.append(targets.to("cpu", torch.int64))
     if not features:
         raise ValueError(f"There are no samples in {type(dataset).__name__} to extract features from.")
@@ -127,8 +129,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Non
             f"A linear probe takes features [N, D] and labels [N] with N and D at least 1, found features "
             f"{list(features.shape)} and labels {list(labels.shape)}."
         )
-    if labels.is_floating_point():
-        raise ValueError(f"The labels of a linear probe are integers, found {labels.dtype}.")
+    _check_integers(labels)
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if len(outside):
         raise ValueError(f"Label {outside[0].item()} is not one of {num_classes} classes (0 to {num_classes - 1}).")
@@ -137,3 +138,8 @@ def _check(features: Tensor, labels: Tensor, num_classes: int, l2: float) -> Non
         raise ValueError(f"{broken} of {len(features)} samples have NaN or infinite features.")
     if not l2 > 0:
         raise ValueError(f"l2 is {l2}; it must be positive.")
+
+
+def _check_integers(labels: Tensor) -> None:
+    if labels.is_floating_point():
+        raise ValueError(f"The labels of a linear probe are integers, found {labels.dtype}.")

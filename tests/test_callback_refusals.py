@@ -1,7 +1,10 @@
 """What a task and a module have to bring along; what does not fit is refused before any training."""
 
+import math
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from toy import Classifier, Incoming, Task, close, fit, make_trainer, same, weights
 
@@ -202,3 +205,115 @@ def test_labels_outside_the_head_are_found_before_training():
     with pytest.raises(IndexError, match=r"Target \d is out of bounds"):
         fit(module, task, ContinualMergeCallback())
     assert same(weights(module), before)
+
+
+class OneOutput(Classifier):
+    """A regression, or one logit of a binary classification, by ``loss`` and ``squeeze``."""
+
+    def __init__(self, loss=F.binary_cross_entropy_with_logits, squeeze=False):
+        super().__init__(classes=1)
+        self.loss, self.squeeze = loss, squeeze
+
+    def forward(self, inputs):
+        return super().forward(inputs).squeeze(1) if self.squeeze else super().forward(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]).flatten(), (batch[1] > 0).float())
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class Measured(Task):
+    """A task whose targets are numbers."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        for data in (self.train_set, self.test_set):
+            data.tensors = data.tensors[0], data.tensors[1].float()
+
+
+@pytest.mark.parametrize("method", ["average", "ode"])
+@pytest.mark.parametrize(
+    ("settings", "kind", "found"),
+    [
+        ({}, Task, r"float32 \[5, 1\] and targets int64 \[5\]"),
+        ({"squeeze": True}, Task, r"float32 \[5\] and targets int64 \[5\]"),
+        ({"loss": F.mse_loss, "squeeze": True}, Measured, r"float32 \[5\] and targets float32 \[5\]"),
+        ({"loss": F.mse_loss}, Measured, r"float32 \[5, 1\] and targets float32 \[5\]"),
+    ],
+)
+def test_what_is_no_class_is_refused_before_training(settings, kind, found, method):
+    module, merge = OneOutput(**settings), ContinualMergeCallback(method)
+    before = weights(module)
+    with pytest.raises(
+        ValueError, match=rf"OneOutput on task 'task_1' .*, got {found}.*prediction_step\(batch, task\)"
+    ):
+        fit(module, kind(0), merge)
+    assert same(weights(module), before)
+    assert not merge.report.tasks
+
+
+class Thresholded(OneOutput):
+    def prediction_step(self, batch, task):
+        return self(batch[0]).squeeze(1) > 0, batch[1] > 0
+
+
+def test_one_logit_is_measured_with_the_prediction_step_that_the_refusal_names():
+    module, merge, task = Thresholded(), ContinualMergeCallback("average"), Task(0)
+    fit(module, task, merge)
+    inputs, targets = task.test_set.tensors
+    right = (module.eval()(inputs).squeeze(1) > 0) == (targets > 0)
+    assert merge.report.accuracy == [[right.double().mean().item()]]
+
+
+class WithoutTests(Task):
+    """A task that brings no data to measure its accuracies on."""
+
+    def test_dataloader(self):
+        return []
+
+    val_dataloader = test_dataloader
+
+
+def test_without_data_to_measure_on_a_regression_is_merged():
+    module, merge = OneOutput(F.mse_loss), ContinualMergeCallback("average")
+    with pytest.warns(UserWarning, match="no test or validation data: its accuracies will be NaN"):
+        fit(module, WithoutTests(0), merge)
+    assert math.isnan(merge.report.accuracy[0][0])
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_data_given_later_for_an_earlier_task_is_checked_before_training(own_data):
+    module, merge = Thresholded(), ContinualMergeCallback("average")
+    base = weights(module)
+    fit(module, WithoutTests(0), merge)
+    merge.evaluation_data["task_1"] = [(torch.zeros(3, 4), torch.zeros(3))]
+    module.prediction_step = lambda batch, task: (
+        Thresholded.prediction_step(module, batch, task) if task == "task_2" else (module(batch[0]), batch[1])
+    )
+    with pytest.raises(ValueError, match=r"on task 'task_1' .*, got float32 \[3, 1\] and targets float32 \[3\]"):
+        fit(module, (Task if own_data else WithoutTests)(1), merge)
+    assert same(weights(module), base)  # where training begins
+    assert merge.report.tasks == ["task_1"]
+
+
+def test_data_of_an_earlier_task_without_a_sample_is_refused_before_training():
+    module, merge = Thresholded(), ContinualMergeCallback("average")
+    base = weights(module)
+    fit(module, WithoutTests(0), merge)
+    merge.evaluation_data["task_1"] = []
+    with pytest.raises(ValueError, match="Task 'task_1' has no sample to measure an accuracy on"):
+        fit(module, Task(1), merge)
+    assert same(weights(module), base)  # where training begins
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["mid_epoch", "between_epochs"])
+def test_a_task_resumed_in_another_process_is_checked_before_its_next_step(step, small_stream):
+    every = ModelCheckpoint(small_stream, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(Thresholded(), Task(0), ContinualMergeCallback("average"), every, enable_checkpointing=True)
+    module, incoming = OneOutput(), Incoming()
+    with pytest.raises(ValueError, match=r"OneOutput on task 'task_1' .*, got float32 \[5, 1\]"):
+        fit(module, Task(0), incoming, ContinualMergeCallback("average"), ckpt_path=small_stream / f"step={step}.ckpt")
+    assert incoming.batches <= 1  # the batch whose step was not taken
+    assert same(weights(module), torch.load(small_stream / f"step={step}.ckpt")["state_dict"])

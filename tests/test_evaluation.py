@@ -218,6 +218,43 @@ def test_predictions_that_do_not_fit_the_targets_are_refused(predictions, target
         measure(loader(), module)
 
 
+LONG, WIDE = torch.long, torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "targets", "found"),
+    [
+        (torch.zeros(5), torch.zeros(5, dtype=LONG), r"float32 \[5\] and targets int64 \[5\]"),
+        (torch.zeros(5).half(), torch.zeros(5, dtype=torch.bool), r"float16 \[5\] and targets bool \[5\]"),
+        (torch.zeros(5), torch.zeros(5), r"float32 \[5\] and targets float32 \[5\]"),
+        (torch.zeros(5, dtype=LONG), torch.zeros(5), r"int64 \[5\] and targets float32 \[5\]"),
+        (WIDE, torch.zeros(5).double(), r"float32 \[5, 3\] and targets float64 \[5\]"),
+        (WIDE[:, :1], torch.zeros(5, dtype=LONG), r"float32 \[5, 1\] and targets int64 \[5\]"),
+        (WIDE[:, :1].long(), torch.zeros(5, dtype=LONG), r"int64 \[5, 1\] and targets int64 \[5\]"),
+        (WIDE[:, :0], torch.zeros(5, dtype=LONG), r"float32 \[5, 0\] and targets int64 \[5\]"),
+        ({"logits": WIDE}, torch.zeros(5, dtype=LONG), r"dict and targets int64 \[5\]"),
+    ],
+)
+def test_what_is_no_class_is_refused_with_what_was_found_and_the_remedy(predictions, targets, found):
+    module = Classifier()
+    module.prediction_step = lambda batch, task: (predictions, targets)
+    with pytest.raises(ValueError, match=rf"Classifier on task 'digits' .*, got {found}") as caught:
+        measure(loader(), module)
+    assert "prediction_step(batch, task) -> (predictions, targets)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint64]
+)
+def test_classes_may_be_booleans_and_integers_of_any_width(kind):
+    module, batch = Classifier(), (torch.zeros(4, 4), torch.tensor([0, 1, 1, 0]))
+    predictions = torch.tensor([0, 1, 0, 0])
+    module.prediction_step = lambda batch, task: (predictions.to(kind), batch[1])
+    assert measure([batch], module) == 0.75
+    module.prediction_step = lambda batch, task: (predictions, batch[1].to(kind))
+    assert measure([batch], module) == 0.75
+
+
 def test_accuracies_are_those_of_the_trainers_precision():
     module = Classifier()
     seen = []

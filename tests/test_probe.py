@@ -185,3 +185,10 @@ def test_a_backbone_returning_maps_is_refused():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="no samples in TensorDataset"):
         extract_features(nn.Flatten(), dataset(0))
+
+
+@pytest.mark.parametrize("targets", [torch.arange(10) / 2, (torch.arange(10) / 2).tolist()])
+def test_labels_that_are_no_integers_are_refused_and_not_rounded(targets):
+    images = dataset().tensors[0]
+    with pytest.raises(ValueError, match="labels of a linear probe are integers, found torch.float"):
+        extract_features(nn.Flatten(), list(zip(images, targets, strict=True)))

@@ -5,13 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_odem.largest import largest
+
+_ROUNDING = 1e-9
+
 
 def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -> list[int]:
     """Divide ``capacity`` places in proportion to ``shares``, none getting more than it has samples for.
 
     With equal shares and enough samples each of k tasks gets floor(N / k) or one more, the earlier tasks first, so
     that the sum is N; none gets more places when another task joins. With unequal shares rounding may add one then.
-    Places a task cannot fill go to the others.
+    Places a task cannot fill go to the others. Places left by rounding down go to the largest remainders, of equal ones
+    to the earlier task; remainders are equal if they differ by less than a billionth of a place.
 
     Args:
         capacity: Places in all, N.
@@ -46,10 +51,10 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
         total = sum(shares[task] for task in open_tasks)
         exact = {task: left * shares[task] / total for task in open_tasks}
         for task in open_tasks:
-            places[task] = int(exact[task] + 1e-9)
+            places[task] = int(exact[task] + _ROUNDING)
         remainder = left - sum(places[task] for task in open_tasks)
-        by_fraction = sorted(open_tasks, key=lambda task: (places[task] - exact[task], task))
-        for task in by_fraction[:remainder]:
+        fractions = {task: exact[task] - places[task] for task in open_tasks}
+        for task in largest(fractions, remainder, _ROUNDING):
             places[task] += 1
     return places
 

@@ -21,6 +21,9 @@ from lightning_odem.snapshot import Snapshot, load_snapshot, take_snapshot, undi
 Visit = Callable[[float, Callable[[], Snapshot]], None]
 """Told t, and how to take a snapshot of the model there."""
 
+SAME_ACCURACY = 1e-9
+"""Means of accuracies that differ by less differ by rounding: a single sample counts for more."""
+
 
 class StraightLine(MergeMethod):
     """The straight line from the merged to the incoming model, whatever the loss: the flow of the transport alone.

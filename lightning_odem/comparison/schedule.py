@@ -15,10 +15,11 @@ from lightning_odem.attach import attached
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.comparison.cells import Cell, run_cells
 from lightning_odem.comparison.finetuning import loader
-from lightning_odem.comparison.path import check_points, follow_path, store_logits_of
+from lightning_odem.comparison.path import SAME_ACCURACY, check_points, follow_path, store_logits_of
 from lightning_odem.comparison.plan import StreamPlan
 from lightning_odem.comparison.workbench import Workbench
 from lightning_odem.folding import Folding
+from lightning_odem.largest import first_largest
 from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration
 from lightning_odem.methods import MergeMethod
@@ -56,7 +57,7 @@ class OperatingPoint:
     @property
     def t_best(self) -> float:
         r""":math:`t_k^\star`, the time of the best validation accuracy; of equals the smallest."""
-        return self.t[self.validation.index(max(self.validation))]
+        return self.t[first_largest(self.validation, SAME_ACCURACY)]
 
     @property
     def t_schedule(self) -> float:
@@ -213,7 +214,7 @@ class _Candidates:
 
     def visit(self, t: float, take: Callable[[], Snapshot]) -> None:
         accuracy = self._measure()
-        if accuracy > max(self.accuracy, default=-1.0):
-            self.best = take()
         self.t.append(t)
         self.accuracy.append(accuracy)
+        if first_largest(self.accuracy, SAME_ACCURACY) == len(self.accuracy) - 1:
+            self.best = take()

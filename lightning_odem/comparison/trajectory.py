@@ -12,8 +12,9 @@ from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.comparison.cells import Cell, run_cells
 from lightning_odem.comparison.finetuning import loader
-from lightning_odem.comparison.path import StraightLine, check_points, follow_path, store_logits_of
+from lightning_odem.comparison.path import SAME_ACCURACY, StraightLine, check_points, follow_path, store_logits_of
 from lightning_odem.comparison.workbench import Workbench
+from lightning_odem.largest import first_largest
 from lightning_odem.measurement import Measurement, load_task_parameters
 from lightning_odem.merging import Calibration
 from lightning_odem.methods import MergeMethod
@@ -59,7 +60,7 @@ class PairPath:
     @property
     def best(self) -> int:
         """Index of the point of the best mean; of equals the first."""
-        return self.mean.index(max(self.mean))
+        return first_largest(self.mean, SAME_ACCURACY)
 
 
 def run_trajectory(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lightning_odem.flow.solver import NonFiniteLossError
 
+_ROUNDING = 1e-6
+
 
 class LowestPoint:
     """Looks at the points of a path as it goes and keeps the one of lowest loss: one more vector [d].
@@ -26,7 +28,8 @@ class LowestPoint:
     Attributes:
         t: Times looked at.
         loss: Losses there.
-        best_t: Time of the lowest one, the first if there are several.
+        best_t: Time of the lowest one. A later point is lower if its loss is by more than a millionth: what differs by
+            less is equal up to rounding, and the first counts.
 
     Example:
         >>> import torch
@@ -42,6 +45,7 @@ class LowestPoint:
         self.t: list[float] = []
         self.loss: list[float] = []
         self.best_t = start
+        self._lowest = math.inf
         self._best: Tensor | None = None
 
     def __call__(self, t: float, theta: Tensor) -> None:
@@ -52,9 +56,9 @@ class LowestPoint:
         value = float(self._measure(theta))
         if not math.isfinite(value):
             raise NonFiniteLossError(f"the loss on held-out samples is {value}", len(self.t), t)
-        if not self.loss or value < min(self.loss):
+        if not self.loss or value < self._lowest - _ROUNDING * abs(self._lowest):
             self._best = theta.clone() if self._best is None else self._best.copy_(theta)
-            self.best_t = t
+            self.best_t, self._lowest = t, value
         self.t.append(t)
         self.loss.append(value)
         self._due = t + self._every

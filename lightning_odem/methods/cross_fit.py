@@ -20,6 +20,7 @@ from lightning_odem.methods.sampling import halve
 SHARES = (0.0, 0.5, 1.0)
 """Shares of a path's departure from the running average at which the loss is measured."""
 
+_ROUNDING = 1e-6
 _DEPARTURES = ("departure_a", "departure_b")
 STATE = {"average", *_DEPARTURES, "gradient", "samples"}
 """Keys of the state."""
@@ -184,18 +185,23 @@ class CrossFit:
 def best_share(losses: Sequence[float], cosine: float) -> float:
     """Where in [0, 1] the mean of two departures is best, from the losses of each by itself.
 
+    Losses that differ by less than a millionth confirm nothing, for rounding does as much: the share is 0 then.
+
     Args:
         losses: At 0, 1/2 and 1 times a departure, on samples that it was not made with.
         cosine: Cosine between the departures.
     """
     at_0, half_way, at_1 = losses
     slope = 4.0 * half_way - 3.0 * at_0 - at_1
-    curvature = (1.0 + cosine) * (at_1 - 2.0 * half_way + at_0)  # of the mean, as that of each by itself is halved
-    if not math.isfinite(curvature):
+    curvature = at_1 - 2.0 * half_way + at_0
+    of_mean = (1.0 + cosine) * curvature  # that of each by itself is halved
+    if not math.isfinite(of_mean) or max(losses) - min(losses) <= _ROUNDING * max(map(abs, losses)):
         return 0.0
     if curvature <= 0.0:
         return 1.0 if at_1 < at_0 else 0.0
-    return min(max(0.0, -slope / (2.0 * curvature)), 1.0)
+    if of_mean <= 0.0:  # up to rounding the departures cancel
+        return 1.0 if slope < 0.0 else 0.0
+    return min(max(0.0, -slope / (2.0 * of_mean)), 1.0)
 
 
 def _half(on_step: Callable[[int, int], None] | None, index: int) -> Callable[[int, int], None] | None:

@@ -14,6 +14,8 @@ from lightning_odem.methods.linalg import exact, singular
 Solver = Literal["adam", "sylvester"]
 Rest = Literal["mean", "average"]
 
+_ROUNDING = 1e-9
+
 
 class ProjectionLoss:
     r"""Squared distance from one model along the directions it has moved, for one weight matrix.
@@ -23,12 +25,13 @@ class ProjectionLoss:
 
     Args:
         update: D, shape [m, n].
-        mass: Share of the singular values' sum up to which directions count.
+        mass: Share of the singular values' sum up to which directions count; what is short of it by a billionth has
+            reached it but for rounding.
     """
 
     def __init__(self, update: Tensor, mass: float = 1.0) -> None:
         u, s, v = singular(update)
-        rank = int((s.cumsum(0) < mass * s.sum()).sum()) + 1
+        rank = int((s.cumsum(0) < (1 - _ROUNDING) * mass * s.sum()).sum()) + 1
         self.update = update
         self.left, self.right = ((basis[:, :rank] * s[:rank]).to(update) for basis in (u, v))
 

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from heapq import nlargest
 
 import torch
 from torch import Tensor
 
 from lightning_odem.flow import NonFiniteLossError, Trajectory, TransportField
 from lightning_odem.flow.constraints import project_
+from lightning_odem.largest import admit, largest
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
@@ -21,6 +21,8 @@ _PROBE_BATCHES = 8
 _EXCESS_TASKS = _SENSITIVE_TASKS = 2
 _LARGEST_DESCENT = 1e6
 _BACKTRACK, _TRIES = 0.7, 8
+# Relative to the largest number compared: differences within it are rounding.
+_ROUNDING = 1e-9
 
 
 class ReleasedODEMerge(MergeMethod):
@@ -40,6 +42,10 @@ class ReleasedODEMerge(MergeMethod):
     5. :math:`\theta` moves by s h v with the first s of 1, 0.7, 0.49, ... (8 in all) after which no task is above
        :math:`C_j(t')`, or not at all. Time goes on by h in any case; the rate 1 / (1 - t) makes up for some of it.
 
+    Losses and ceilings that differ by less than a billionth of the largest of them are equal, and so are the inner
+    products of step 2: of equal tasks those that arrived first are constrained. At t = 0 all are, each being
+    :math:`B_{max}` below its ceiling.
+
     Ceilings may sink below a model that stays. Then it stays until a single step brings every task below its ceiling,
     which can be for the rest of the path: steps of length 0 in the report tell.
 
@@ -51,7 +57,8 @@ class ReleasedODEMerge(MergeMethod):
     shortened to end there, where it takes floor(1 / (k h)) steps of a path to 1 / k; the projection has no defect that
     drops all constraints where a multiplier is above 1; ``refine`` refines after every merge, while the code does so
     once, after the last merge of a stream whose length it knows; t = 1 takes the incoming model without a path. The
-    published runs hold 2048 calibration samples.
+    published runs hold 2048 calibration samples. There rounding chooses among equal tasks, and may refuse a step that
+    ends at a ceiling.
 
     A step costs, in batches, one gradient on each of the first 8 of every task, and one pass without gradient over
     them per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
@@ -143,15 +150,16 @@ class ReleasedODEMerge(MergeMethod):
         macro = torch.zeros_like(theta)
         gradients: dict[str, Tensor] = {}
         rises: dict[str, float] = {}
+        sensitive: list[str] = []
         for task, (first, *others) in probe.batches.items():
             gradient = probe.gradient(theta, [first])
             rises[task] = field(t, theta, incoming, gradient, 0.0).alignment
             total = probe.gradient(theta, others).add_(gradient) if others else gradient
             macro.add_(total, alpha=probe.shares[task] / (norm(total) or 1.0) ** self.norm_power)
             gradients[task] = gradient
-            rising = [task for task in rises if rises[task] > 0.0]
-            constrained = {*excess, *nlargest(_SENSITIVE_TASKS, rising, key=rises.__getitem__)}
-            gradients = {task: gradients[task] for task in gradients if task in constrained}
+            if rises[task] > 0.0:
+                admit(sensitive, task, rises, _SENSITIVE_TASKS, _ROUNDING * rises[task])
+            gradients = {task: gradients[task] for task in gradients if task in {*excess, *sensitive}}
             # As in merge: not held beside the next ones.
             del gradient, total
         transport = field(t, theta, incoming, macro, 0.0)
@@ -176,18 +184,24 @@ def _ceilings(losses0: Mapping[str, float], losses1: Mapping[str, float], budget
 def _excess(losses: Mapping[str, float], ceilings: Mapping[str, float]) -> list[str]:
     """The tasks furthest above their ceilings, or least below them."""
     above = {task: losses[task] - ceilings[task] for task in losses}
-    return nlargest(_EXCESS_TASKS, above, key=above.__getitem__)
+    return largest(above, _EXCESS_TASKS, _tolerance(losses, ceilings))
+
+
+def _tolerance(losses: Mapping[str, float], ceilings: Mapping[str, float]) -> float:
+    """What rounding may make of a loss or a ceiling."""
+    return _ROUNDING * max(map(abs, (*losses.values(), *ceilings.values())))
 
 
 def _search_(
     theta: Tensor, move: Tensor, probe: TaskLosses, losses: dict[str, float], ceilings: Mapping[str, float]
 ) -> tuple[float, dict[str, float]]:
     """Move ``theta`` in place by the first share of ``move`` that every ceiling admits; that share, and the losses."""
+    tolerance = _tolerance(losses, ceilings)
     for attempt in range(_TRIES):
         scale = _BACKTRACK**attempt
         candidate = torch.add(theta, move, alpha=scale)
         reached = probe(candidate)
-        if all(reached[task] <= ceilings[task] for task in reached):
+        if all(reached[task] <= ceilings[task] + tolerance for task in reached):
             theta.copy_(candidate)
             return scale, reached
     return 0.0, losses

@@ -11,15 +11,17 @@ from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import exact, norm, singular
 from lightning_odem.methods.task_arithmetic import Recursion
 
+_ROUNDING = 1e-9
+
 
 def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
     r"""The part of a task vector that OPCM keeps beside the accumulated update, both of shape [m, n].
 
     With the singular value decomposition :math:`\Delta = U S V^T` of the update, the task vector in that basis,
     :math:`U^T \tau V`, loses its diagonal and its leading r x r block. r counts the leading directions whose singular
-    values sum up to at most ``alpha`` of all: the direction that crosses the threshold is not among them. The blocks
-    beside the leading one stay. Directions that the update does not have are left alone; the released code removes
-    the diagonal of an arbitrary basis of them.
+    values sum up to at most ``alpha`` of all, but for a billionth, which is rounding: the direction that crosses the
+    threshold is not among them. The blocks beside the leading one stay. Directions that the update does not have are
+    left alone; the released code removes the diagonal of an arbitrary basis of them.
 
     Returns:
         The projected task vector in fp64.
@@ -39,7 +41,7 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
     removed = (within * rows).sum(1, keepdim=True) * rows
     if len(s):
         cumulated = s.cumsum(0)
-        rank = int((cumulated <= alpha * cumulated[-1]).sum())
+        rank = int((cumulated <= (1 + _ROUNDING) * alpha * cumulated[-1]).sum())
         removed[:rank] = within[:rank] @ v[:, :rank] @ rows[:rank]
     return task_vector - u @ removed
 

@@ -202,7 +202,7 @@ class TRMStyleMerge(MergeMethod):
 def _predictions(data: TaskData, batch: Any) -> tuple[Tensor, Tensor]:
     """Class scores [B, C], in fp32 at least, and targets."""
     scores, targets = data.predictions(batch)
-    if scores.dim() != 2:
+    if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(
             f"TRM-style merging needs class scores [B, C] as predictions on task {data.task!r}, got shape "
             f"{tuple(scores.shape)}. A method prediction_step(batch, task) -> (scores, targets) decides what they are."

@@ -33,7 +33,7 @@ class PredictionCounts(Metric):
         """Count the predictions of the model after a merge on a batch of a task.
 
         Args:
-            preds: Scores of shape [B, C] or class ids of shape [B].
+            preds: Scores of shape [B, C], C of 2 or more, or class ids of shape [B].
             target: Class ids of shape [B].
             merge: 0-based index of the merge.
             task: 0-based index of the task, at most ``merge``.
@@ -73,10 +73,11 @@ def _class_ids(preds: Tensor, target: Tensor) -> Tensor:
     """Predicted class ids [B] of scores [B, C] or class ids [B] that fit the target [B]."""
     if target.ndim != 1 or not _is_integer(target):
         raise ValueError(f"Expected integer `target` of shape [B], got {target.dtype} of shape {tuple(target.shape)}.")
-    if preds.ndim not in (1, 2) or len(preds) != len(target):
+    # One column of scores is no choice between classes: its argmax is 0 whatever the score.
+    if preds.ndim not in (1, 2) or len(preds) != len(target) or preds.shape[1:] == (1,):
         raise ValueError(
-            f"Expected `preds` of shape [B, C] (scores) or [B] (class ids) for {len(target)} targets, "
-            f"got shape {tuple(preds.shape)}."
+            f"Expected `preds` of shape [B, C] (scores of 2 or more classes) or [B] (class ids) for {len(target)} "
+            f"targets, got shape {tuple(preds.shape)}."
         )
     if preds.ndim == 1:
         if not _is_integer(preds):

@@ -57,7 +57,7 @@ class WeightedForwardTransfer(WeightedSummary):
         """Count the predictions of the base model, or of the merged model before a task was trained, on that task.
 
         Args:
-            preds: Scores of shape [B, C] or class ids of shape [B].
+            preds: Scores of shape [B, C], C of 2 or more, or class ids of shape [B].
             target: Class ids of shape [B].
             merge: -1 for the base model, ``task - 1`` for the merged model before the task was trained.
             task: 0-based index of the task.

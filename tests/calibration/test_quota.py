@@ -64,6 +64,14 @@ def test_with_equal_shares_no_task_gains_a_place_when_another_joins(capacity, av
     assert all(new <= old for new, old in zip(after[:-1], before, strict=True))
 
 
+@pytest.mark.parametrize(("capacity", "given_shares"), [(2, [3, 1]), (2, [1, 4, 1]), (2, [1, 10, 3]), (2, [2, 8, 2])])
+def test_the_scale_of_the_shares_does_not_decide_between_equal_remainders(capacity, given_shares):
+    available = [100] * len(given_shares)
+    expected = allocate(capacity, given_shares, available)
+    for scale in (0.1, 0.3, 0.7, 10.0, 1 / 7):
+        assert allocate(capacity, [scale * share for share in given_shares], available) == expected
+
+
 def test_a_task_without_share_gets_no_place():
     assert allocate(10, [1.0, 0.0, 3.0], [100, 100, 5]) == [5, 0, 5]
 

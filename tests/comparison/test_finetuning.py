@@ -1,10 +1,12 @@
 import json
 from copy import deepcopy
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from images import make_model, make_stream, make_trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 
 from lightning_odem.comparison.finetuning import FineTuned, FineTunedCache, fine_tune, load_own
@@ -81,6 +83,20 @@ def test_given_weights_are_measured_and_not_trained():
     assert same(given.own, trained.own)
     assert (given.fine_tuned, given.pretrained) == (trained.fine_tuned, trained.pretrained)
     assert given.second_moments == {}
+
+
+def test_what_is_no_class_is_refused_before_training():
+    model, task = make_model(), make_stream()["a"]
+    steps, trainer = [], make_trainer()
+    trainer.callbacks.append(LambdaCallback(on_train_batch_end=lambda *_: steps.append(1)))
+    model.prediction_step = partial(_one_column, model)
+    with pytest.raises(ValueError, match=r"on task 'a' .*, got float32 \[12, 1\]"):
+        tune(model, task, trainer)
+    assert not steps
+
+
+def _one_column(model, batch, task):
+    return model(batch[0], task)[:, :1], batch[1]
 
 
 def test_a_model_comes_back_from_its_files(tmp_path):

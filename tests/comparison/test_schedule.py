@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -11,7 +12,7 @@ from scipy.stats import spearmanr
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.comparison import Workbench, schedule
-from lightning_odem.comparison.schedule import OperatingPoint, ScheduleStudy
+from lightning_odem.comparison.schedule import OperatingPoint, ScheduleStudy, _Candidates
 from lightning_odem.comparison.schedule_report import plot_schedule, render_schedule, save_schedule
 from lightning_odem.methods import PaperODEMerge
 
@@ -251,3 +252,16 @@ def test_the_figure_has_every_order_their_mean_and_the_schedule():
     assert [line.get_ydata().tolist() for line in lines[:2]] == [[0.5, 0.3], [0.6, 0.2]]
     assert lines[2].get_ydata().tolist() == pytest.approx([0.55, 0.25])
     assert lines[3].get_ydata().tolist() == pytest.approx([1 / 2, 1 / 3])
+
+
+def test_of_means_that_differ_by_rounding_the_smallest_time_counts():
+    """0.7 and 0.1 have the mean of 0.4 and 0.4, but not in binary."""
+    means = [fmean([0.7, 0.1]), fmean([0.4, 0.4])]
+    assert means[0] < means[1]
+    assert OperatingPoint(2, "b", [0.0, 0.5], means, 0.7, 0.6).t_best == 0.0
+    net = torch.nn.Linear(1, 1, bias=False)
+    candidates = _Candidates(net, lambda name: True, partial(means.pop, 0))
+    for t in (0.0, 0.5):
+        torch.nn.init.constant_(net.weight, t)
+        candidates.visit(t)
+    assert candidates.best["weight"].item() == 0.0

@@ -282,3 +282,9 @@ def test_the_command_line_has_the_study(command, points, capsys):
     assert end.value.code in (0, None)
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["points"], config["method"], config["dirpath"]) == (points, "ode_paper", "comparison")
+
+
+def test_of_means_that_differ_by_rounding_the_first_is_best():
+    path = PairPath("ode", [0.0, 1.0], [1.0] * 2, {"a": [0.7, 0.4], "b": [0.1, 0.4]})
+    assert path.mean[0] < path.mean[1]
+    assert path.best == 0

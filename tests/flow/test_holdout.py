@@ -29,6 +29,19 @@ def test_of_equal_losses_the_first_counts():
     assert (lowest.t, lowest.best_t) == ([0.2, 0.3, 0.4], 0.2)
 
 
+def test_of_losses_that_differ_by_rounding_the_first_counts():
+    losses = iter([1.0, 1.0 - 6e-8, 1.0 - 1.2e-7, 1.0 + 6e-8])
+    lowest = LowestPoint(lambda theta: next(losses), start=0.1, end=0.4, every=0.1)
+    walk(lowest, [0.1, 0.2, 0.3, 0.4])
+    assert lowest.best_t == 0.1
+
+
+def test_a_loss_that_falls_by_less_at_each_point_is_followed_all_the_same():
+    lowest = LowestPoint(lambda theta: 1.0 - 1e-6 * theta.item(), start=0.0, end=10.0, every=0.5)
+    walk(lowest, [0.5 * step for step in range(21)])
+    assert lowest.best_t > 8.0
+
+
 def test_points_closer_together_than_asked_are_passed_over_but_not_the_end():
     lowest = LowestPoint(lambda theta: theta.item(), start=0.0, end=0.25, every=0.1)
     walk(lowest, [step / 100 for step in range(26)])

@@ -63,6 +63,10 @@ METHOD = {"batch_size": 8, "descent": 0.03}
         ([1.0, 2.0, 1.0], 0.0, 0.0),  # no minimum
         ([1.0, 0.5, math.inf], 0.0, 0.0),
         ([1.0, math.nan, math.inf], 0.0, 0.0),
+        ([1.0, 1.0 - 6e-8, 1.0 - 1.2e-7], 0.5, 0.0),  # rounding confirms nothing
+        ([1.0, 1.0 + 6e-8, 1.0 - 6e-8], 0.5, 0.0),
+        ([3.0, 2.75, 3.5], -1.0, 1.0),  # departures that cancel, as a little before
+        ([3.0, 2.75, 3.5], -1.0 - 1e-15, 1.0),
     ],
 )
 def test_the_share_is_where_the_parabola_of_the_mean_is_lowest(losses, cosine, share):

@@ -54,6 +54,15 @@ def test_directions_count_up_to_the_mass(mass, kept):
     assert (loss.left.shape[1], loss.right.shape[1]) == (kept, kept)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_does_not_decide_how_many_directions_count(seed):
+    """6 is exactly three quarters of 6 + 2, in whatever basis."""
+    bases = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    u, v = (torch.linalg.qr(basis).Q for basis in bases)
+    update = torch.tensor([6.0, 2.0, 0.0, 0.0], dtype=torch.float64).diag()
+    assert ProjectionLoss(u @ update @ v.T, 0.75).left.shape[1] == 1
+
+
 def test_an_update_of_zero_has_no_loss():
     loss, gradient = ProjectionLoss(torch.zeros(3, 4))(torch.ones(3, 4))
     assert loss == 0.0

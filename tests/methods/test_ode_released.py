@@ -93,6 +93,11 @@ def nearest(start, gradients, bounds):
     return start - residual[:-1] / residual[-1] if np.abs(residual).max() > 1e-10 else start
 
 
+def largest(values, scale):
+    """Indices of the two largest; of those that differ by rounding the first."""
+    return sorted(range(len(values)), key=lambda index: -round(float(values[index]) / scale, 9))[:2]
+
+
 def written_out(tasks, shares, theta0, theta1, t_end, h, budget=0.08, descent=0.24, power=0.25):
     """The released step in numpy, every quantity computed where it is used."""
     theta0, theta1 = theta0.numpy(), theta1.numpy()
@@ -111,10 +116,11 @@ def written_out(tasks, shares, theta0, theta1, t_end, h, budget=0.08, descent=0.
     for t, end in zip(times[:-1], times[1:], strict=True):
         u = (theta1 - theta) / (1 - t)
         losses = task_losses(tasks, theta)
-        excess = np.argsort(-(losses - ceilings(t)))[:2]
+        size = max(np.abs(losses).max(), np.abs(ceilings(t)).max())
+        excess = largest(losses - ceilings(t), size)
         rises = np.array([gradient(name, theta, 1) @ u for name in names])
-        sensitive = [index for index in np.argsort(-rises)[:2] if rises[index] > 0]
-        constrained = sorted({*excess.tolist(), *sensitive})
+        sensitive = [index for index in largest(rises, np.abs(rises).max()) if rises[index] > 0]
+        constrained = sorted({*excess, *sensitive})
         macro = np.zeros(D)
         for name, share in zip(names, shares, strict=True):
             total = gradient(name, theta, 8)
@@ -123,7 +129,11 @@ def written_out(tasks, shares, theta0, theta1, t_end, h, budget=0.08, descent=0.
         bounds = [min((ceilings(end)[index] - losses[index]) / (end - t), 0.0) for index in constrained]
         v = nearest(w, [gradient(names[index], theta, 1) for index in constrained], bounds)
         scale = next(
-            (s for s in 0.7 ** np.arange(8) if (task_losses(tasks, theta + (end - t) * s * v) <= ceilings(end)).all()),
+            (
+                s
+                for s in 0.7 ** np.arange(8)
+                if (task_losses(tasks, theta + (end - t) * s * v) <= ceilings(end) + 1e-9 * size).all()
+            ),
             0.0,
         )
         theta = theta + (end - t) * scale * v
@@ -165,6 +175,41 @@ def test_the_merge_is_the_released_step_written_out(seed, counts, curvature, sha
         assert getattr(result.trajectory, name) == pytest.approx(values, rel=1e-5, abs=1e-6), name
     assert result.trajectory.loss1 == pytest.approx(np.array(shares) @ task_losses(objective.tasks, incoming.numpy()))
     assert torch.equal(incoming, models(seed)[1])
+
+
+class Shifted(QuadraticTasks):
+    """Losses with a constant added to each, which no gradient and no rule knows of."""
+
+    def __init__(self, tasks, constants):
+        super().__init__(tasks)
+        self.constants = dict(zip(tasks, constants, strict=True))
+
+    def losses(self, theta, batches):
+        return [
+            loss + self.constants[batch.task]
+            for loss, batch in zip(super().losses(theta, batches), batches, strict=True)
+        ]
+
+
+def test_rounding_does_not_decide_which_tasks_are_constrained():
+    """At the start of a path all tasks are equally far below their ceilings, whatever their losses are."""
+    method, (merged, incoming) = ReleasedODEMerge(step_size=1.0, norm_power=0.0, budget=2.0), models(5)
+
+    def merge(constants):
+        objective = Shifted(random_tasks(5, [2, 2, 2]), constants)
+        return method.merge(merged.clone(), incoming, 0.6, context(objective)).theta
+
+    for constants in np.random.default_rng(0).random((20, 3)):
+        torch.testing.assert_close(merge(constants), merge([0.0] * 3), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("constant", "step_size"), [(1.1, 0.05), (2.1, 0.07), (0.29, 0.02)])
+def test_a_loss_that_stays_is_not_above_a_ceiling_that_stays(constant, step_size):
+    (merged, incoming), tasks = models(), falling_tasks()
+    tasks["flat"] = [(torch.zeros(D, D, dtype=FP64), merged)]
+    objective, method = Shifted(tasks, [0.0, 0.0, constant]), ReleasedODEMerge(step_size, budget=0.0, descent=0.0)
+    result = method.merge(merged.clone(), incoming, 0.75, context(objective))
+    torch.testing.assert_close(result.theta, torch.lerp(merged, incoming, 0.75), rtol=1e-10, atol=1e-12)
 
 
 def test_the_cases_written_out_know_full_steps_shorter_ones_none_and_projections():

@@ -51,6 +51,18 @@ def test_the_projection_is_that_of_the_released_code(shape, alpha):
     torch.testing.assert_close(project(task_vector, update, alpha), project_in_full(task_vector, update, alpha))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_does_not_decide_which_directions_are_protected(seed):
+    """4 + 3 is exactly 0.7 of 4 + 3 + 2 + 1, in whatever basis."""
+    generator = torch.Generator().manual_seed(seed)
+    inner, *bases = torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+    u, v = (torch.linalg.qr(basis).Q for basis in bases)
+    update = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64).diag()
+    found = project(u @ inner @ v.T, u @ update @ v.T, 0.7)
+    inner.fill_diagonal_(0.0)[:2, :2] = 0.0
+    torch.testing.assert_close(found, u @ inner @ v.T)
+
+
 def test_alpha_1_removes_all_that_the_update_can_express():
     task_vector, update = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(project(task_vector, update, 1.0), torch.zeros(4, 4, dtype=torch.float64))

@@ -275,6 +275,13 @@ def test_predictions_that_are_no_class_scores_are_an_error():
         merge(TRMStyleMerge(), module=module)
 
 
+def test_a_single_column_of_scores_is_an_error():
+    module = Smooth()
+    module.prediction_step = lambda batch, task: (module(batch[0])[:, :1], batch[1] * 0)
+    with pytest.raises(ValueError, match=r"class scores \[B, C\] as predictions on task 'new', got shape \(6, 1\)"):
+        merge(TRMStyleMerge(), module=module)
+
+
 def test_a_loss_that_is_not_finite_is_an_error():
     batches = [(math.inf * inputs, labels) for inputs, labels in make_batches()]
     with pytest.raises(NonFiniteLossError, match=r"the loss on the task's data is nan at step 0 \(t = 0.4\)"):

@@ -209,6 +209,7 @@ def test_task_that_was_not_merged_yet_raises(merge, task):
         (torch.zeros(3, 5), TARGET, r"for 4 targets, got shape \(3, 5\)"),
         (torch.zeros(3, dtype=torch.int64), TARGET, r"for 4 targets, got shape \(3,\)"),
         (torch.zeros(4, 5, 2), TARGET, r"got shape \(4, 5, 2\)"),
+        (torch.zeros(4, 1), TARGET, r"2 or more classes.* got shape \(4, 1\)"),
         (torch.zeros(()), TARGET, r"got shape \(\)"),
         (torch.zeros(4), TARGET, r"must be integer class ids, got torch.float32"),
         (tensor([[0.0, 1.0], [0.0, nan], [1.0, 0.0], [nan, nan]]), TARGET, "NaN scores for 2 of 4 .* first at index 1"),
