@@ -15,6 +15,7 @@ from lightning_odem.comparison import Workbench, schedule
 from lightning_odem.comparison.schedule import OperatingPoint, ScheduleStudy, _Candidates
 from lightning_odem.comparison.schedule_report import plot_schedule, render_schedule, save_schedule
 from lightning_odem.methods import PaperODEMerge
+from lightning_odem.snapshot import take_snapshot
 
 OPTIONS = {"orders": 2, "points": 5, "calibration_size": 24, "seed": 3}
 
@@ -260,8 +261,8 @@ def test_of_means_that_differ_by_rounding_the_smallest_time_counts():
     assert means[0] < means[1]
     assert OperatingPoint(2, "b", [0.0, 0.5], means, 0.7, 0.6).t_best == 0.0
     net = torch.nn.Linear(1, 1, bias=False)
-    candidates = _Candidates(net, lambda name: True, partial(means.pop, 0))
+    candidates = _Candidates(partial(means.pop, 0))
     for t in (0.0, 0.5):
         torch.nn.init.constant_(net.weight, t)
-        candidates.visit(t)
+        candidates.visit(t, partial(take_snapshot, net))
     assert candidates.best["weight"].item() == 0.0
