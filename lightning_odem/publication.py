@@ -24,8 +24,10 @@ def _summary(report: StreamReport, scalars: dict[str, float]) -> str:
     parts = [f"Merged task {len(report.tasks)} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
     if record.path:
         parts.append(f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})")
-    if taken := record.path.get("departure_taken"):
-        parts.append(f"{taken[0]:.2f} of the descent" if taken[0] else "the running average")
+    if scale := record.path.get("scale_taken"):
+        parts.append(f"scale {scale[0]:.3g}" if scale[0] else "the running average")
+    if pieces := record.path.get("descent_taken"):
+        parts.append(f"{pieces[0]:.0f} of {len(record.path['descent_loss']) - 1} pieces of descent")
     headline = {"ACC": "merge/acc", "BWT": "merge/bwt"}
     parts += [f"{name} {100 * scalars[key]:.1f} %" for name, key in headline.items() if key in scalars]
     where = f". Merged weights: {record.checkpoint} (ModelCheckpoint's files hold unmerged ones)"

@@ -68,6 +68,10 @@ class Shards:
         dist.gather(padded, parts)
         return None if parts is None else torch.cat(parts)[:total].cpu()
 
+    def first_row(self, name: str) -> int:
+        """Which row of the whole parameter this process's shard begins with."""
+        return min(self.rank * self._rows(name), self.shapes[name][0])
+
     def _rows(self, name: str) -> int:
         """Rows of a shard, but for the last ones'."""
         return -(-self.shapes[name][0] // self.size)

@@ -1,7 +1,7 @@
 """The ODE alone, on flat vectors: fields, solvers, schedule and trajectory. It knows no modules and no data."""
 
 from lightning_odem.flow.control import StepControl
-from lightning_odem.flow.descent import AdaptiveDescent
+from lightning_odem.flow.descent import Descent
 from lightning_odem.flow.field import Field, RectifiedField, TransportField, Velocity
 from lightning_odem.flow.holdout import LowestPoint
 from lightning_odem.flow.reuse import ReusedGradient
@@ -11,7 +11,7 @@ from lightning_odem.flow.trajectory import Trajectory
 
 __all__ = [
     "SOLVERS",
-    "AdaptiveDescent",
+    "Descent",
     "Euler",
     "Field",
     "Heun",

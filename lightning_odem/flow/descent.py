@@ -1,62 +1,73 @@
-"""Descent of the loss beside the transport."""
+"""Gradient flow down the loss, in pieces."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lightning_odem.flow.field import Velocity
-from lightning_odem.flow.solver import Evaluate, Solver
+from lightning_odem.flow.solver import LossAndGrad, NonFiniteLossError
 
 
-class AdaptiveDescent:
-    r"""A one-step rule that also goes down the loss, by Adam, with the gradient that the field is evaluated with.
+class Descent:
+    r"""The flow :math:`\dot\theta = -a(t)\, D g` from t = 0 to 1, followed in steps of equal length.
 
-    The flow becomes :math:`\dot\theta = v_t(\theta) - a(t)\, D g`, with :math:`D g` Adam's normalised gradient: its
-    running mean over the root of its running mean square, entries of about 1 where gradients agree and near 0 where
-    they are noise. The speed falls linearly to zero at the end of the path,
+    :math:`D g` is Adam's normalised gradient: the running mean of the gradients over the root of their running mean
+    square, with entries of about 1 where gradients agree and near 0 where they are noise. The speed falls linearly to
+    zero,
 
-    .. math:: a(t) = \frac{2 \ell}{T} \left(1 - \frac{t}{T}\right), \qquad \int_0^T a(t)\, dt = \ell,
+    .. math:: a(t) = 2 \ell (1 - t), \qquad \int_0^1 a(t)\, dt = \ell,
 
     so that the last gradients settle what the noise of the first ones has left. No entry moves by much more than
-    :math:`\ell`. Adam starts afresh with every path.
+    :math:`\ell`.
 
-    With exact gradients and no running mean, :math:`\langle g, -a D g\rangle \le 0` as D is diagonal and positive: the
-    bound of Theorem 3.4 holds as before. Means over random minibatches keep to it on average only.
-
-    Two more vectors of the model's size are held, Adam's moments, and two of its temporaries within a step.
+    Besides the point it holds a gradient and Adam's two moments, and two of its temporaries within a step.
 
     Args:
-        rule: The rule of the transport.
-        length: Length :math:`\ell` of the descent, in units of the weights, >= 0.
-        end: Operating time T in (0, 1].
+        theta: The point [d], moved in its memory.
+        length: Length :math:`\ell` of the whole descent, in units of the weights, >= 0.
+        steps: Steps of the whole descent, at least 1.
         betas: Adam's decay rates. 0.99 instead of its usual 0.999 because a path has tens of steps, not thousands.
 
     Raises:
-        ValueError: If the length is negative.
+        ValueError: If the length is negative or there is no step.
 
     Example:
-        >>> import torch
-        >>> from lightning_odem.flow import Euler, integrate
-        >>> loss_and_grad = lambda theta: (float(theta.sum()), torch.ones(2))  # always uphill by 1
-        >>> rule = AdaptiveDescent(Euler(), length=0.25, end=0.5)
-        >>> integrate(torch.zeros(2), torch.zeros(2), loss_and_grad, 0.5, solver=rule).theta
+        >>> point = torch.zeros(2)
+        >>> descent = Descent(point, length=0.25, steps=4)
+        >>> descent.follow(lambda theta: (float(theta.sum()), torch.ones(2)), steps=4)  # always uphill by 1
+        >>> point
         tensor([-0.2500, -0.2500])
     """
 
-    order = 1
+    def __init__(self, theta: Tensor, length: float, steps: int, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        if length < 0.0 or steps < 1:
+            raise ValueError(f"A descent has a length >= 0 and a step at least, got length={length} and steps={steps}.")
+        self.taken = 0
+        self._theta, self._length, self._steps = theta, length, steps
+        self._adam = torch.optim.Adam([theta], betas=betas, eps=1e-12, foreach=False)
 
-    def __init__(self, rule: Solver, length: float, end: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        if length < 0.0:
-            raise ValueError(f"The length of a descent must not be negative, got length={length}.")
-        self._rule, self._length, self._end, self._betas = rule, length, end, betas
-        self._adam: torch.optim.Adam | None = None
+    def follow(self, loss_and_grad: LossAndGrad, steps: int, on_step: Callable[[int, int], None] | None = None) -> None:
+        """Take the next steps.
 
-    def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
-        """Take the rule's step and one of the descent."""
-        self._rule.step(theta, velocity, t, h, evaluate)
-        if self._adam is None or t == 0.0:
-            self._adam = torch.optim.Adam([theta], betas=self._betas, eps=1e-12, foreach=False)
-        # The speed in the middle of the step: exact for one that falls linearly.
-        self._adam.param_groups[0]["lr"] = 2.0 * self._length * h / self._end * (1.0 - (t + h / 2) / self._end)
-        theta.grad = velocity.grad
-        self._adam.step()
-        theta.grad = None
+        Args:
+            loss_and_grad: Loss and gradient [d] at a point, as of a random minibatch.
+            steps: How many.
+            on_step: Told (steps taken, steps of the whole descent).
+
+        Raises:
+            NonFiniteLossError: If a loss is not finite, or the point afterwards.
+        """
+        for _ in range(steps):
+            loss, self._theta.grad = loss_and_grad(self._theta)
+            if not torch.isfinite(torch.as_tensor(loss)):
+                raise NonFiniteLossError(f"the loss is {loss}", self.taken, self.taken / self._steps)
+            # The speed in the middle of the step: exact for one that falls linearly.
+            middle = (self.taken + 0.5) / self._steps
+            self._adam.param_groups[0]["lr"] = 2.0 * self._length / self._steps * (1.0 - middle)
+            self._adam.step()
+            self._theta.grad = None
+            self.taken += 1
+            if on_step is not None:
+                on_step(self.taken, self._steps)
+        if not self._theta.isfinite().all():
+            raise NonFiniteLossError("a gradient or a weight is not finite", self.taken, self.taken / self._steps)

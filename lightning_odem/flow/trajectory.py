@@ -13,9 +13,12 @@ _OPTIONAL = (
     "rejected_loss",
     "held_out_t",
     "held_out_loss",
-    "departure",
-    "departure_loss",
-    "departure_taken",
+    "scale",
+    "scale_loss",
+    "scale_taken",
+    "average_loss",
+    "descent_loss",
+    "descent_taken",
 )
 
 
@@ -48,10 +51,13 @@ class Trajectory:
         held_out_t: Times of the points that were candidates for the end, see
             :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to the one that was chosen.
         held_out_loss: Losses there on the held-out samples.
-        departure: Shares of the departure from the running average that were tried, see
-            :class:`~lightning_odem.methods.cross_fit.CrossFit`.
-        departure_loss: Losses there on samples that the paths did not see.
-        departure_taken: The share that the merged model has; 0 is the running average.
+        scale: Scales at which the loss was measured in the search of an operating point, see
+            :class:`~lightning_odem.methods.ODEMerge`.
+        scale_loss: Losses there.
+        scale_taken: The scale that was chosen; 0 is the running average.
+        average_loss: The loss of the running average.
+        descent_loss: Losses on held-out samples where the gradient flow begins and after each of its pieces.
+        descent_taken: Pieces that were kept.
 
     Example:
         >>> import torch
@@ -77,9 +83,12 @@ class Trajectory:
     rejected_loss: list[float] = field(default_factory=list)
     held_out_t: list[float] = field(default_factory=list)
     held_out_loss: list[float] = field(default_factory=list)
-    departure: list[float] = field(default_factory=list)
-    departure_loss: list[float] = field(default_factory=list)
-    departure_taken: list[float] = field(default_factory=list)
+    scale: list[float] = field(default_factory=list)
+    scale_loss: list[float] = field(default_factory=list)
+    scale_taken: list[float] = field(default_factory=list)
+    average_loss: list[float] = field(default_factory=list)
+    descent_loss: list[float] = field(default_factory=list)
+    descent_taken: list[float] = field(default_factory=list)
 
     def leave(self, h: float, velocity: Velocity) -> None:
         """Note a step of length ``h`` from the point noted last."""

@@ -57,18 +57,17 @@ class ClosedFormMerge(ExactStream):
 
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
         """The moments of each layer's inputs, their upper triangle, and the update times the moments [o, i]."""
-        for key, (update,) in parts(context, weight_matrices(context, self.layers), task_vector):
+        for key, _, (update,) in parts(context, weight_matrices(context, self.layers), task_vector):
             moments = guessed_moments(update)
             yield CROSS + key, update @ moments
             yield MOMENTS + key, moments[upper_triangle(moments)]
 
-    def solve(self, sums: Sums, tasks: float, context: MergeContext) -> Tensor:
+    def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
         """Solve every layer's least squares."""
-        merged = self.mean(sums, context)
-        for key, (mean,) in parts(context, weight_matrices(context, self.layers), merged):
-            moments = symmetric(sums[MOMENTS + key].to(mean), mean.shape[1])
-            mean.copy_(least_squares(sums[CROSS + key].to(mean), moments, mean, self.ridge))
-        return merged
+        for key, _, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
+            moments = symmetric(sums[MOMENTS + key].to(matrix), matrix.shape[1])
+            matrix.copy_(least_squares(sums[CROSS + key].to(matrix), moments, matrix, self.ridge))
+        return mean
 
 
 def guessed_moments(update: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors
 
 Sums = dict[str, Tensor]
-MEAN = "mean/"
-"""Prefix of the keys under which the mean task vector is kept, a tensor by parameter name."""
 
 
 class ExactStream(MergeMethod):
@@ -42,6 +40,7 @@ class ExactStream(MergeMethod):
 
     def __init__(self, recursion: bool = False) -> None:
         self.recursion = recursion
+        self._mean: Sums = {}
         self._sums: Sums = {}
         self._concentration = 1.0
 
@@ -50,8 +49,8 @@ class ExactStream(MergeMethod):
         """What a task adds to the sums besides its task vector [d], by key, one tensor after the other."""
 
     @abstractmethod
-    def solve(self, sums: Sums, tasks: float, context: MergeContext) -> Tensor:
-        """The merged task vector [d], a new one, from the sums over ``tasks`` tasks."""
+    def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
+        """The merged task vector [d] from the mean task vector, in whose memory it may be, and the other sums."""
 
     @property
     def tasks(self) -> float:
@@ -61,7 +60,7 @@ class ExactStream(MergeMethod):
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model as it is."""
         self.load_state_dict({})
-        self._sums = self._of(incoming, context)
+        self._mean, self._sums = self._of(incoming, context)
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
@@ -69,40 +68,41 @@ class ExactStream(MergeMethod):
         if t == 0.0:
             return MergeResult(merged)
         if self.recursion:
-            self._sums, self._concentration, t = {}, 1.0, 0.5
+            self.load_state_dict({})
+            t = 0.5
         self.add(merged, incoming, t, context)
-        if self._concentration == 1.0:
-            return MergeResult(incoming)
-        return MergeResult(self.read(context))
+        return MergeResult(incoming if self.tasks == 1.0 else self.read(context))
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
         """Subtract what a task added, and read the merged model of the others."""
-        self._sums = self._with(withdrawn, -share / (1.0 - share), merged, context)
+        self._move(withdrawn, -share / (1.0 - share), merged, context)
         # Of a single task left it is 1, up to rounding.
         self._concentration = min((self._concentration - share**2) / (1.0 - share) ** 2, 1.0)
         return MergeResult(self.read(context))
 
     def add(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> None:
         """Take a model [d] into the sums at operating time ``t``; ``merged`` stands for what they do not know yet."""
-        self._sums = self._with(incoming, t, merged, context)
+        self._move(incoming, t, merged, context)
         self._concentration = (1.0 - t) ** 2 * self._concentration + t**2
 
     def read(self, context: MergeContext) -> Tensor:
         """The merged model [d], a new vector."""
         assert context.base is not None, "declared in needs"
-        return self.solve(self._sums, self.tasks, context).add_(context.base)
+        return self.solve(self.mean(context), self._sums, context).add_(context.base)
 
-    def mean(self, sums: Sums, context: MergeContext) -> Tensor:
+    def mean(self, context: MergeContext) -> Tensor:
         """The mean task vector [d], a new vector."""
         assert context.base is not None, "declared in needs"
         mean = torch.empty_like(context.base)
         for name, piece in tensors(mean, context).items():
-            piece.copy_(sums[MEAN + name])
+            piece.copy_(self._mean[name])
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums by key and the sum of the squared shares; empty before the first task."""
-        return {"sums": self._sums, "concentration": self._concentration} if self._sums else {}
+        """The mean task vector, the other sums and the sum of the squared shares; empty before the first task."""
+        if not self._mean:
+            return {}
+        return {"mean": self._mean, "sums": self._sums, "concentration": self._concentration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an empty one begins a new stream.
@@ -110,33 +110,32 @@ class ExactStream(MergeMethod):
         Raises:
             ValueError: If another method wrote it.
         """
-        if state and state.keys() != {"sums", "concentration"}:
+        if state and state.keys() != {"mean", "sums", "concentration"}:
             raise ValueError(
-                f"{type(self).__name__} keeps sums and their concentration, but the stream's state has: "
+                f"{type(self).__name__} keeps mean, sums and concentration, but the stream's state has: "
                 f"{', '.join(state)}."
             )
-        self._sums, self._concentration = dict(state.get("sums", {})), state.get("concentration", 1.0)
+        self._mean, self._sums = dict(state.get("mean", {})), dict(state.get("sums", {}))
+        self._concentration = state.get("concentration", 1.0)
 
-    def _of(self, model: Tensor, context: MergeContext) -> Sums:
-        """The statistics of one model, on the CPU."""
-        return {key: tensor.to("cpu", copy=True) for key, tensor in self._statistics(model, context)}
-
-    def _statistics(self, model: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
+    def _of(self, model: Tensor, context: MergeContext) -> tuple[Sums, Sums]:
+        """Task vector by parameter and statistics of one model, on the CPU."""
         assert context.base is not None, "declared in needs"
         task_vector = model - context.base
-        for name, piece in tensors(task_vector, context).items():
-            yield MEAN + name, piece
-        yield from self.statistics(task_vector, context)
+        mean = {name: piece.to("cpu", copy=True) for name, piece in tensors(task_vector, context).items()}
+        return mean, {key: tensor.cpu() for key, tensor in self.statistics(task_vector, context)}
 
-    def _with(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> Sums:
-        """The sums moved by ``t`` towards a model's statistics; replaced, not changed in place."""
-        known = self._sums
-        if any(MEAN + name not in known for name in context.names):
-            known = self._of(merged, context) | known
-        moved = {}
-        for key, tensor in self._statistics(model, context):
-            if known[key].shape != tensor.shape:
-                kept, found = tuple(known[key].shape), tuple(tensor.shape)
-                raise ValueError(f"{type(self).__name__} has kept {key} in shape {kept}, the model gives {found}.")
-            moved[key] = known[key].lerp(tensor.cpu(), t)
-        return known | moved
+    def _move(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> None:
+        """Move the sums by ``t`` towards a model's statistics; they are replaced, not changed in place."""
+        if any(name not in self._mean for name in context.names):
+            mean, sums = self._of(merged, context)
+            self._mean, self._sums = mean | self._mean, sums | self._sums
+        for kept, found in zip((self._mean, self._sums), self._of(model, context), strict=True):
+            for key, tensor in found.items():
+                if kept[key].shape != tensor.shape:
+                    raise ValueError(
+                        f"{type(self).__name__} has kept {key} in shape {tuple(kept[key].shape)}, the model gives "
+                        f"{tuple(tensor.shape)}."
+                    )
+                found[key] = kept[key].lerp(tensor, t)
+            kept.update(found)

@@ -1,20 +1,27 @@
 """Isotropic merging: the sum of the task vectors with each matrix's spectrum flattened."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_odem.methods.arguments import check_patterns, check_range
 from lightning_odem.methods.base import MergeContext
 from lightning_odem.methods.exact_stream import ExactStream, Sums
 from lightning_odem.methods.layout import parts, weight_matrices
-from lightning_odem.methods.linalg import singular
+from lightning_odem.methods.linalg import exact, singular
 
 
-def flatten_spectrum(matrix: Tensor) -> Tensor:
+def flatten_spectrum(matrix: Tensor, rows: int | None = None, sum_: Callable[[Tensor], None] | None = None) -> Tensor:
     r"""The matrix [m, n] with every singular value replaced by their mean over min(m, n).
 
-    Directions that are zero up to rounding stay zero, since their singular vectors are arbitrary.
+    Directions that are zero up to rounding stay zero, since their singular vectors are arbitrary. Of a matrix whose
+    rows several processes share each gets its own rows: they need of each other :math:`M^T M` alone.
+
+    Args:
+        matrix: The matrix, or this process's rows of it.
+        rows: m, where ``matrix`` has only some of the rows.
+        sum_: Sums over the processes in place, see :class:`~lightning_odem.methods.MergeContext`.
 
     Example:
         >>> import torch
@@ -22,8 +29,18 @@ def flatten_spectrum(matrix: Tensor) -> Tensor:
         tensor([[2., 0.],
                 [0., 2.]])
     """
-    u, s, v = singular(matrix)
-    return (u @ v.T * (s.sum() / min(matrix.shape))).to(matrix)
+    if sum_ is None:
+        u, s, v = singular(matrix)
+        return (u @ v.T * (s.sum() / min(matrix.shape))).to(matrix)
+    wide = exact(matrix)
+    gram = wide.T @ wide
+    sum_(gram)
+    squares, v = torch.linalg.eigh(gram)
+    s = squares.clamp(min=0.0).sqrt()
+    size = (rows or len(matrix), matrix.shape[1])
+    kept = s > s[-1] * max(size) * torch.finfo(matrix.dtype).eps
+    inverse = torch.where(kept, s.reciprocal(), torch.zeros_like(s))
+    return (wide @ (v * inverse) @ v.T * (s[kept].sum() / min(size))).to(matrix)
 
 
 class IsotropicMerge(ExactStream):
@@ -51,6 +68,8 @@ class IsotropicMerge(ExactStream):
         ValueError: For a scale that is not positive; when merging, for patterns that match nothing.
     """
 
+    sharded = True
+
     def __init__(self, scale: float = 1.0, layers: Sequence[str] | None = None, recursion: bool = False) -> None:
         super().__init__(recursion)
         check_range("scale", scale, 0, open_low=True)
@@ -61,9 +80,8 @@ class IsotropicMerge(ExactStream):
         """Nothing but the task vector itself."""
         return iter(())
 
-    def solve(self, sums: Sums, tasks: float, context: MergeContext) -> Tensor:
+    def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
         """Flatten the matrices of the sum."""
-        merged = self.mean(sums, context)
-        for _, (matrix,) in parts(context, weight_matrices(context, self.layers), merged):
-            matrix.copy_(flatten_spectrum(matrix).mul_(tasks * self.scale))
-        return merged
+        for _, rows, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
+            matrix.copy_(flatten_spectrum(matrix, rows, context.sum_).mul_(self.tasks * self.scale))
+        return mean

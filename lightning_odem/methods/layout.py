@@ -77,18 +77,26 @@ PACKED = ("in_proj_weight", "qkv.weight")
 """How the names end of attention weights [3 * d, d] that hold the layers of queries, keys and values."""
 
 
-def parts(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+def parts(
+    context: MergeContext, names: Sequence[str], *vectors: Tensor
+) -> Iterator[tuple[str, int, tuple[Tensor, ...]]]:
     """Walk through weight matrices as :func:`matrices`, each packed attention weight as the three that it holds.
 
     So a network merges alike however its attention is written.
 
     Yields:
-        A key, the name of the parameter and in packed ones the number of the part, and the views [rows, columns].
+        A key, the name of the parameter and in packed ones the number of the part; the number of rows of the whole
+        matrix; and the views [rows, columns], of a matrix that processes share those of this process's rows.
     """
+    whole = dict(zip(context.names, context.shapes, strict=True))
     for name, views in zip(names, matrices(context, names, *vectors), strict=True):
-        number = 3 if name.endswith(PACKED) and len(views[0]) % 3 == 0 else 1
-        for index, part in enumerate(zip(*(view.chunk(number) for view in views), strict=True)):
-            yield (name if number == 1 else f"{name}:{index}"), part
+        total = whole[name][0]
+        number = 3 if name.endswith(PACKED) and total % 3 == 0 else 1
+        size, first = total // number, 0 if context.shards is None else context.shards.first_row(name)
+        for index in range(number):
+            begin, end = (min(max(row - first, 0), len(views[0])) for row in (index * size, (index + 1) * size))
+            key = name if number == 1 else f"{name}:{index}"
+            yield key, size, tuple(view[begin:end] for view in views)
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -25,4 +25,4 @@ class PaperODEMerge(ODEMerge):
     """
 
     def __init__(self, step_size: float = 0.05, solver: str = "euler", granularity: str = "vector") -> None:
-        super().__init__(step_size, solver, granularity, batch_size=None, descent=0.0)
+        super().__init__()

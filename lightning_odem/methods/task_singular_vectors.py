@@ -86,7 +86,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         self._average.move(incoming, t, context)
         self._average.write_(theta, context)
         names = weight_matrices(context, self.layers)
-        for key, (matrix, base) in parts(context, names, theta, context.base):
+        for key, _, (matrix, base) in parts(context, names, theta, context.base):
             found = [(share, task[key]) for share, task in zip(self._shares, self._factors, strict=True) if key in task]
             matrix.copy_(base + self.scale * count * joined(found).to(base))
         return MergeResult(theta)
@@ -122,7 +122,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         update = model - context.base
         return {
             key: tuple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
-            for key, (matrix,) in parts(context, names, update)
+            for key, _, (matrix,) in parts(context, names, update)
         }
 
 

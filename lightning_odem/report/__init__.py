@@ -2,6 +2,7 @@
 
 from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
 from lightning_odem.report.record import MergeRecord, StreamReport
+from lightning_odem.report.search_figure import plot_search
 from lightning_odem.report.tables import render_costs, render_summary, render_table
 from lightning_odem.report.writer import save
 
@@ -11,6 +12,7 @@ __all__ = [
     "plot_accuracy_matrix",
     "plot_accuracy_over_stream",
     "plot_path",
+    "plot_search",
     "render_costs",
     "render_summary",
     "render_table",

@@ -117,13 +117,6 @@ def plot_path(record: MergeRecord) -> Figure:
     if "held_out_t" in record.path:
         held_out = record.path["held_out_t"], record.path["held_out_loss"]
         upper.plot(*held_out, color=GREEN, lw=1.2, marker="s", ms=3, label="held-out samples")
-    if "departure" in record.path:
-        shares = ", ".join(f"{share:g}" for share in record.path["departure"])
-        label = (
-            f"unseen samples, share s = {shares} of\nthe departure; {record.path['departure_taken'][0]:.2f} was taken"
-        )
-        losses = record.path["departure_loss"]
-        upper.plot(np.full(len(losses), t[-1]), losses, color=GREEN, lw=0.8, marker="s", ms=4, label=label)
     if "rejected_t" in record.path:
         rejected = record.path["rejected_t"], record.path["rejected_loss"]
         upper.plot(*rejected, "x", color="black", ms=5, label="steps taken back")

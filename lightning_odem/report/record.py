@@ -33,11 +33,11 @@ class MergeRecord:
             without such a damping; all is empty for methods that follow no path and for the first task. Some methods'
             options add lists under ``held_out_t`` and ``held_out_loss`` (candidates for the end, which lie beyond it as
             well, and their losses on held-out samples), ``rejected_t`` and ``rejected_loss`` (steps taken back), or
-            ``departure``, ``departure_loss`` and ``departure_taken`` (shares of the paths' departure from the running
-            average, the losses there on samples that the paths did not see, and the share that was taken).
+            ``scale``, ``scale_loss``, ``scale_taken``, ``average_loss``, ``descent_loss`` and ``descent_taken`` (the
+            search of an operating point and the flow from there, see :class:`~lightning_odem.flow.Trajectory`).
         steps: Steps of the path.
-        loss_before: Calibration loss where the path begins, at the merged model before this merge or at the running
-            average of the models before (NaN if never measured).
+        loss_before: Calibration loss of the merged model before this merge, where the path begins (NaN if never
+            measured).
         loss_after: Calibration loss of the merged model after it.
         loss_incoming: Calibration loss of the incoming model.
         barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).

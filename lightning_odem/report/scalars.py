@@ -9,7 +9,7 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
     """Scalars of the last merge, all under ``merge/``; what is undefined (BWT of the first task) is left out.
 
     Accuracies and their summaries are fractions, times are seconds, evaluations are passes over the calibration set;
-    ``merge/departure`` is the share of the descent that the merged model has, 0 where it is the running average.
+    ``merge/scale`` is the scale that a search has chosen, 0 where it is the running average.
 
     Example:
         >>> from lightning_odem.report import MergeRecord
@@ -36,8 +36,8 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
         "gradient_evaluations": float(record.gradient_evaluations),
         "sample_gradients": float(record.sample_gradients),
     }
-    if taken := record.path.get("departure_taken"):
-        scalars["departure"] = taken[0]
+    if taken := record.path.get("scale_taken"):
+        scalars["scale"] = taken[0]
     for name in ("gamma", "alignment_ratio"):
         values = record.path.get(name, [])
         if values:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
 from lightning_odem.report.record import StreamReport
+from lightning_odem.report.search_figure import plot_search
 from lightning_odem.report.tables import render_summary
 
 
@@ -35,7 +36,7 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     for number, record in list(enumerate(report.merges, start=1))[first_path:]:
         if len(record.path.get("t", [])) > 1:
             task = re.sub(r"[^\w.-]+", "_", record.task)
-            figures[f"path-{number:02d}-{task}"] = plot_path(record)
+            figures[f"path-{number:02d}-{task}"] = (plot_search if record.path.get("scale") else plot_path)(record)
     for name, figure in figures.items():
         written.append(directory / f"{name}.png")
         figure.savefig(written[-1])
