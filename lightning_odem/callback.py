@@ -344,9 +344,7 @@ class ContinualMergeCallback(L.Callback):
         task, weight, number = state.started["task"], state.started["weight"], len(report.tasks) + 1
         buffer = self._sampling.buffer() if self._sampling is not None else None
         assert self._collection is not None, "set up when the training started"
-        trace = replace(
-            self._collection.trace(), further=self._sampling.further if self._sampling is not None else None
-        )
+        trace = self._collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
         own = take_snapshot(pl_module, self.division.task_specific(pl_module))
@@ -549,8 +547,7 @@ class ContinualMergeCallback(L.Callback):
             self._sampling = None
             if self._needs_samples:
                 given = self.calibration_data.get(task)
-                limit = self.method.task_samples
-                self._sampling = Sampling(trainer, task, weight, self._state.buffer, given, limit)
+                self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
         self._measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
-from lightning_odem.calibration.further import FurtherSamples
 from lightning_odem.calibration.prediction_loss import calibration_loss
-from lightning_odem.calibration.source import draw_by_index, draw_further
+from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.division import Division
 from lightning_odem.flow import operating_time
 from lightning_odem.merging import Calibration, merging
@@ -124,13 +123,6 @@ class Folding:
         """
         room = max(self._buffer.room_for_next(weight), 1)
         return draw_by_index(dataset, room, self._buffer.generator(), balanced=self._buffer.balanced)
-
-    def draw_further(self, dataset: Any, weight: float = 1.0) -> FurtherSamples | None:
-        """Those of a dataset that the method may look at besides the ones of :meth:`draw`; None if it looks at none."""
-        room, limit = max(self._buffer.room_for_next(weight), 1), self.method.task_samples
-        if limit <= room:
-            return None
-        return draw_further(dataset, room, limit, self._buffer.generator(), balanced=self._buffer.balanced)
 
     def _measured_on(self, buffer: CalibrationBuffer) -> Calibration | None:
         if not len(buffer):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_odem.base_gradients import BaseGradients
 from lightning_odem.batch_norm import BatchNormStatistics
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.objective import BatchLoss
@@ -157,9 +156,6 @@ def merging(
     task_data = None
     if "task_data" in method.needs:
         task_data = TaskData(vector, module, task, trace.batches)  # type: ignore[arg-type]
-    at_base = None
-    if method.task_samples and base and objective is not None:
-        at_base = BaseGradients(objective, base, incoming, statistics, task, trace.further)
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
     method_state = KeptState(method)
     try:
@@ -179,7 +175,6 @@ def merging(
                     if "snapshots" in method.needs
                     else (),
                     task_data=task_data,
-                    at_base=at_base,
                     on_step=on_step,
                     shards=vector.shards,
                 )

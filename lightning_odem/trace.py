@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from lightning_odem.calibration.further import FurtherSamples
 from lightning_odem.parameters import canonical_name
 from lightning_odem.snapshot import Snapshot, take_snapshot
 
@@ -27,13 +26,11 @@ class TrainingTrace:
         second_moments: Adam's ``exp_avg_sq`` by name of the parameter, at the end of the training.
         snapshots: Weights by name at evenly spaced steps, the oldest first.
         batches: The task's training batches, one epoch per iteration.
-        further: Samples of the task beyond those in the calibration buffer.
     """
 
     second_moments: Snapshot | None = None
     snapshots: tuple[Snapshot, ...] = ()
     batches: Iterable[Any] | None = None
-    further: FurtherSamples | None = None
 
 
 def second_moments(optimizers: Iterable[Optimizer], module: nn.Module) -> Snapshot:

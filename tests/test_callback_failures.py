@@ -55,8 +55,8 @@ def stored(merge):
 @pytest.mark.parametrize(
     ("accident", "error", "message"),
     [
-        (crash, RuntimeError, "out of memory on task_2"),
-        (not_a_number, FloatingPointError, "Merging task 'task_2': the loss at the base model is nan"),
+        (crash, RuntimeError, "out of memory on task_1"),
+        (not_a_number, FloatingPointError, "Merging task 'task_2': the loss of the incoming model.*step 0"),
         (lambda loss, task: KeyboardInterrupt, TypeError, "must be a scalar tensor"),
     ],
     ids=["exception", "nan", "no_loss"],

@@ -145,20 +145,6 @@ def merge_two(kind, **options):
     return module, merge
 
 
-def test_each_tasks_gradient_at_the_base_model_is_taken_on_samples_that_the_buffer_has_no_place_for():
-    _, merge = merge_two(Task)
-    assert merge.method.state_dict()["samples"] == {"task_1": 24, "task_2": 24}
-    epochs, at_base, coefficient = 2 * 6, 6, 4 * 3
-    costs = [record.sample_gradients for record in merge.report.merges]
-    assert costs == [24, epochs + at_base + coefficient + 24]
-    assert merge.report.merges[1].calibration == {"task_1": 3, "task_2": 3}
-
-
-def test_of_a_stream_of_samples_it_is_taken_on_those_that_the_buffer_had():
-    _, merge = merge_two(Streamed)
-    assert merge.method.state_dict()["samples"] == {"task_1": 6, "task_2": 3}
-
-
 def test_the_samples_that_the_buffer_keeps_are_the_same_for_every_method():
     kept = [merge_two(Task, method=method)[1].state_dict()["buffer"]["tasks"] for method in ("ode", "ode_paper")]
     for task in ("task_1", "task_2"):

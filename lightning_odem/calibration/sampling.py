@@ -6,7 +6,6 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
-from lightning_odem.calibration.further import FurtherSamples
 from lightning_odem.calibration.source import Offer, Reservoir, draw
 
 _DEV_SAMPLES = 8
@@ -21,22 +20,18 @@ class Sampling:
         weight: Its utility weight.
         buffer: The buffer of the tasks before; only read.
         given: Calibration data from the user, or None.
-        limit: Samples, with those for the buffer, that the merge may look at.
 
     Raises:
         ValueError: If there is no place in the buffer or no source to sample from.
     """
 
-    def __init__(
-        self, trainer: L.Trainer, task: str, weight: float, buffer: CalibrationBuffer, given: Any, limit: int = 0
-    ) -> None:
+    def __init__(self, trainer: L.Trainer, task: str, weight: float, buffer: CalibrationBuffer, given: Any) -> None:
         self._task, self._weight, self._buffer = task, weight, buffer
         # Even a task that gets no place in the buffer shows one sample, so that its loss can be checked.
         room = max(buffer.room_for_next(weight), 1)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             room = min(room, _DEV_SAMPLES)  # goes through every line, measures nothing
-            limit = min(limit, 2 * _DEV_SAMPLES)
-        self._offer = draw(trainer, given, room, buffer.generator(), buffer.balanced, limit)
+        self._offer = draw(trainer, given, room, buffer.generator(), buffer.balanced)
         self._reservoir = None
         if self._offer is None:
             if trainer.world_size > 1:
@@ -58,11 +53,6 @@ class Sampling:
         if self._offer is None:
             return None
         return self._added_to(CalibrationBuffer(capacity=2, balanced=self._buffer.balanced), self._offer)
-
-    @property
-    def further(self) -> FurtherSamples | None:
-        """Samples beyond those offered to the buffer, where they can be drawn by index."""
-        return self._offer.further if self._offer is not None else None
 
     def buffer(self) -> CalibrationBuffer:
         """The buffer with this task's samples in it; the one given stays as it is.

@@ -1,5 +1,6 @@
 """Where a task's calibration samples come from."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,10 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_odem.calibration import batches
-from lightning_odem.calibration.further import FurtherSamples, seed_generators
 from lightning_odem.calibration.quota import balanced_order
 
 
@@ -24,13 +23,11 @@ class Offer:
         samples: Nested containers of CPU tensors.
         origin: Where they come from, for the log.
         transferred: Whether the batch-transfer hooks were applied to them already.
-        further: Further samples of the same source; None where they are not asked for, or cannot be drawn by index.
     """
 
     samples: Any
     origin: str
     transferred: bool = False
-    further: FurtherSamples | None = None
 
 
 class Reservoir:
@@ -75,15 +72,12 @@ class Reservoir:
         return self._kept
 
 
-def draw(
-    trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True, limit: int = 0
-) -> Offer | None:
+def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True) -> Offer | None:
     """Draw up to ``count`` samples of the task a Trainer is fitting, without touching the global random state.
 
     In this order: what the user gave; the datamodule's ``calibration_dataset()`` or ``calibration_dataloader()``; the
     training dataset, by index. A dataset is sampled, class-balanced where it has integer ``targets`` unless told
-    otherwise; batches of a loader are taken as they come until there are enough. Further samples of a dataset, up to
-    ``limit`` in all, are left where they are until they are looked at.
+    otherwise; batches of a loader are taken as they come until there are enough.
 
     Returns:
         The offer, or None where the training data is iterable only and has to be sampled while it is used.
@@ -94,21 +88,15 @@ def draw(
     loader = trainer.train_dataloader
     collate = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
     with isolate_rng():
-        seed_generators(generator.initial_seed() % 2**31)
+        _seed(generator.initial_seed() % 2**31)
         origin, source = _source(trainer, given)
         if source is None:
             return None
         is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        further = None
-        if is_dataset:
-            again = torch.Generator().manual_seed(generator.initial_seed())
-            further = draw_further(source, count, limit, again, collate, balanced)
-            samples = draw_by_index(source, count, generator, collate, balanced)
-        else:
-            samples = _take(source, count)
+        samples = draw_by_index(source, count, generator, collate, balanced) if is_dataset else _take(source, count)
     if samples is None:
         raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
-    return Offer(samples, origin, further=further)
+    return Offer(samples, origin)
 
 
 def draw_by_index(
@@ -120,29 +108,11 @@ def draw_by_index(
     """
     if len(dataset) == 0:
         return None
-    index = _order(dataset, generator, balanced)[:count]
+    index = balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)[:count]
     return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
 
 
-def draw_further(
-    dataset: Any,
-    count: int,
-    limit: int,
-    generator: torch.Generator,
-    collate: Any = default_collate,
-    balanced: bool = True,
-) -> FurtherSamples:
-    """Those samples that follow the first ``count`` of :func:`draw_by_index`, up to ``limit`` with these."""
-    index = _order(dataset, generator, balanced)[count:limit]
-    return FurtherSamples(dataset, index, collate, generator.initial_seed() % 2**31)
-
-
-def _order(dataset: Any, generator: torch.Generator, balanced: bool) -> Tensor:
-    """The order in which samples are drawn from a dataset."""
-    return balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)
-
-
-def targets_of(dataset: Any) -> Tensor | None:
+def targets_of(dataset: Any) -> torch.Tensor | None:
     """Integer class labels of a dataset without loading its samples, or None where it does not tell them."""
     if isinstance(dataset, Subset):
         parent = targets_of(dataset.dataset)
@@ -186,3 +156,9 @@ def _take(loader: Any, count: int) -> Any:
         if sum(map(batches.count, taken)) >= count:
             break
     return batches.select(batches.concatenate(taken), slice(None)) if taken else None
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (user transforms may use the global generator)

@@ -97,13 +97,11 @@ def run_cell(
             model = bench.fine_tuned(plan.seed, name)
             own[name] = model.own
             load_task_parameters(module, model.own)
-            samples, trace = None, _trace(model, tasks[name])
+            samples = None
             if "calibration" in method.needs or bench.settings.batch_norm == "recalibrate":
-                dataset = tasks[name].calibration_dataset()
-                samples = folding.draw(dataset, weight)
-                trace = replace(trace, further=folding.draw_further(dataset, weight))
+                samples = folding.draw(tasks[name].calibration_dataset(), weight)
             with peak_memory(trainer.strategy.root_device) as peak:
-                record = folding.fold(model.weights, name, weight, samples, trace)
+                record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))
             peaks.append(peak.bytes)
             report.tasks.append(name)
             report.weights.append(weight)

@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_odem.flow import Trajectory
 
 if TYPE_CHECKING:
-    from lightning_odem.base_gradients import BaseGradients
     from lightning_odem.calibration import CalibrationObjective
     from lightning_odem.shards import Shards
     from lightning_odem.task_data import TaskData
@@ -37,9 +36,6 @@ class MergeContext:
             start nor its end is among them (need ``"snapshots"``).
         task_data: The incoming task's own training batches (need ``"task_data"``), see
             :class:`~lightning_odem.task_data.TaskData`.
-        at_base: Gradients of the calibration loss at the base model, see
-            :class:`~lightning_odem.base_gradients.BaseGradients`; of methods with ``task_samples``, None where there
-            is no base model.
         on_step: Told (steps done, steps in all) while a merge goes on.
         shards: How processes share the parameters; None where the vectors are whole.
     """
@@ -51,7 +47,6 @@ class MergeContext:
     second_moments: Tensor | None = None
     snapshots: Sequence[Tensor] = ()
     task_data: "TaskData | None" = None
-    at_base: "BaseGradients | None" = None
     on_step: Callable[[int, int], None] | None = None
     shards: "Shards | None" = None
 
@@ -94,8 +89,6 @@ class MergeMethod(ABC):
             and what cannot be had is refused before training.
         snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most, 2 or more. The
             length of a run is not known beforehand, so there may be half as many less one.
-        task_samples: With the need ``"calibration"``, how many samples of each task the method looks at when the task
-            comes, those in the buffer among them; there may be fewer. 0: at those in the buffer only.
         sharded: Whether the rule can merge shards of the vectors, each process its own: what it does with an entry must
             depend on that entry alone, or on sums over all of them taken with ``context.sum_``. Of its state only dicts
             of tensors by parameter name may be shards; they are saved whole.
@@ -111,7 +104,6 @@ class MergeMethod(ABC):
 
     needs: frozenset[str] = frozenset()
     snapshots: int = 8
-    task_samples: int = 0
     sharded: bool = False
 
     @abstractmethod

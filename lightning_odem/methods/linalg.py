@@ -50,17 +50,6 @@ def cosine(a: Tensor, b: Tensor, sum_: Callable[[Tensor], None] | None = None) -
     return product / lengths if lengths else 0.0
 
 
-def projection(a: Tensor, b: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
-    """The multiple of ``b`` that is nearest to ``a``, :math:`a^T b / b^T b`; 0 if b vanishes.
-
-    Example:
-        >>> projection(torch.tensor([3.0, 4.0]), torch.tensor([2.0, 0.0]))
-        1.5
-    """
-    length = norm(b, sum_)
-    return cosine(a, b, sum_) * norm(a, sum_) / length if length else 0.0
-
-
 def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition U diag(S) V^T without the directions that are zero up to rounding.
 

@@ -80,7 +80,6 @@ class RepresentationCorrection(MergeMethod):
         self.method = resolve_method(method)
         self.needs = self.method.needs | {"task_data"}
         self.snapshots = self.method.snapshots
-        self.task_samples = self.method.task_samples
         self.layers = check_patterns("layers", layers)
         self.lr = lr
         self.loss = loss

@@ -127,18 +127,6 @@ def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuff
     return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
 
 
-def corrected(gradient: Gradient, correction: Tensor | None) -> Gradient:
-    """A gradient with a vector [d] added to it, if there is one."""
-    if correction is None:
-        return gradient
-
-    def sum_(theta: Tensor) -> tuple[float, Tensor]:
-        loss, found = gradient(theta)
-        return loss, found.add_(correction)
-
-    return sum_
-
-
 def _pieces(minibatch: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:
     """The same samples in micro-batches of a size that fits on the device."""
     for batch in minibatch:

@@ -143,11 +143,8 @@ class FoldedStream:
     def merge(self, trainer: L.Trainer, incoming: Incoming, on_step: Callable[[int, int], None]) -> MergeRecord:
         """Merge a checkpoint in the middle of a fit."""
         path, task, weight = incoming
-        samples = further = None
-        if self._draws:
-            dataset = self._tasks[task].calibration_dataset()
-            samples, further = self._folding.draw(dataset, weight), self._folding.draw_further(dataset, weight)
-        trace = TrainingTrace(batches=training_batches(trainer), further=further)
+        samples = self._folding.draw(self._tasks[task].calibration_dataset(), weight) if self._draws else None
+        trace = TrainingTrace(batches=training_batches(trainer))
         return self._folding.fold(self._read(path), task, weight, samples, trace, on_step)
 
     def _read(self, path: str) -> Snapshot:

@@ -67,10 +67,10 @@ def draw_in_fit(train=None, given=None, count=4, datamodule=None):
     return callback.offer
 
 
-def draw_from(dataset, count=12, seed=0, limit=0, given=None, **loader):
+def draw_from(dataset, count=12, seed=0, **loader):
     """Draw from training data without a fit: ``draw`` asks a Trainer for nothing but its data."""
     trainer = SimpleNamespace(train_dataloader=DataLoader(dataset, **loader), datamodule=None)
-    return draw(trainer, given, count, torch.Generator().manual_seed(seed), limit=limit)
+    return draw(trainer, None, count, torch.Generator().manual_seed(seed))
 
 
 class Data(L.LightningDataModule):
@@ -282,18 +282,3 @@ def test_the_reservoir_holds_copies():
 
 def test_the_reservoir_is_empty_before_the_first_batch():
     assert Reservoir(4, torch.Generator()).samples is None
-
-
-def test_further_samples_of_a_dataset_are_left_there_until_they_are_looked_at():
-    dataset = Images()
-    offer = draw_from(dataset, count=12, limit=30)
-    assert dataset.loaded == 12
-    further = torch.cat([batch.samples[0] for batch in offer.further.micro_batches("a", 7)])
-    assert dataset.loaded == 30
-    numbers = torch.cat([offer.samples[0], further])[:, 0].tolist()
-    assert len(set(numbers)) == 30
-    assert torch.equal(offer.samples[0], draw_from(Images(), count=12).samples[0])
-
-
-def test_batches_of_a_loader_have_no_further_samples():
-    assert draw_from(Images(), given=DataLoader(Images(), batch_size=4), count=6, limit=30).further is None

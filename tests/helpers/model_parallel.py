@@ -26,7 +26,7 @@ class Sharded(Classifier):
 
 def main(directory: Path, descent: str) -> None:
     method = ODEMerge(descent=float(descent))  # above 0 with a state, shards of which are saved whole
-    options = {"calibration_size": 12}  # of 24 samples a task: gradients at the base model are taken on the others too
+    options = {"calibration_size": 12}  # of 24 samples a task
     for kind, strategy, kind_of_module in (
         ("whole", lambda: "ddp", Classifier),
         ("shards", lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False), Sharded),
