@@ -4,7 +4,7 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.classifier import TaskClassifier
 from lightning_odem.clip import ClipClassifier
-from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge
+from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
 from lightning_odem.stream import TaskStream
 from lightning_odem.tangent import Linearized
 from lightning_odem.trainer import ContinualTrainer
@@ -23,6 +23,7 @@ __all__ = [
     "MergeMethod",
     "MergeResult",
     "ODEMerge",
+    "PaperODEMerge",
     "TaskClassifier",
     "TaskStream",
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_odem import ContinualMergeCallback, ODEMerge
+from lightning_odem import ContinualMergeCallback, PaperODEMerge
 from lightning_odem.cli import main
 from lightning_odem.comparison import Comparison
 from lightning_odem.methods import method_name, resolve_method
@@ -177,7 +177,7 @@ def test_the_method_and_its_options_come_from_yaml(tmp_path):
                 {
                     "class_path": "lightning_odem.ContinualMergeCallback",
                     "init_args": {
-                        "method": {"class_path": "lightning_odem.ODEMerge", "init_args": {"solver": "heun"}},
+                        "method": {"class_path": "lightning_odem.PaperODEMerge", "init_args": {"solver": "heun"}},
                         "weights": {"rotated": 2.0, "inverted": 1.0},
                         "calibration": {"batch_size": 70, "quota": "utility"},
                         "exclude": ["backbone.norm"],
@@ -189,7 +189,7 @@ def test_the_method_and_its_options_come_from_yaml(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     cli = main(["fit_tasks", "--config=config.yaml", *SMALL, *DIGITS, *QUIET, "--trainer.fast_dev_run=true"])
     merge = merge_callback(cli)
-    assert isinstance(merge.method, ODEMerge)
+    assert isinstance(merge.method, PaperODEMerge)
     assert merge.method.solver == "heun"
     assert merge.calibration.batch_size == 70
     assert merge.report.weights == [2.0, 1.0]

@@ -89,7 +89,7 @@ def test_the_first_task_is_taken_as_it_is(method, batch_norm):
     assert math.isnan(record.loss_before)
 
 
-@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge(), ODEMerge(0.3, "heun")])
+@pytest.mark.parametrize("method", [AverageMerge(), ODEMerge(), PaperODEMerge(0.3, "heun")])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_time_0_leaves_the_merged_model_and_time_1_gives_the_incoming_one_bit_by_bit(method, dtype, t):

@@ -147,7 +147,7 @@ def check_points(flow: MergeMethod, points: int) -> None:
 
     Raises:
         TypeError: For a method that is no flow.
-        ValueError: If a stop lies between two steps.
+        ValueError: If a stop lies between two steps, or the flow does not go to t = 1 in steps of its length.
 
     Example:
         >>> check_points(PaperODEMerge(step_size=0.05), points=11)
@@ -158,6 +158,13 @@ def check_points(flow: MergeMethod, points: int) -> None:
     """
     if not isinstance(flow, (PaperODEMerge, StraightLine)):
         raise TypeError(f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}.")
+    if isinstance(flow, PaperODEMerge) and (
+        flow.reuse > 1 or flow.step_control or not isinstance(flow.operating_time, str)
+    ):
+        raise ValueError(
+            f"A path goes to t = 1 in steps of one length, each with its gradient; it cannot be followed with "
+            f"reuse={flow.reuse}, step_control={flow.step_control}, operating_time={flow.operating_time!r}."
+        )
     if points < 2:
         raise ValueError(f"A path has two points at least, its ends; got points={points}.")
     steps = round(1 / flow.step_size)

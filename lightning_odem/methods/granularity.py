@@ -16,7 +16,7 @@ def rectified_field(context: MergeContext, granularity: str, device: torch.devic
 
     Args:
         context: The parameters' shapes, and how processes share them.
-        granularity: One of :data:`GRANULARITIES`, see :class:`~lightning_odem.ODEMerge`.
+        granularity: One of :data:`GRANULARITIES`, see :class:`~lightning_odem.PaperODEMerge`.
         device: Where the vectors are.
     """
     sum_ = context.sum_ or alone

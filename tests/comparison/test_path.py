@@ -217,6 +217,12 @@ def test_points_that_the_steps_do_not_hit_are_refused(step_size, points, message
         check_points(PaperODEMerge(step_size), points)
 
 
+@pytest.mark.parametrize("options", [{"reuse": 2}, {"step_control": True}, {"operating_time": 0.5}])
+def test_a_flow_whose_steps_are_not_those_of_the_stops_is_refused(options):
+    with pytest.raises(ValueError, match="steps of one length.*{}={}".format(*next(iter(options.items())))):
+        check_points(PaperODEMerge(**options), 11)
+
+
 @pytest.mark.parametrize("method", [AverageMerge(), ODEMerge()])
 def test_another_method_is_refused(method):
     with pytest.raises(TypeError, match=f"path of PaperODEMerge can be followed, not that of {type(method).__name__}"):

@@ -43,8 +43,8 @@ METHODS = {
     "task_arithmetic": TaskArithmeticMerge(),
     "task_arithmetic sum": TaskArithmeticMerge(recursion="sum"),
     "ode": ODEMerge(0.25, batch_size=8, descent=0.02),
-    "ode search": ODEMerge(0.25, batch_size=None, operating_time="search", reuse=2),
-    "ode became": ODEMerge(0.25, operating_time="became", batch_size=None, descent=0.0, step_control=True),
+    "ode_paper search": PaperODEMerge(0.25, operating_time="search", reuse=2),
+    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
     "ode_paper heun": PaperODEMerge(0.25, solver="heun"),
     **{f"ode_paper {blocks}": PaperODEMerge(0.25, granularity=blocks) for blocks in GRANULARITIES},
 }

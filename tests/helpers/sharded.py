@@ -20,8 +20,8 @@ from lightning_odem.snapshot import take_snapshot
 SIZES = {"old": 13, "new": 8}
 METHODS = {
     "ode": ODEMerge(0.25, batch_size=5),
-    "ode search": ODEMerge(0.25, batch_size=5, operating_time="search"),
-    "ode became": ODEMerge(0.25, operating_time="became", batch_size=None, descent=0.0, step_control=True),
+    "ode_paper search": PaperODEMerge(0.25, batch_size=5, operating_time="search"),
+    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
     "ode_paper": PaperODEMerge(),
     "ode_paper heun": PaperODEMerge(solver="heun"),
     "ode_paper tensor": PaperODEMerge(granularity="tensor"),

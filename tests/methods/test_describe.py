@@ -41,12 +41,11 @@ def test_every_argument_is_in_the_description(name):
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (ODEMerge(0.1), ODEMerge(0.2)),
-        (ODEMerge(0.1), ODEMerge(0.1, "heun")),
-        (ODEMerge(operating_time=0.5), ODEMerge(operating_time="search")),
-        (ODEMerge(), ODEMerge(descent=0.0)),
-        (ODEMerge(), ODEMerge(batch_size=None)),
-        (ODEMerge(batch_size=None, descent=0.0), PaperODEMerge()),
+        (PaperODEMerge(0.1), PaperODEMerge(0.2)),
+        (PaperODEMerge(0.1), PaperODEMerge(0.1, "heun")),
+        (PaperODEMerge(operating_time=0.5), PaperODEMerge(operating_time="search")),
+        (PaperODEMerge(), PaperODEMerge(batch_size=64)),
+        (ODEMerge(), PaperODEMerge()),
         (LinearInterpolation(0.1), LinearInterpolation(0.2)),
         (TaskArithmeticMerge(0.5, "sum"), TaskArithmeticMerge(0.5, "utility")),
         (HCMMMerge(0.1), HCMMMerge(0.2)),

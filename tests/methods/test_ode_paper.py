@@ -3,10 +3,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
 
-from lightning_odem.flow import RectifiedField, integrate
-from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge, PaperODEMerge, method_name
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.flow import RectifiedField, StepControl, integrate
+from lightning_odem.merging import Calibration, merging
+from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge, method_name
 from lightning_odem.methods.describe import describe_method
+from lightning_odem.methods.sampling import hold_out
+from lightning_odem.parameters import ParameterVector
+from lightning_odem.report import StreamReport
+from lightning_odem.report.figures import plot_path
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
 
@@ -73,33 +81,33 @@ def test_it_tells_how_far_it_is():
     assert steps == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_it_is_ode_without_minibatches_and_descent():
-    first, second = (
-        method.merge(*endpoints(), 0.6, context())
-        for method in (PaperODEMerge(0.1), ODEMerge(0.1, batch_size=None, descent=0.0))
-    )
-    assert torch.equal(first.theta, second.theta)
-    assert first.trajectory.as_dict() == second.trajectory.as_dict()
-
-
-def test_its_arguments_are_those_of_the_paper_and_describe_it():
-    assert list(inspect.signature(PaperODEMerge).parameters) == ["step_size", "solver", "granularity"]
+def test_its_defaults_are_the_papers_and_its_arguments_describe_it():
     method = PaperODEMerge()
     assert method_name(method) == "ode_paper"
-    assert (method.operating_time, method.reuse, method.step_control) == ("utility", 1, False)
-    described = {"name": "ode_paper", "step_size": 0.05, "solver": "euler", "granularity": "vector"}
-    assert describe_method(method) == described
-    assert describe_method(PaperODEMerge(0.1, "heun", "row")) == {
-        "name": "ode_paper", "step_size": 0.1, "solver": "heun", "granularity": "row"
+    described = {
+        "name": "ode_paper", "step_size": 0.05, "solver": "euler", "granularity": "vector", "operating_time": "utility",
+        "search_to": 2.0, "holdout": 0.25, "batch_size": None, "reuse": 1, "step_control": False, "seed": 0,
     }  # fmt: skip
+    assert list(inspect.signature(PaperODEMerge).parameters) == [name for name in described if name != "name"]
+    assert describe_method(method) == described
+    changed = {"step_size": 0.1, "solver": "heun", "granularity": "row"}
+    assert describe_method(PaperODEMerge(0.1, "heun", "row")) == described | changed
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step_size": 0.0}, "step_size=0.0"),
-        ({"solver": "rk4"}, "Unknown solver 'rk4'"),
-        ({"granularity": "layer"}, "got 'layer'"),
+        ({"step_size": 0.0}, r"\(0, 1\], got step_size=0.0"),
+        ({"step_size": 1.5}, "step_size=1.5"),
+        ({"operating_time": "best"}, "operating_time, unless a number, is one of utility, search, became, got 'best'"),
+        ({"operating_time": 1.1}, "operating_time=1.1"),
+        ({"search_to": 0.9}, "search_to=0.9"),
+        ({"holdout": 0.0}, "holdout=0.0"),
+        ({"holdout": 1.0}, "holdout=1.0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"reuse": 0}, "reuse=0"),
+        ({"granularity": "layer"}, "one of vector, tensor, row, coordinate, got 'layer'"),
+        ({"solver": "rk4"}, "Unknown solver 'rk4'; the solvers are euler, heun"),
     ],
 )
 def test_unusable_settings_are_refused(settings, message):
@@ -109,3 +117,257 @@ def test_unusable_settings_are_refused(settings, message):
 
 def test_calibration_is_what_it_needs():
     assert PaperODEMerge.needs == {"calibration"}
+
+
+@pytest.mark.parametrize(
+    ("granularity", "blocks"),
+    [
+        ("vector", "vector"),
+        ("tensor", torch.tensor([12, 3, 16, 2, 1])),
+        ("row", torch.tensor([4, 4, 4, 3, 8, 8, 2, 1])),
+        ("coordinate", "coordinate"),
+    ],
+)
+def test_the_granularity_cuts_parameters_into_blocks(granularity, blocks):
+    shapes = [(3, 4), (3,), (2, 2, 2, 2), (0, 5), (2,), ()]
+    generator = torch.Generator().manual_seed(0)
+    merged, incoming = torch.randn(2, 34, generator=generator, dtype=torch.float64)
+
+    def hill(theta):
+        return -float((theta - top).square().sum()) / 2, top - theta
+
+    top = incoming + torch.randn(34, generator=generator, dtype=torch.float64)
+    objective = SimpleNamespace(loss_and_grad=hill, loss=lambda theta: hill(theta)[0])
+    expected = integrate(merged, incoming, hill, 0.5, field=RectifiedField(blocks))
+    context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, calibration=objective)
+    result = PaperODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)
+    assert torch.equal(result.theta, expected.theta)
+    assert result.trajectory.as_dict() == expected.as_dict()
+    assert max(expected.damped_share) > 0.1
+
+
+def test_a_module_is_rectified_row_by_row():
+    """One step of a module's merge against the rule written out on its parameters."""
+    torch.manual_seed(0)
+    net, before = (nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 4)).double() for _ in range(2))
+    inputs, targets = torch.randn(16, 2, 4, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
+    start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    incoming = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+    losses = [mse_loss(module(inputs), targets) for module in (before, net)]
+    losses[0].backward()
+    blocks = []
+    for name, parameter in before.named_parameters():
+        transport = incoming[name] - start[name]
+        for row in range(len(parameter)) if parameter.dim() > 1 else [...]:
+            blocks.append((name, row, parameter.grad[row], transport[row]))
+    rise = sum(max(float((g * u).sum()), 0.0) for *_, g, u in blocks)
+    gamma = min(max((losses[1] - losses[0]).item(), 0.0) / rise, 1.0)
+    expected = {name: tensor.clone() for name, tensor in start.items()}
+    for name, row, g, u in blocks:
+        along = (g * u).sum()
+        v = u - (1 - gamma) * along / (g * g).sum() * g if along > 0 else u
+        expected[name][row] += 0.5 * v
+
+    buffer = CalibrationBuffer(16)
+    buffer.add("new", (inputs, targets))
+    calibration = Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
+    method = PaperODEMerge(step_size=0.5, granularity="row")
+    with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as made:
+        assert made.record.path["gamma"] == pytest.approx([gamma])
+        assert made.record.path["damped_share"][0] > 0.0
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+SIZES = {"a": 20, "b": 7, "c": 13}
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 4)).double().eval()
+
+
+def make_objective(net):
+    """Classes that can be learnt from the inputs, alike in all tasks."""
+    buffer, generator = CalibrationBuffer(100), torch.Generator().manual_seed(1)
+    teacher = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    for task, size in SIZES.items():
+        inputs = torch.randn(size, 3, generator=generator, dtype=torch.float64)
+        buffer.add(task, (inputs, (inputs @ teacher).argmax(1)))
+    batch_loss = lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1])  # noqa: E731
+    return CalibrationObjective(ParameterVector(net), buffer, batch_loss)
+
+
+def merge(method, t=0.4):
+    """The merge of two random networks."""
+    merged, incoming = (5 * ParameterVector(make_net(seed)).read() for seed in (1, 2))
+    vector = ParameterVector(net := make_net())
+    objective = make_objective(net)
+    context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], calibration=objective)
+    return method.merge(merged.clone(), incoming, t, context), merged, incoming, objective
+
+
+OPTIONS = [
+    {"operating_time": 0.3},
+    {"operating_time": "search"},
+    {"operating_time": "became"},
+    {},
+    {"batch_size": 8},
+    {"reuse": 3},
+    {"granularity": "row"},
+    {"step_control": True},
+    {"operating_time": "search", "batch_size": 8, "reuse": 2, "solver": "heun"},
+    {"operating_time": "search", "batch_size": 8, "reuse": 2, "step_control": True, "solver": "heun"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_task_without_weight_leaves_the_merged_model_untouched(options):
+    result, merged, *_ = merge(PaperODEMerge(**options), t=0.0)
+    assert torch.equal(result.theta, merged)
+    assert result.t in (None, 0.0)
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:])
+def test_a_task_that_alone_has_a_weight_overwrites_the_merged_model(options):
+    result, _, incoming, _ = merge(PaperODEMerge(**options), t=1.0)
+    assert torch.equal(result.theta, incoming)
+    assert result.t in (None, 1.0)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_same_settings_give_the_same_model(options):
+    first, second = (merge(PaperODEMerge(**options))[0] for _ in range(2))
+    assert torch.equal(first.theta, second.theta)
+    assert first.trajectory.as_dict() == second.trajectory.as_dict()
+
+
+@pytest.mark.parametrize("t", [0.1, 0.9])
+def test_a_fixed_time_is_the_time_of_every_merge(t):
+    result, *_ = merge(PaperODEMerge(operating_time=0.35), t)
+    assert torch.equal(result.theta, merge(PaperODEMerge(), 0.35)[0].theta)
+    assert result.t == 0.35
+    assert torch.equal(merge(PaperODEMerge(operating_time=1.0), t)[0].theta, merge(PaperODEMerge(), 1.0)[0].theta)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.25, 0.4, 0.8])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 8}, {"step_control": True}, {"reuse": 2}])
+def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, options):
+    result, merged, incoming, objective = merge(PaperODEMerge(operating_time="search", **options), t)
+    path = result.trajectory
+    assert path.held_out_t[0] >= t / (2 - t) - 1e-9
+    assert path.held_out_t[-1] == 2 * t / (1 + t)
+    _, held_out = hold_out(objective, 0.25)
+    assert held_out.loss(result.theta) == min(path.held_out_loss)
+    assert result.t == path.t[-1] == path.held_out_t[path.held_out_loss.index(min(path.held_out_loss))]
+    assert len(path.loss) == len(path.gamma) + 1
+
+
+def test_the_search_follows_the_gradient_of_the_other_samples():
+    result, merged, incoming, objective = merge(PaperODEMerge(operating_time="search", holdout=0.4))
+    kept, _ = hold_out(objective, 0.4)
+    expected = integrate(merged, incoming, kept.loss_and_grad, 0.8 / 1.4, loss=kept.loss)
+    steps = len(result.trajectory.gamma)
+    assert result.trajectory.gamma == expected.gamma[:steps]
+    assert result.trajectory.loss[:steps] == expected.loss[:steps]
+    assert kept.loss(result.theta) == pytest.approx(result.trajectory.loss[-1])
+
+
+def test_the_losses_at_both_ends_of_a_search_are_those_of_the_samples_learnt_from():
+    result, merged, _, objective = merge(PaperODEMerge(operating_time="search", batch_size=8))
+    learnt, _ = hold_out(objective, 0.25)
+    assert result.trajectory.loss[0] == pytest.approx(learnt.loss(merged))
+    assert result.trajectory.loss[-1] == pytest.approx(learnt.loss(result.theta))
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 40, 100])
+@pytest.mark.parametrize("t", [0.05, 1 / 3, 0.4])
+def test_minibatches_differentiate_as_many_samples_as_algorithm_1(size, t):
+    *_, whole = merge(PaperODEMerge(), t)
+    result, _, _, objective = merge(PaperODEMerge(batch_size=size), t)
+    assert objective.sample_gradients == whole.sample_gradients
+    assert (objective.loss_evaluations, whole.loss_evaluations) == (3, 2)
+    assert len(result.trajectory.gamma) == objective.gradient_evaluations
+    assert objective.gradient_evaluations == whole.gradient_evaluations * -(-40 // size)
+    assert result.trajectory.t[-1] == t
+
+
+def test_a_minibatch_of_everything_is_the_whole_buffer():
+    first, second = (merge(PaperODEMerge(batch_size=size))[0] for size in (40, None))
+    torch.testing.assert_close(first.theta, second.theta)
+
+
+def test_minibatches_measure_the_ends_of_the_path_on_the_whole_buffer():
+    result, merged, incoming, objective = merge(PaperODEMerge(batch_size=8))
+    path = result.trajectory
+    assert path.loss[0] == objective.loss(merged)
+    assert (path.loss[-1], path.loss1) == (objective.loss(result.theta), objective.loss(incoming))
+
+
+def test_the_seed_decides_on_the_path_of_minibatches():
+    first, second = (merge(PaperODEMerge(batch_size=8, seed=seed))[0] for seed in (0, 1))
+    assert not torch.equal(first.theta, second.theta)
+
+
+@pytest.mark.parametrize(("options", "gradients"), [({}, 3), ({"batch_size": 8}, 14), ({"solver": "heun"}, 3)])
+def test_reused_gradients_are_taken_once(options, gradients):
+    result, _, _, objective = merge(PaperODEMerge(reuse=3, **options))  # 8 steps, or 40 with minibatches
+    assert objective.gradient_evaluations == result.trajectory.gradient_evaluations == gradients
+    assert result.trajectory.t[-1] == 0.4
+
+
+def test_step_control_takes_the_steps_that_the_rule_says():
+    result, merged, incoming, objective = merge(PaperODEMerge(step_size=0.2, step_control=True))
+    path = integrate(
+        merged, incoming, objective.loss_and_grad, 0.4, step_size=0.2, loss=objective.loss, control=StepControl()
+    )
+    assert torch.equal(result.theta, path.theta)
+    assert result.trajectory.as_dict() == path.as_dict()
+
+
+@pytest.mark.parametrize(("options", "t"), [({"operating_time": 0.1}, 0.1), ({"operating_time": 0.0}, 0.0), ({}, 0.5)])
+def test_record_and_batch_norm_statistics_are_those_of_the_time_reached(options, t):
+    net, before = make_net(1), make_net(2)
+    for number, module in enumerate((net, before)):
+        module[1].running_mean.fill_(number)  # 1 in the merged model
+    start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    objective = make_objective(net)
+    calibration = Calibration(objective.buffer, objective.batch_loss)
+    settings = {"task": "c", "t": 0.5, "merged": start, "base": {}, "calibration": calibration}
+    with merging(net, PaperODEMerge(**options), **settings) as made:
+        assert (made.record.t, made.record.path["t"][-1]) == (t, t)
+    torch.testing.assert_close(net[1].running_mean, torch.full((6,), 1 - t, dtype=torch.float64))
+    if t == 0.0:
+        assert all(torch.equal(tensor, start[name]) for name, tensor in net.state_dict().items())
+
+
+def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
+    net, before = make_net(1), make_net(2)
+    objective = make_objective(net)
+    calibration = Calibration(objective.buffer, objective.batch_loss)
+    settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
+    with merging(net, PaperODEMerge(0.2, operating_time="search", step_control=True), **settings) as made:
+        record = made.record
+    assert record.t == record.path["t"][-1]
+    assert len(record.path["held_out_t"]) == len(record.path["held_out_loss"]) > 1
+    report = StreamReport(["c"], [1.0], [[0.5]], [0.1], [0.6], [0.1], [record])
+    assert StreamReport.load(report.save(tmp_path / "report.json")).merges[0].path == record.path
+    assert len(plot_path(record).axes) == 2
+
+
+def test_nothing_is_kept():
+    _, incoming, _, objective = merge(method := PaperODEMerge())
+    method.start(incoming, MergeContext([], []))
+    assert method.state_dict() == {}
+
+
+def test_an_average_that_the_flow_would_leave_behind_is_dropped():
+    method = PaperODEMerge()
+    method.load_state_dict({"average": {"weight": torch.ones(2)}, "samples": 8})
+    assert method.state_dict() == {}
+
+
+def test_the_state_of_another_method_is_refused():
+    with pytest.raises(ValueError, match="PaperODEMerge keeps no state, but the stream has one: scale, norms"):
+        PaperODEMerge().load_state_dict({"scale": 1.0, "norms": []})

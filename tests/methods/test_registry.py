@@ -24,7 +24,7 @@ def test_every_registered_method_can_be_made_without_arguments():
 
 
 def test_an_instance_is_taken_as_it_is():
-    method = ODEMerge(step_size=0.5)
+    method = PaperODEMerge(step_size=0.5)
     assert resolve_method(method) is method
 
 

@@ -9,7 +9,7 @@ from toy import Classifier, Task, fit, same, weights
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods import AverageMerge, MergeContext, ODEMerge, PaperODEMerge
+from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge
 from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.parameters import ParameterVector
 
@@ -75,11 +75,11 @@ def test_it_is_adam_on_weighted_minibatches_from_the_average_on():
 @pytest.mark.parametrize("step_size", [0.05, 0.3])
 @pytest.mark.parametrize("t", [0.0, 0.05, 1 / 14, 0.15, 1 / 3, 0.5, 0.95, 1.0])
 def test_it_spends_as_many_sample_gradients_as_ode(t, step_size):
-    _, of_ode = merge(ODEMerge(step_size, batch_size=7, descent=0.0), t)
+    _, of_minibatches = merge(PaperODEMerge(step_size, batch_size=7), t)
     _, of_paper = merge(PaperODEMerge(step_size), t)
     _, of_replay = merge(ReplayMerge(batch_size=7, step_size=step_size), t)
-    assert of_replay.sample_gradients == of_ode.sample_gradients == of_paper.sample_gradients
-    assert of_replay.gradient_evaluations == of_ode.gradient_evaluations == 4 * of_paper.gradient_evaluations
+    assert of_replay.sample_gradients == of_minibatches.sample_gradients == of_paper.sample_gradients
+    assert of_replay.gradient_evaluations == of_minibatches.gradient_evaluations == 4 * of_paper.gradient_evaluations
     assert (of_replay.sample_gradients > 0) == (t > 0)
 
 

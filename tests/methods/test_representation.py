@@ -16,7 +16,6 @@ from lightning_odem.methods import (
     MergeContext,
     MergeMethod,
     MergeResult,
-    ODEMerge,
     PaperODEMerge,
 )
 from lightning_odem.methods.representation import RepresentationCorrection
@@ -196,7 +195,7 @@ def merge_two(method, batch_norm=False):
 
 @pytest.mark.parametrize("operating_time", [0.25, "search"])
 def test_the_operating_time_that_the_wrapped_method_chose_is_that_of_the_merge(operating_time):
-    flow = ODEMerge(operating_time=operating_time, descent=0.0, batch_size=None)
+    flow = PaperODEMerge(operating_time=operating_time)
     *_, plain, _ = merge_two(flow, batch_norm=True)
     before, incoming, merged, record, _ = merge_two(RepresentationCorrection(flow, lr=1e-3), batch_norm=True)
     assert record.t == plain.t == record.path["t"][-1] != 0.5
@@ -213,7 +212,7 @@ def test_the_loss_recorded_at_the_end_of_the_path_is_that_of_the_corrected_model
 
 
 def test_nothing_is_corrected_where_the_wrapped_method_stays_at_the_merged_model():
-    flow = ODEMerge(operating_time=0.0, descent=0.0)
+    flow = PaperODEMerge(operating_time=0.0)
     before, _, merged, record, _ = merge_two(RepresentationCorrection(flow, lr=0.1))
     assert record.t == 0.0
     assert record.sample_gradients == merge_two(flow)[-2].sample_gradients
