@@ -9,7 +9,7 @@ from lightning_odem.stream import TaskStream
 from lightning_odem.tangent import Linearized
 from lightning_odem.trainer import ContinualTrainer
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "AverageMerge",

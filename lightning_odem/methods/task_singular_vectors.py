@@ -1,6 +1,6 @@
 """Task singular vectors: the leading directions of every task, made orthogonal to each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ class TaskSingularVectorsMerge(MergeMethod):
         self.scale = scale
         self.layers = check_patterns("layers", layers)
         self.recursion = recursion
-        self.load_state_dict({})
+        self._average = RunningAverage()
+        self._shares: list[float] = []
+        self._factors: list[dict[str, Factors]] = []
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model as it is."""
@@ -110,10 +112,8 @@ class TaskSingularVectorsMerge(MergeMethod):
             )
         self._average = RunningAverage()
         self._average.load_state_dict(state)
-        self._shares: list[float] = list(state.get("shares", []))
-        self._factors: list[dict[str, Factors]] = [
-            {key: tuple(factors) for key, factors in task.items()} for task in state.get("factors", [])
-        ]
+        self._shares = list(state.get("shares", []))
+        self._factors = [{key: _triple(factors) for key, factors in task.items()} for task in state.get("factors", [])]
 
     def _of(self, model: Tensor, count: int, context: MergeContext) -> dict[str, Factors]:
         """The leading factors of a model's update by matrix, on the CPU."""
@@ -121,7 +121,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         names = weight_matrices(context, self.layers)
         update = model - context.base
         return {
-            key: tuple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
+            key: _triple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
             for key, _, (matrix,) in parts(context, names, update)
         }
 
@@ -151,3 +151,8 @@ def _leading(factors: Factors, count: int) -> Factors:
     u, s, v = factors
     rank = max(min(len(u), len(v)) // count, 1)
     return u[:, :rank].clone(), s[:rank].clone(), v[:, :rank].clone()
+
+
+def _triple(factors: Iterable[Tensor]) -> Factors:
+    u, s, v = factors
+    return u, s, v
