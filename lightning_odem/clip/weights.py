@@ -30,7 +30,7 @@ def require_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"CLIP models are read by transformers, which cannot be imported ({error}). "
+            f"This model is read by transformers, which cannot be imported ({error}). "
             "Install it with: pip install 'lightning-odem[clip]'"
         ) from error
     return transformers
