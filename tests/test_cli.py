@@ -40,7 +40,7 @@ def merge_callback(cli):
 
 
 def test_every_config_is_covered_here():
-    streams = {"quickstart.yaml", "eight_tasks.yaml", "hcmm.yaml"}
+    streams = {"quickstart.yaml", "eight_tasks.yaml", "hcmm.yaml", "text.yaml"}
     assert {path.name for path in CONFIGS.iterdir()} == {*streams, *BACKBONES, *SUITES, *COMPARISONS, *TABLES}
 
 
