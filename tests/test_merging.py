@@ -1,5 +1,6 @@
 import gc
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -41,10 +42,18 @@ def make_calibration(predict, dtype=torch.float32, batch_size=5, columns=3):
     return Calibration(buffer, lambda batch: mse_loss(predict(batch.samples[0]), batch.samples[1]), batch_size)
 
 
+def make_base(net):
+    """A base model of the same architecture, near the module's weights."""
+    base = deepcopy(net)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in base.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return base
+
+
 def merge(net, method, t=0.5, merged=None, base=None, calibration=None, **settings):
-    with merging(
-        net, method, task="new", t=t, merged=merged, base=base or {}, calibration=calibration, **settings
-    ) as made:
+    base = take_snapshot(make_base(net)) if base is None else base
+    with merging(net, method, task="new", t=t, merged=merged, base=base, calibration=calibration, **settings) as made:
         return made.record
 
 
@@ -239,7 +248,12 @@ def test_a_merge_that_fails_leaves_the_incoming_model_bit_by_bit(failure, batch_
     else:
         error, message = KeyError if failure == "block" else KeyboardInterrupt, "in the block"
     before, flags = bits(net), training_flags(net)
-    settings = {"merged": merged, "base": {}, "calibration": calibration, "batch_norm": batch_norm}
+    settings = {
+        "merged": merged,
+        "base": take_snapshot(make_base(net)),
+        "calibration": calibration,
+        "batch_norm": batch_norm,
+    }
 
     def fail():
         with merging(net, method, task="new", t=0.5, **settings):
@@ -388,7 +402,9 @@ def float_storages(d):
     return {big.untyped_storage().data_ptr() for big in tensors if big.is_floating_point() and big.numel() >= d}
 
 
-@pytest.mark.parametrize(("method", "vectors"), [(PaperODEMerge, [5, 5, 5, 5]), (ODEMerge, [6, 8, 7, 9])])
+@pytest.mark.parametrize(
+    ("method", "vectors"), [(PaperODEMerge(0.25), [5, 5, 5, 5]), (ODEMerge(batch_size=2), [6, 8, 7, 9])]
+)
 def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, vectors):
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself.
 
@@ -409,7 +425,7 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
             counts.append(len(float_storages(d) - others))
         return loss
 
-    merge(net, method(0.25), merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
+    merge(net, method, merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
     assert counts == vectors  # two steps of two micro-batches, or two paths of two steps of one
 
 
