@@ -1,4 +1,4 @@
-"""Tasks that do not count the same: the utility weight of a task decides how far each merge goes.
+"""Tasks that do not count the same: the utility weight of a task is its share of the merged model.
 
 The same stream is merged twice, with equal weights and with a first task that counts four times as much. Run it with
 ``python examples/utility_weights.py``; it takes about a minute on two CPU cores and downloads nothing.

@@ -49,9 +49,11 @@ OFFLOADS = ("cpu", "disk")
 class ContinualMergeCallback(L.Callback):
     r"""Merges each fine-tuned model into one deployed model: one ``fit`` is one task.
 
-    The module's weights when the first fit starts are the base model. Every later fit fine-tunes from them again, and
-    when its training ends the callback moves the merged model towards the fine-tuned one along the ODE-M flow, up to
-    the operating time :math:`t_k = w_k / (w_1 + \dots + w_k)`. The module then holds the merged model; every task seen
+    The module's weights when the first fit starts are the base model. Every later fit fine-tunes from them again. When
+    its training ends the callback merges the fine-tuned model, whose share is the operating time
+    :math:`t_k = w_k / (w_1 + \dots + w_k)`. By default the task is added to the sum of all tasks, calibration samples
+    choose how far to go from the base model along it, and a gradient flow from there is kept as far as held-out samples
+    confirm it, see :class:`~lightning_odem.methods.ODEMerge`. The module then holds the merged model; every task seen
     is evaluated, the numbers go to the loggers (step = number of the task), to ``report`` and to ``dirpath``.
 
     The module needs nothing but ``training_step`` on batches ``(inputs, targets)`` and ``forward(inputs)`` that gives
@@ -85,8 +87,8 @@ class ContinualMergeCallback(L.Callback):
     merges its own shards; some methods need whole tensors and are refused then.
 
     Args:
-        method: Name of a merge method, ``"ode"`` (ODE-M with descent), ``"ode_paper"`` (Algorithm 1), ``"average"`` or
-            another of :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
+        method: Name of a merge method, ``"ode"`` (see above), ``"ode_paper"`` (Algorithm 1 of ODE-M), ``"average"``
+            or another of :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
         weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
             ``task_weight``, else 1. Non-negative and finite.
         calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.

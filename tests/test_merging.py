@@ -403,13 +403,13 @@ def float_storages(d):
 
 
 @pytest.mark.parametrize(
-    ("method", "vectors"), [(PaperODEMerge(0.25), [5, 5, 5, 5]), (ODEMerge(batch_size=2), [6, 8, 7, 9])]
+    ("method", "vectors"), [(PaperODEMerge(0.25), [5, 5, 5, 5]), (ODEMerge(batch_size=2), [8, 10, 10, 10])]
 )
 def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_moments(method, vectors):
     """Alive during a gradient: merged, base and incoming model, the point and the gradient, and the module itself.
 
-    With descent also the running average, from the second step on Adam's moments, and the end of the first path beside
-    the second.
+    With descent also the mean task vector in main memory, the vectors of the base model and of the point before the
+    piece, and from the second micro-batch on Adam's moments.
     """
     d = 5000
     net = nn.Linear(d, 1, bias=False)
@@ -426,7 +426,7 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
         return loss
 
     merge(net, method, merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
-    assert counts == vectors  # two steps of two micro-batches, or two paths of two steps of one
+    assert counts == vectors  # two steps of two micro-batches each
 
 
 def test_nothing_left_to_merge_is_an_error():
@@ -480,7 +480,7 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
     with attached(module):
         calibration = Calibration(buffer, LogitsLoss(module))
         record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
-        assert record.gradient_evaluations == 4  # of two epochs on each half
+        assert record.gradient_evaluations == 2  # of two epochs of one minibatch
         (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
         p, q = (z.double().softmax(1) for z in (own, kept))
         with torch.no_grad():

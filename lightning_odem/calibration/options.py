@@ -21,7 +21,7 @@ class CalibrationOptions:
             of samples, which it balances by class. The others need a module that gives class scores, see
             :class:`~lightning_odem.calibration.prediction_loss.ClassScores`.
         shares: Each task's share of the loss: as the places are shared (``"quota"``), ``"equal"``, or ``"utility"``, in
-            proportion to the utility weights, which then act on the gradient as well as on the operating time.
+            proportion to the utility weights, which then act on the loss as well as on the operating time.
     """
 
     batch_size: int = 128

@@ -27,12 +27,12 @@ class KeptState:
         >>> import torch
         >>> from lightning_odem.methods import ODEMerge
         >>> method = ODEMerge()
-        >>> method.load_state_dict({"average": {"weight": torch.ones(2)}})
+        >>> method.load_state_dict({"mean": {"weight": torch.ones(2)}, "concentration": 1.0, "scale": None})
         >>> kept = KeptState(method)
         >>> method.load_state_dict({})
         >>> kept.restore()
-        >>> method.state_dict()
-        {'average': {'weight': tensor([1., 1.])}}
+        >>> method.state_dict()["mean"]
+        {'weight': tensor([1., 1.])}
     """
 
     def __init__(self, method: MergeMethod) -> None:

@@ -98,7 +98,7 @@ def resolve_method(method: str | MergeMethod) -> MergeMethod:
         ValueError: For an unknown name, listing the known ones; for a path that leads to nothing; for unknown needs.
 
     Example:
-        >>> resolve_method("ode").step_size
+        >>> resolve_method("ode_paper").step_size
         0.05
         >>> resolve_method("torch.lerp").function.__name__
         'lerp'

@@ -1,4 +1,4 @@
-"""Averaging followed by ordinary fine-tuning on the calibration set: what ODE-M's gradients buy without its flow."""
+"""Averaging followed by fine-tuning on the calibration set: what Algorithm 1's gradients buy without its flow."""
 
 import math
 from itertools import chain
@@ -27,7 +27,7 @@ class ReplayMerge(MergeMethod):
             the 160 steps that a merge takes at t = 1/2 with 1024 samples. Its usual 0.001 would allow ten times that,
             more than most weights of a pretrained network measure.
         batch_size: Samples per minibatch; also bounds the memory of a pass.
-        step_size: Step length h in (0, 1] of the ODE-M (Euler) whose cost is to be matched; 0.05 is its default.
+        step_size: Step length h in (0, 1] of the Algorithm 1 whose cost is to be matched; 0.05 is its default.
         seed: Seed of the minibatches; each merge begins with it.
 
     Raises:
@@ -53,7 +53,7 @@ class ReplayMerge(MergeMethod):
         """
         assert context.calibration is not None, "declared in needs"
         buffer = context.calibration.buffer
-        epochs = math.ceil(t / self.step_size * (1.0 - 1e-12))  # the number of steps of the flow
+        epochs = math.ceil(t / self.step_size * (1.0 - 1e-12))  # the number of steps of Algorithm 1
         steps = epochs * math.ceil(len(buffer) / self.batch_size)
         theta = merged.lerp_(incoming, t)
         optimizer = torch.optim.Adam([theta], lr=self.lr)

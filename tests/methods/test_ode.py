@@ -100,7 +100,6 @@ def test_losses_in_the_record_are_those_of_the_models(problem):
     assert path.t == [0.0, pytest.approx(1 / 3)]
     assert path.loss == pytest.approx([objective.loss(results[k].theta) for k in (1, 2)])
     assert path.loss1 == pytest.approx(objective.loss(problem.models[2]))
-    assert path.step_norm == [pytest.approx((results[2].theta - results[1].theta).norm().item())]
 
 
 def test_the_running_average_is_taken_where_its_loss_is_lower(problem):
