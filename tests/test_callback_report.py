@@ -124,8 +124,10 @@ def test_one_line_says_what_the_merge_came_to(caplog):
     assert f"Merged task 2 (task_2) at t = 0.5 in {report.merges[1].merge_seconds:.1f} s" in line
     assert f"ACC {100 * report.acc():.1f} %, BWT {100 * report.bwt():.1f}" in line
     assert f"loss {report.merges[1].loss_before:.4g} -> {report.merges[1].loss_after:.4g}" in line
-    share = latest_scalars(report)["merge/departure"]
-    assert (f"{share:.2f} of the descent" if share else "the running average") in line
+    scale = latest_scalars(report)["merge/scale"]
+    assert (f"scale {scale:.3g}" if scale else "the running average") in line
+    path = report.merges[1].path
+    assert f"{path['descent_taken'][0]:.0f} of {len(path['descent_loss']) - 1} pieces of descent" in line
 
 
 def test_validation_data_given_to_fit_serve_where_there_is_no_test_data():

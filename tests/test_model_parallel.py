@@ -34,7 +34,7 @@ def test_shards_are_merged_like_whole_parameters(directory):
     assert close(whole["merged"], shards["merged"], rtol=1e-6, atol=1e-7)
     for tasks in ("whole", "shards"):
         state = StreamStore(directory / tasks / "stream").load()
-        assert {name: tuple(kept.shape) for name, kept in state["method"]["average"].items()} == {
+        assert {name: tuple(kept.shape) for name, kept in state["method"]["mean"].items()} == {
             name: tuple(kept.shape) for name, kept in state["merged"].items()
         }
         assert sum(len(task["samples"][0]) for task in state["buffer"]["tasks"].values()) == 12

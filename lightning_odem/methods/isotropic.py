@@ -38,7 +38,8 @@ def flatten_spectrum(matrix: Tensor, rows: int | None = None, sum_: Callable[[Te
     squares, v = torch.linalg.eigh(gram)
     s = squares.clamp(min=0.0).sqrt()
     size = (rows or len(matrix), matrix.shape[1])
-    kept = s > s[-1] * max(size) * torch.finfo(matrix.dtype).eps
+    # The roots of eigenvalues that are zero up to rounding are 1e-8 of the largest.
+    kept = s > s[-1] * max(max(size) * torch.finfo(matrix.dtype).eps, 1e-7)
     inverse = torch.where(kept, s.reciprocal(), torch.zeros_like(s))
     return (wide @ (v * inverse) @ v.T * (s[kept].sum() / min(size))).to(matrix)
 

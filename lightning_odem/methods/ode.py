@@ -45,8 +45,8 @@ class ODEMerge(MergeMethod):
 
     A merge whose gradients do not help costs about nine passes without and three quarters of one with gradient. Besides
     the module, the merged, the incoming and the base model it holds two vectors of the model's size in the search, and
-    in the flow the point, a gradient and Adam's two moments. Between merges the mean task vector is kept in main memory. A task of weight 0 changes nothing; one that alone has a weight gives
-    its own model.
+    in the flow the point, a gradient and Adam's two moments. Between merges the mean task vector is kept in main
+    memory. A task of weight 0 changes nothing; one that alone has a weight gives its own model.
 
     Args:
         batch_size: Samples B per minibatch of the flow.

@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from lightning_odem.flow import AdaptiveDescent, Euler, Heun, RectifiedField, integrate
+from lightning_odem.flow import Euler, Heun, RectifiedField, integrate
 from lightning_odem.flow import blocks as flow_blocks
 
 FP64 = torch.float64
@@ -103,7 +103,7 @@ def test_a_field_on_shards_is_that_on_whole_vectors(piece, kind, numbers, delta_
             assert getattr(velocity, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
 
 
-@pytest.mark.parametrize("rule", [Euler, Heun, lambda: AdaptiveDescent(Euler(), 0.3, 0.5)])
+@pytest.mark.parametrize("rule", [Euler, Heun])
 def test_a_path_on_shards_is_that_of_the_whole_vectors(rule):
     theta, theta1, centre = vectors(5)
     top = (theta + theta1 + 0.1 * centre) / 2

@@ -21,6 +21,7 @@ from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.methods import (
     AverageMerge,
+    IsotropicMerge,
     LinearInterpolation,
     MagMaxMerge,
     MergeContext,
@@ -42,7 +43,8 @@ METHODS = {
     "magmax": MagMaxMerge(),
     "task_arithmetic": TaskArithmeticMerge(),
     "task_arithmetic sum": TaskArithmeticMerge(recursion="sum"),
-    "ode": ODEMerge(0.25, batch_size=8, descent=0.02),
+    "ode": ODEMerge(batch_size=8, descent=0.02),
+    "isotropic": IsotropicMerge(0.5),
     "ode_paper search": PaperODEMerge(0.25, operating_time="search", reuse=2),
     "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
     "ode_paper heun": PaperODEMerge(0.25, solver="heun"),

@@ -19,7 +19,7 @@ from lightning_odem.snapshot import take_snapshot
 
 SIZES = {"old": 13, "new": 8}
 METHODS = {
-    "ode": ODEMerge(0.25, batch_size=5),
+    "ode": ODEMerge(batch_size=5),
     "ode_paper search": PaperODEMerge(0.25, batch_size=5, operating_time="search"),
     "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
     "ode_paper": PaperODEMerge(),
@@ -87,8 +87,9 @@ def merge(dtype):
         net, method = make_net(1, dtype), deepcopy(kind)  # which may keep a state
         merged = take_snapshot(make_net(0, dtype))
         calibration = make_calibration(net, SIZES, dtype)
+        base = take_snapshot(make_net(2, dtype))
         calls.clear()
-        with merging(net, method, task="new", t=0.4, merged=merged, base={}, calibration=calibration) as made:
+        with merging(net, method, task="new", t=0.4, merged=merged, base=base, calibration=calibration) as made:
             record = made.record
             evaluations = record.gradient_evaluations + record.loss_evaluations
         weights = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])

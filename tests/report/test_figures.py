@@ -140,14 +140,6 @@ def test_held_out_losses_and_steps_taken_back_are_drawn_where_there_are_any() ->
     assert set(drawn) - plain == {"held-out samples", "steps taken back"}
 
 
-def test_losses_that_a_path_was_judged_by_are_drawn_at_its_end() -> None:
-    judged = record(loss_incoming=0.6)
-    judged.path |= {"departure": [0.0, 0.5, 1.0], "departure_loss": [0.9, 0.8, 0.85], "departure_taken": [0.75]}
-    drawn = lines(plot_path(judged))
-    label = "unseen samples, share s = 0, 0.5, 1 of\nthe departure; 0.75 was taken"
-    assert_allclose(drawn[label], [[judged.path["t"][-1]] * 3, [0.9, 0.8, 0.85]])
-
-
 def test_points_of_very_many_steps_have_no_markers() -> None:
     path = {
         "t": list(np.linspace(0, 1, 200)),
