@@ -147,7 +147,7 @@ def test_the_state_can_be_left_on_disk_without_a_change_of_results():
     state = merge.state_dict()
     for section, tensor in (("base", "body.0.weight"), ("merged", "head.weight")):
         assert file_of(state[section][tensor]).startswith(f"{section}-")
-    assert file_of(state["method"]["average"]["body.0.weight"]).startswith("method-")
+    assert file_of(state["method"]["mean"]["body.0.weight"]).startswith("method-")
     assert file_of(state["buffer"]["tasks"]["task_1"]["samples"][0]).startswith("buffer-")
     process("disk", offload="disk", count=4)
 

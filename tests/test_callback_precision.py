@@ -38,7 +38,7 @@ def test_every_precision_merges_in_its_own_parameters(precision, dtype):
     module, merge, incoming, _ = stream(precision=precision)
     reference, expected, _, _ = stream()
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
-    assert merge.report.merges[1].path["gamma"]
+    assert merge.report.merges[1].path["scale"]
     assert merge.report.merges[1].loss_after == pytest.approx(expected.report.merges[1].loss_after, rel=0.05)
     assert {value.dtype for value in torch.load(merge.last_merged_path, weights_only=True)["state_dict"].values()} == {
         dtype

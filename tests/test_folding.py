@@ -77,7 +77,7 @@ def fold_three(options, scramble=False):
     """Three models folded with eight samples, whose labels may be anything."""
     module, generator = Classifier(), torch.Generator().manual_seed(0)
     with attached(module):
-        folding = Folding(module, "ode", calibration_size=8, calibration=options)
+        folding = Folding(module, "ode", base=take_snapshot(module), calibration_size=8, calibration=options)
         for number in range(3):
             model = take_snapshot(Classifier())
             model = {name: value + torch.randn(value.shape, generator=generator) for name, value in model.items()}
@@ -145,7 +145,7 @@ def test_models_of_another_shape_are_refused():
     ("method", "message"),
     [
         ("opcm", "needs the base model"),
-        ("ode", "needs calibration samples"),
+        ("ode", "needs the base model and calibration samples"),
         ("second_moment", "needs the optimizer's second moments"),
         ("trm_style", "weights from the training run .* and the task's training data"),
     ],

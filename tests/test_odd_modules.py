@@ -108,7 +108,7 @@ def test_code_generated_by_inductor_is_merged_as_eager_code():
     stream(expected, "ode", dirpath="reference")
     compiled = torch.compile(module)
     merge, _ = stream(module, "ode", prepare=lambda module, number: compiled)
-    assert merge.report.merges[1].path["gamma"]
+    assert merge.report.merges[1].path["scale"]
     assert close(weights(module), weights(expected), atol=1e-5)
 
 

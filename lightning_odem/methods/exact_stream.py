@@ -85,6 +85,12 @@ class ExactStream(MergeMethod):
         self._move(incoming, t, merged, context)
         self._concentration = (1.0 - t) ** 2 * self._concentration + t**2
 
+    def complete(self, merged: Tensor, context: MergeContext) -> None:
+        """Take what the sums do not know yet to be as in the merged model [d]."""
+        if any(name not in self._mean for name in context.names):
+            mean, sums = self._of(merged, context)
+            self._mean, self._sums = mean | self._mean, sums | self._sums
+
     def read(self, context: MergeContext) -> Tensor:
         """The merged model [d], a new vector."""
         assert context.base is not None, "declared in needs"
@@ -127,9 +133,7 @@ class ExactStream(MergeMethod):
 
     def _move(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> None:
         """Move the sums by ``t`` towards a model's statistics; they are replaced, not changed in place."""
-        if any(name not in self._mean for name in context.names):
-            mean, sums = self._of(merged, context)
-            self._mean, self._sums = mean | self._mean, sums | self._sums
+        self.complete(merged, context)
         for kept, found in zip((self._mean, self._sums), self._of(model, context), strict=True):
             for key, tensor in found.items():
                 if kept[key].shape != tensor.shape:

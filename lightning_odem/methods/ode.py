@@ -82,14 +82,18 @@ class ODEMerge(MergeMethod):
         """Add the task to the sums, choose the operating point and follow the flow from there."""
         objective = context.calibration
         assert objective is not None, "declared in needs"
+        path = Trajectory(merged, loss1=_finite(objective.loss(incoming), "the loss of the incoming model"))
+        path.end(0.0, _finite(objective.loss(merged), "the loss of the merged model"))
         if t == 0.0:
-            return MergeResult(merged)
-        distance = self._distance(merged, incoming, context)
+            return MergeResult(merged, path)
+        self._sums.complete(merged, context)
+        distance = self._distance(incoming, context)
         self._sums.add(merged, incoming, t, context)
         if self._sums.tasks == 1.0:
-            return MergeResult(incoming)
-        path = Trajectory(incoming, loss1=_finite(objective.loss(incoming), "the loss of the incoming model"))
-        path.end(0.0, _finite(objective.loss(merged), "the loss of the merged model"))
+            path.end(t, path.loss1)
+            path.step_norm.append(norm(incoming - merged, context.sum_))
+            path.theta = incoming
+            return MergeResult(incoming, path)
         theta = self._operating_point(merged, path, objective, context)
         if self.descent:
             self._flow(theta, merged, distance, path, objective, context)
@@ -183,10 +187,10 @@ class ODEMerge(MergeMethod):
                 f"{path.descent_loss[1]:.4g}, no more than by chance: the merged model is the one before them."
             )
 
-    def _distance(self, merged: Tensor, incoming: Tensor, context: MergeContext) -> float:
+    def _distance(self, incoming: Tensor, context: MergeContext) -> float:
         """Distance of the incoming model from the mean of those before, root mean square per weight."""
         assert context.base is not None, "declared in needs"
-        before = self._sums.mean(context).add_(context.base) if self._sums.state_dict() else merged
+        before = self._sums.mean(context).add_(context.base)
         size = len(incoming) if context.shards is None else sum(map(math.prod, context.shapes))
         return norm(incoming - before, context.sum_) / max(size, 1) ** 0.5
 

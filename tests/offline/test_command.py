@@ -401,7 +401,9 @@ def test_a_module_that_trains_its_heads_needs_them_in_the_checkpoint(stream):
     content = torch.load(folder / "rotated.ckpt", weights_only=True)["state_dict"]
     save_file({n: v for n, v in content.items() if "heads" not in n}, "rotated.safetensors")
     with pytest.raises(ValueError, match=r"rotated\.safetensors lacks heads\.rotated\.bias, heads\.rotated\.weight"):
-        merge_checkpoints(["rotated.safetensors"], "m.safetensors", "ode", model=model, data=DigitsStream())
+        merge_checkpoints(
+            ["rotated.safetensors"], "m.safetensors", "ode", str(folder / "base.pt"), model=model, data=DigitsStream()
+        )
 
 
 def test_checkpoints_that_do_not_go_with_the_stream_are_refused(stream):
