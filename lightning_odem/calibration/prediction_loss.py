@@ -83,7 +83,13 @@ class EntropyLoss(ClassScores):
 
     What AdaMerging minimises on unlabelled test samples (Yang et al., ICLR 2024, arXiv:2310.02575). A model that is
     sure of wrong classes has a low one as well.
+
+    Attributes:
+        rewards_distance: It falls with the length of a step, whatever the step is good for, so that it cannot tell how
+            far to go.
     """
+
+    rewards_distance = True
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Mean loss of the batch, a scalar.

@@ -17,7 +17,8 @@ class Bracket:
         loss: The loss at a scale.
         start: The scale to begin with, above 0.
         ratio: Ratio of neighbouring scales.
-        most: Evaluations at most, 3 or more; without a bracket by then the best scale tried is taken.
+        most: After so many evaluations the search ends, and without a bracket the best scale tried is taken; 1 takes
+            ``start``.
 
     Attributes:
         scales: The scales tried, in the order of the evaluations.

@@ -30,13 +30,15 @@ class ODEMerge(MergeMethod):
     one leads from the base model along the sum of all task vectors with flattened spectra, which is kept exactly
     whatever the order of the tasks, see :class:`~lightning_odem.methods.IsotropicMerge`:
 
-    .. math:: \theta(\lambda) = \psi_0 + \lambda\, n_k \bar\sigma\, U V^T, \qquad U \Sigma V^T = \bar\tau_k,
+    .. math:: \theta(\lambda) = \psi_0 + \lambda c_k\, \bar\sigma\, U V^T, \qquad U \Sigma V^T = \bar\tau_k,
 
-    for each weight matrix, with the tasks' mean for everything else.
+    for each weight matrix, with the tasks' mean for everything else. At :math:`\lambda = 1` all matrices together are
+    as far from the base model as the tasks' models in the mean; :math:`c_k` sees to that.
 
     1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the last merge's
-       value and takes about four passes without gradient, see :class:`~lightning_odem.methods.bracket.Bracket`. If the
-       running average has a lower loss it is taken instead.
+       value, at first at 1, and takes about four passes without gradient, see
+       :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss it is taken instead.
+       The entropy, which falls with every distance, is not searched: :math:`\lambda` stays 1.
     2. **Gradient flow.** From there :math:`\dot\theta = -a(t) D g` is followed on three quarters of the samples, see
        :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. Each piece is judged on the other quarter: the
        first one after which the loss has not fallen by more than its standard error is taken back and ends the flow.
@@ -102,11 +104,9 @@ class ODEMerge(MergeMethod):
         return MergeResult(theta, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean task vector, the sum of squared shares and the last scale; empty before the first task."""
+        """The sums and the last scale; empty before the first task."""
         state = self._sums.state_dict()
-        if not state:
-            return {}
-        return {"mean": state["mean"], "concentration": state["concentration"], "scale": self._scale}
+        return state and {**state, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an empty one begins a new stream, or takes over that of another method.
@@ -118,11 +118,10 @@ class ODEMerge(MergeMethod):
         """
         if "average" in state:
             state = {}
-        if state and state.keys() != {"mean", "concentration", "scale"}:
-            raise ValueError(f"ODEMerge keeps a mean task vector, but the stream's state has: {', '.join(state)}.")
+        if state and "scale" not in state:
+            raise ValueError(f"ODEMerge keeps sums and a scale, but the stream's state has: {', '.join(state)}.")
+        self._sums.load_state_dict({key: kept for key, kept in state.items() if key != "scale"})
         self._scale = state.get("scale")
-        kept = {"mean": state["mean"], "sums": {}, "concentration": state["concentration"]} if state else {}
-        self._sums.load_state_dict(kept)
 
     def _operating_point(
         self, point: Tensor, path: Trajectory, objective: CalibrationObjective, context: MergeContext
@@ -139,7 +138,8 @@ class ODEMerge(MergeMethod):
             begin.copy_(base)
         bracket = Bracket(
             lambda scale: objective.loss(torch.add(start, direction, alpha=scale, out=point)),
-            self._scale or self._sums.tasks**-0.5,
+            self._scale or 1.0,
+            most=1 if getattr(objective.batch_loss, "rewards_distance", False) else 8,
         )
         lowest = min(bracket.losses)
         if not math.isfinite(min(lowest, average_loss)):

@@ -1,8 +1,9 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from vectors import SHAPES, flatten, make_context, make_models, merge_stream, unflatten
+from vectors import MATRICES, SHAPES, flatten, make_context, make_models, merge_stream, unflatten
 
 from lightning_odem.methods import ClosedFormMerge, IsotropicMerge, MergeContext, MergeResult, TaskSingularVectorsMerge
 
@@ -54,7 +55,7 @@ def singular_vectors(updates, weights):
 
 
 RULES = {
-    "isotropic": (IsotropicMerge, isotropic),
+    "isotropic": (partial(IsotropicMerge, 1.0), isotropic),
     "closed_form": (ClosedFormMerge, closed_form),
     "task_singular_vectors": (TaskSingularVectorsMerge, singular_vectors),
 }
@@ -144,7 +145,7 @@ def test_a_recursion_feeds_the_merged_model_back_in(make, one_shot):
         torch.testing.assert_close(after, at_once(one_shot, base, [before, incoming], [1.0, 1.0]))
 
 
-@pytest.mark.parametrize("make", [IsotropicMerge, ClosedFormMerge])
+@pytest.mark.parametrize("make", [IsotropicMerge, partial(IsotropicMerge, 1.0), ClosedFormMerge])
 @pytest.mark.parametrize("gone", range(4))
 def test_a_task_taken_out_leaves_the_model_of_the_others(make, gone):
     base, models = make_models(4)
@@ -177,15 +178,27 @@ def test_a_layer_that_no_task_has_moved_stays(make, one_shot):
     assert torch.equal(merged[:72], base[:72])
 
 
+def test_by_default_isotropic_merging_goes_as_far_as_the_tasks_did():
+    base, models = make_models(4)
+    merged = merge_stream(IsotropicMerge(), base, models, WEIGHTS)[-1]
+
+    def distance(model):
+        parts = unflatten(model - base)
+        return torch.cat([parts[name].flatten() for name in MATRICES]).norm()
+
+    expected = mean([distance(model) for model in models], WEIGHTS)
+    torch.testing.assert_close(distance(merged), expected)
+
+
 def test_a_parameter_new_to_the_stream_is_taken_to_be_as_in_the_merged_model():
     base, models = make_models(2)
     few = {name: shape for name, shape in SHAPES.items() if name != "tall.weight"}
-    method = IsotropicMerge()
+    method = IsotropicMerge(1.0)
     parts = [unflatten(model) for model in (base, *models)]
     start = flatten({name: parts[1][name] for name in few})
     method.start(start, MergeContext(list(few), list(few.values()), base=flatten({n: parts[0][n] for n in few})))
     merged = method.merge(models[0].clone(), models[1], 0.5, make_context(base)).theta
-    torch.testing.assert_close(merged, merge_stream(IsotropicMerge(), base, models)[-1])
+    torch.testing.assert_close(merged, merge_stream(IsotropicMerge(1.0), base, models)[-1])
 
 
 def test_another_shape_is_refused_by_name():

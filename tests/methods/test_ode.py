@@ -3,11 +3,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
 from lightning_odem.flow import NonFiniteLossError, operating_time
 from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge
+from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.ode import falls
 from lightning_odem.parameters import ParameterVector
 
@@ -77,13 +79,15 @@ def test_without_descent_it_is_isotropic_merging_at_the_scale_taken(problem, wei
     for k in (1, 2):
         (scale,) = results[k].trajectory.scale_taken
         assert scale > 0.0
-        rule = IsotropicMerge(scale)
+        rule = IsotropicMerge()
         expected = [problem.models[0]]
         rule.start(problem.models[0], problem.context(1))
         for j in range(1, k + 1):
             t = operating_time(weights[: j + 1])
             expected.append(rule.merge(expected[-1].clone(), problem.models[j], t, problem.context(j + 1)).theta)
-        torch.testing.assert_close(results[k].theta, expected[-1])
+        pieces = (tensors(vector, problem.context(1)) for vector in (results[k].theta, expected[-1], problem.base))
+        for found, at_1, base in zip(*(piece.values() for piece in pieces), strict=True):
+            torch.testing.assert_close(found, base + scale * (at_1 - base) if at_1.dim() == 2 else at_1)
 
 
 def test_no_scale_that_was_tried_has_a_lower_loss(problem):
@@ -112,6 +116,23 @@ def test_the_running_average_is_taken_where_its_loss_is_lower(problem):
     result = problem.stream(ODEMerge(descent=0.0), (1.0, 1.0), loss=distance)[1]
     assert result.trajectory.scale_taken == [0.0]
     torch.testing.assert_close(result.theta, average)
+
+
+def test_a_loss_that_rewards_distance_does_not_choose_the_scale(problem):
+    """As the entropy, which is the lower the surer a model is, of whatever."""
+
+    class Sure:
+        rewards_distance = True
+
+        def __call__(self, batch):
+            return Categorical(logits=problem.net(batch.samples[0])).entropy().mean()
+
+    method = ODEMerge(descent=0.0)
+    merged = method.start(problem.models[0], problem.context(1)).theta.clone()
+    context = problem.context(2)
+    context.calibration.batch_loss = Sure()
+    path = method.merge(merged, problem.models[1], 0.5, context).trajectory
+    assert path.scale == path.scale_taken == [1.0]
 
 
 def test_the_search_begins_at_the_last_scale(problem):
@@ -199,7 +220,7 @@ def test_a_state_of_an_earlier_version_is_dropped(problem):
 
 
 def test_the_state_of_another_method_is_refused():
-    with pytest.raises(ValueError, match="the stream's state has: scale, norms"):
+    with pytest.raises(ValueError, match="the stream's state has: scale, norms|keeps mean, sums and concentration"):
         ODEMerge().load_state_dict({"scale": 1.0, "norms": [1.0]})
 
 
