@@ -27,7 +27,7 @@ class KeptState:
         >>> import torch
         >>> from lightning_odem.methods import ODEMerge
         >>> method = ODEMerge()
-        >>> method.load_state_dict({"mean": {"weight": torch.ones(2)}, "concentration": 1.0, "scale": None})
+        >>> method.load_state_dict({"mean": {"weight": torch.ones(2)}, "sums": {}, "concentration": 1.0, "scale": None})
         >>> kept = KeptState(method)
         >>> method.load_state_dict({})
         >>> kept.restore()
