@@ -97,7 +97,8 @@ class ODEMerge(MergeMethod):
             path.theta = incoming
             return MergeResult(incoming, path)
         theta = self._operating_point(merged, path, objective, context)
-        if self.descent:
+        counts = objective.buffer.counts
+        if self.descent and any(counts[task] > 1 for task in objective.buffer.shares()):  # else nothing to judge by
             self._flow(theta, merged, distance, path, objective, context)
         path.theta, path.estimated = theta, True
         path.end(t, _finite(objective.loss(theta), "the loss of the new merged model"))

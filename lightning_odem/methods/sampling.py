@@ -67,33 +67,6 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
     )
 
 
-def halve(objective: CalibrationObjective) -> tuple[CalibrationPart, CalibrationPart]:
-    """The calibration loss on one half of each task's samples, and on the other.
-
-    A sample stays in its half for good, also when the task's quota shrinks: every other one of the random,
-    class-balanced order in which the buffer keeps them. Of an odd number of samples the second half has one more in
-    every other task, the first one in the others, so that tasks of a single sample are divided as well. Nothing is
-    copied.
-
-    Args:
-        objective: The calibration loss; its buffer is not changed.
-
-    Raises:
-        ValueError: If there are not two samples that count.
-    """
-    buffer = objective.buffer
-    first, second = (
-        _part(objective, {task: slice((number + offset) % 2, None, 2) for number, task in enumerate(buffer.counts)})
-        for offset in (1, 0)
-    )
-    if not (samples_per_epoch(first.buffer) and samples_per_epoch(second.buffer)):
-        raise ValueError(
-            "A path judged on samples that it has not seen needs two calibration samples that count, the buffer has "
-            f"{buffer.counts}. Raise calibration_size, or choose a method that needs no calibration, such as 'average'."
-        )
-    return first, second
-
-
 def _part(objective: CalibrationObjective, index: dict[str, slice]) -> CalibrationPart:
     """The calibration loss on a range of the samples of each task."""
     part, state = objective.buffer.copy(), objective.buffer.state_dict()

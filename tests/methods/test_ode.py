@@ -157,6 +157,12 @@ def test_a_descent_that_held_out_samples_do_not_confirm_leaves_no_trace():
     assert torch.equal(tried.theta, plain.theta)
 
 
+def test_with_one_sample_of_each_task_there_is_no_descent(problem):
+    """There would be nothing to judge it by."""
+    path = problem.stream(ODEMerge(), (1.0, 1.0), capacity=2)[1].trajectory
+    assert (path.descent_loss, path.gradient_evaluations) == ([], 0)
+
+
 def test_what_a_merge_without_use_of_gradients_costs(problem):
     """In passes over the buffer, of which one with gradient counts three."""
     problem = Problem(noise=1.0)

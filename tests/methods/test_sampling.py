@@ -6,7 +6,6 @@ from torch.nn.functional import mse_loss
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods.sampling import (
     CalibrationPart,
-    halve,
     hold_out,
     minibatch_gradients,
     minibatches_per_epoch,
@@ -77,28 +76,6 @@ def test_a_part_measures_its_own_samples_and_the_objective_counts_them():
 def test_without_a_task_of_two_samples_nothing_can_be_held_out():
     with pytest.raises(ValueError, match="two of them at least"):
         hold_out(make_objective({"c": 1}), 0.25)
-
-
-def test_halves_are_of_one_size_but_for_the_odd_samples_of_tasks_in_turn():
-    objective = make_objective({"a": 12, "b": 5, "c": 1})
-    first, second = (half.buffer.counts for half in halve(objective))
-    assert (first, second) == ({"a": 6, "b": 3, "c": 0}, {"a": 6, "b": 2, "c": 1})
-
-
-def test_a_sample_stays_in_its_half_when_quotas_shrink():
-    buffer, targets = CalibrationBuffer(30), torch.arange(90, dtype=torch.float64)
-    before = [set(), set()]
-    for task, values in zip("abc", targets.split(30), strict=True):
-        buffer.add(task, (torch.zeros(30, 3, dtype=torch.float64), values))
-        objective = CalibrationObjective(make_objective().vector, buffer, lambda batch: batch.samples[1].mean())
-        halves = [{n for numbers in samples_of(half).values() for n in numbers} for half in halve(objective)]
-        assert halves[0] | halves[1] == {
-            n for part in samples_of(CalibrationPart(objective, buffer)).values() for n in part
-        }
-        assert not halves[0] & before[1]
-        assert not halves[1] & before[0]
-        before = halves
-    assert len(before[0]) == len(before[1]) == 15
 
 
 def test_minibatches_of_an_epoch_have_the_gradient_of_the_whole_in_the_mean():
