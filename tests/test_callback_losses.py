@@ -55,7 +55,7 @@ def test_the_divergence_at_the_end_of_the_path_is_that_of_the_merged_model():
         p, q = logits.double().softmax(1), outputs(everything(module), inputs).double().softmax(1)
         losses.append((p * (p / q).log()).sum(1).mean().item())
     assert record.loss_after == pytest.approx(sum(losses) / 2, rel=1e-4)
-    assert record.gradient_evaluations == 1  # a piece that held-out samples do not confirm
+    assert record.gradient_evaluations in (1, 2)  # a second piece only if the first helps
     # At the merged model before, which is task 1's own, its part was zero but for the batch-norm statistics.
     assert 0 < record.loss_after < record.loss_before
 
@@ -69,7 +69,7 @@ def test_the_entropy_at_the_end_of_the_path_is_that_of_the_merged_model():
         p = outputs(everything(module), inputs).double().softmax(1)
         losses.append(-(p * p.log()).sum(1).mean().item())
     assert merge.report.merges[1].loss_after == pytest.approx(sum(losses) / 2, rel=1e-5)
-    assert merge.report.merges[1].gradient_evaluations == 1
+    assert merge.report.merges[1].gradient_evaluations in (1, 2)  # a second piece only if the first helps
 
 
 @pytest.mark.parametrize("loss", ["logits", "entropy"])
@@ -100,7 +100,7 @@ def test_a_module_that_optimises_manually_needs_no_loss_of_its_own():
 
     merge = make_merge()
     stream(merge, module=Manual(), max_steps=3)
-    assert merge.report.merges[1].gradient_evaluations == 1
+    assert merge.report.merges[1].gradient_evaluations in (1, 2)  # a second piece only if the first helps
 
 
 class Classes(Classifier):
@@ -149,7 +149,7 @@ def test_a_stream_of_logits_is_continued_with_any_loss(after):
     other.load_state_dict(merge.state_dict())
     fit(module, Task(2), other)
     assert other._state.buffer.without_logits() == ([] if after == "logits" else ["task_3"])
-    assert other.report.merges[2].gradient_evaluations == 1
+    assert other.report.merges[2].gradient_evaluations in (1, 2)  # a second piece only if the first helps
 
 
 @pytest.mark.parametrize("method", [ReleasedODEMerge(step_size=0.25, refine=True), "average_replay"])

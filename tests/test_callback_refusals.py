@@ -195,7 +195,7 @@ def test_training_steps_that_lightning_takes_are_taken_for_calibration(kind):
     module, merge = kind(), ContinualMergeCallback()
     for number in range(2):
         fit(module, Task(number), merge)
-    assert merge.report.merges[1].gradient_evaluations == 2  # of two epochs of one minibatch
+    assert merge.report.merges[1].gradient_evaluations in (1, 2)  # a second piece only if the first helps
 
 
 def test_labels_outside_the_head_are_found_before_training():

@@ -243,7 +243,7 @@ def test_ode_moves_towards_the_incoming_model_and_stops_on_the_way():
     assert 0 < (after - before).norm() <= (arrived - before).norm()
     record = merge.report.merges[1]
     assert record.path["t"][-1] == record.t == 0.5
-    assert record.gradient_evaluations == 2  # of two epochs of one minibatch
+    assert record.gradient_evaluations in (1, 2)  # a second piece only if the first helps
 
 
 def test_the_stream_holds_the_tensors_of_its_method_once():

@@ -480,7 +480,7 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
     with attached(module):
         calibration = Calibration(buffer, LogitsLoss(module))
         record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
-        assert record.gradient_evaluations == 2  # of two epochs of one minibatch
+        assert record.gradient_evaluations in (1, 2)  # a second piece only if the first helps
         (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
         p, q = (z.double().softmax(1) for z in (own, kept))
         with torch.no_grad():

@@ -37,7 +37,7 @@ def test_samples_without_labels_do(small_stream):
     merge, module = shown["merge"], Classifier()
     for number, name in enumerate(["digits", "letters"]):
         fit(module, Task(number, name), merge)
-    assert merge.report.merges[1].gradient_evaluations == 1  # one minibatch, which held-out samples do not confirm
+    assert merge.report.merges[1].gradient_evaluations in (1, 2)  # a second piece only if the first helps
     held = merge.state_dict()["buffer"]["tasks"]
     assert held["digits"]["samples"].shape == (24, 4)
     assert [samples["logits"].shape for samples in held.values()] == [(24, 3), (24, 3)]
