@@ -1,5 +1,6 @@
 """Whole streams of modules that are not plain: compiled, checkpointed, tied, frozen, parametrised, of many dtypes."""
 
+import os
 import shutil
 
 import lightning as L
@@ -103,6 +104,7 @@ def test_compiling_some_tasks_and_not_others_changes_nothing(prepare, method):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="torch's own code does not compile so")
 def test_code_generated_by_inductor_is_merged_as_eager_code():
     expected, module = Classifier(), Classifier()
     stream(expected, "ode", dirpath="reference")
