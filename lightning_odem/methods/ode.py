@@ -16,6 +16,7 @@ from lightning_odem.methods.bracket import Bracket
 from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.ode_paper import ODE_STATE, is_earlier_ode_state
 from lightning_odem.methods.sampling import hold_out, minibatch_gradients, minibatches_per_epoch, samples_per_epoch
 
 JUDGES = 32
@@ -117,9 +118,9 @@ class ODEMerge(MergeMethod):
         Raises:
             ValueError: If another method wrote it.
         """
-        if "average" in state:
+        if is_earlier_ode_state(state):
             state = {}
-        if state and "scale" not in state:
+        if state and state.keys() != ODE_STATE:
             raise ValueError(f"ODEMerge keeps sums and a scale, but the stream's state has: {', '.join(state)}.")
         self._sums.load_state_dict({key: kept for key, kept in state.items() if key != "scale"})
         self._scale = state.get("scale")

@@ -15,6 +15,10 @@ from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.sampling import Gradient, hold_out, minibatch_gradients, minibatches_per_epoch
 
 OPERATING_TIMES = ("utility", "search", "became")
+ODE_STATE = {"mean", "sums", "concentration", "scale"}
+"""Keys of the state of :class:`~lightning_odem.ODEMerge`."""
+EARLIER_ODE_STATE = {"average", "departure_a", "departure_b", "gradient", "samples"}
+"""Keys that its state had in version 0.4 and before, the first one always."""
 
 
 class PaperODEMerge(MergeMethod):
@@ -153,14 +157,14 @@ class PaperODEMerge(MergeMethod):
         return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep nothing: a state with a running average, as :class:`~lightning_odem.ODEMerge` writes it, is dropped.
+        """Keep nothing: a state that :class:`~lightning_odem.ODEMerge` of this or an earlier version wrote is dropped.
 
-        So a stream of that method can go on with this one, whose merges would leave the average behind.
+        So a stream of that method can go on with this one, whose merges would leave its sums behind.
 
         Raises:
-            ValueError: If a state without one was written by another method.
+            ValueError: If another method wrote the state.
         """
-        super().load_state_dict({} if "average" in state else state)
+        super().load_state_dict({} if state.keys() == ODE_STATE or is_earlier_ode_state(state) else state)
 
     def _rule(self) -> Solver:
         """One step of the path."""
@@ -177,3 +181,8 @@ class PaperODEMerge(MergeMethod):
             return scaled_time(t, self.search_to)
         # A task without weight changes nothing.
         return t if self.operating_time == "utility" or t == 0.0 else float(self.operating_time)
+
+
+def is_earlier_ode_state(state: dict[str, Any]) -> bool:
+    """Whether a state was written by the ODEMerge of version 0.4 or before."""
+    return "average" in state and state.keys() <= EARLIER_ODE_STATE

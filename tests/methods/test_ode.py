@@ -225,8 +225,13 @@ def test_a_state_of_an_earlier_version_is_dropped(problem):
     assert method.state_dict() == {}
 
 
+def test_an_average_of_another_method_is_not_taken_for_an_earlier_version():
+    with pytest.raises(ValueError, match="the stream's state has: average, shares, factors"):
+        ODEMerge().load_state_dict({"average": {}, "shares": [1.0], "factors": []})
+
+
 def test_the_state_of_another_method_is_refused():
-    with pytest.raises(ValueError, match="the stream's state has: scale, norms|keeps mean, sums and concentration"):
+    with pytest.raises(ValueError, match="the stream's state has: scale, norms"):
         ODEMerge().load_state_dict({"scale": 1.0, "norms": [1.0]})
 
 

@@ -368,6 +368,15 @@ def test_an_average_that_the_flow_would_leave_behind_is_dropped():
     assert method.state_dict() == {}
 
 
+def test_a_stream_of_the_default_goes_on_with_the_papers_flow():
+    method = PaperODEMerge()
+    state = {"mean": {"weight": torch.ones(2)}, "sums": {}, "concentration": 1.0, "scale": 0.5}
+    method.load_state_dict(state)
+    assert method.state_dict() == {}
+    with pytest.raises(ValueError, match="keeps no state"):
+        method.load_state_dict({"average": {}, "shares": [1.0], "factors": []})
+
+
 def test_the_state_of_another_method_is_refused():
     with pytest.raises(ValueError, match="PaperODEMerge keeps no state, but the stream has one: scale, norms"):
         PaperODEMerge().load_state_dict({"scale": 1.0, "norms": []})
