@@ -23,6 +23,7 @@ from lightning_odem.guards import FreshStart, check_no_spawning, check_trainer, 
 from lightning_odem.measurement import Measurement
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
+from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.metrics import check_weights
 from lightning_odem.naming import file_name, next_task_name, next_task_weight
@@ -444,7 +445,7 @@ class ContinualMergeCallback(L.Callback):
 
     @property
     def _needs_samples(self) -> bool:
-        return "calibration" in self.method.needs or self.batch_norm == "recalibrate"
+        return bool(SAMPLE_NEEDS & self.method.needs) or self.batch_norm == "recalibrate"
 
     def _load_method(self) -> None:
         """Take the method to where the stream is."""

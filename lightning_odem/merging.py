@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_odem.batch_norm import BatchNormStatistics
-from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
 from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.flow import NonFiniteLossError
+from lightning_odem.input_moments import input_moments
+from lightning_odem.linear_layers import inputs_first, linear_layers, number_of_groups
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
 from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.sharding import check_sharding
@@ -48,6 +50,10 @@ class Calibration:
         """The calibration loss as a function of the vector."""
         return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
 
+    def batches_of(self, task: str) -> Iterator[MicroBatch]:
+        """The samples of a task, of which the buffer may hold none."""
+        return self.buffer.micro_batches_of(task, self.batch_size) if self.buffer.counts.get(task) else iter(())
+
     @torch.no_grad()
     def store_logits(self, task: str) -> None:
         """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
@@ -60,8 +66,7 @@ class Calibration:
         """
         if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
             return
-        pieces = self.buffer.micro_batches_of(task, self.batch_size)
-        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in pieces])
+        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in self.batches_of(task)])
         if not logits.float().logsumexp(1).isfinite().all():
             raise NonFiniteLossError("a logit of the incoming model is not finite", 0, 0.0)
         self.buffer.store_logits(task, logits)
@@ -149,6 +154,7 @@ def merging(
     vector = ParameterVector(module, exclude)
     if vector.shards is not None:
         check_sharding(method)
+    layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     incoming_statistics = statistics.read()
     objective = calibration.objective(vector) if calibration else None
@@ -163,6 +169,9 @@ def merging(
             with undisturbed(module):
                 if calibration is not None:
                     calibration.store_logits(task)
+                moments = {}
+                if calibration is not None and "input_moments" in method.needs:
+                    moments = input_moments(layers, calibration.batches_of(task), calibration.batch_loss)
                 if merged is not None:
                     statistics.interpolate(merged, t)
                 context = MergeContext(
@@ -170,6 +179,7 @@ def merging(
                     shapes=[tuple(shape) for shape in vector.shapes],
                     base=vector.gather(base) if "base" in method.needs else None,
                     calibration=objective if "calibration" in method.needs else None,
+                    input_moments=moments,
                     second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
                     snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
                     if "snapshots" in method.needs
@@ -177,6 +187,8 @@ def merging(
                     task_data=task_data,
                     on_step=on_step,
                     shards=vector.shards,
+                    groups=number_of_groups(layers),
+                    transposed=inputs_first(layers),
                 )
                 if merged is None:
                     result = method.start(incoming, context)
@@ -245,11 +257,12 @@ def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: Tr
     sources = {
         "base": (base, "the base model"),
         "calibration": (calibration, "calibration samples and a module with a loss"),
+        "input_moments": (calibration, "calibration samples and a module with a loss"),
         "second_moments": (trace.second_moments, "the optimizer's second moments at the end of the training"),
         "snapshots": (trace.snapshots, "weights from the training run (which a run of one step does not have)"),
         "task_data": (trace.batches is not None, "the task's training data and a module with a loss"),
     }
-    missing = [what for need, (there, what) in sources.items() if need in method.needs and not there]
+    missing = dict.fromkeys(what for need, (there, what) in sources.items() if need in method.needs and not there)
     if missing:
         raise ValueError(
             f"Merge method {method_name(method)!r} needs {' and '.join(missing)}, which this merge does not have. "

@@ -13,7 +13,16 @@ from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.prediction_loss import EntropyLoss, LogitsLoss
 from lightning_odem.flow import NonFiniteLossError, integrate
 from lightning_odem.merging import Calibration, merging
-from lightning_odem.methods import AverageMerge, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
+from lightning_odem.methods import (
+    AverageMerge,
+    ClosedFormMerge,
+    IsotropicMerge,
+    MergeMethod,
+    MergeResult,
+    ODEMerge,
+    PaperODEMerge,
+    TaskSingularVectorsMerge,
+)
 from lightning_odem.parameters import ParameterVector
 from lightning_odem.snapshot import take_snapshot
 
@@ -526,3 +535,118 @@ def test_logits_that_cannot_be_had_leave_module_and_samples_as_they_were(failure
     assert same(bits(module), before)
     assert training_flags(module) == flags
     assert buffer.without_logits() == ["new"]
+
+
+class Looking(MergeMethod):
+    """Keeps the contexts it is given."""
+
+    def __init__(self, *needs):
+        self.needs, self.contexts = frozenset(needs), []
+
+    def start(self, incoming, context):
+        return self.merge(incoming, incoming, 1.0, context)
+
+    def merge(self, merged, incoming, t, context):
+        self.contexts.append(context)
+        return MergeResult(merged)
+
+
+def test_input_moments_are_those_of_the_incoming_model_on_its_own_samples():
+    method = Looking("input_moments")
+    for merged in (None, take_snapshot(make_net(0))):
+        net = make_net(1).train()
+        calibration = make_calibration(net.predict)
+        merge(net, method, merged=merged, calibration=calibration, exclude=("head",))
+        net = make_net(1).eval()
+        [samples] = calibration.buffer.micro_batches_of("new", 100)
+        found = method.contexts[-1].input_moments
+        assert found.keys() == {"body.weight"}
+        inputs = samples.samples[0]
+        torch.testing.assert_close(found["body.weight"][0], inputs.T @ inputs / len(inputs))
+        assert method.contexts[-1].calibration is None
+
+
+def test_input_moments_see_the_incoming_models_statistics():
+    method, net, before = Looking("input_moments"), make_net(1), make_net(0)
+    calibration = make_calibration(net.predict)
+    merge(net, method, merged=take_snapshot(before), calibration=calibration)
+    net = make_net(1).eval()
+    [samples] = calibration.buffer.micro_batches_of("new", 100)
+    hidden = net["norm"](net["body"](samples.samples[0])).tanh().detach()
+    torch.testing.assert_close(method.contexts[-1].input_moments["head.weight"][0], hidden.T @ hidden / len(hidden))
+
+
+def test_input_moments_are_collected_only_for_methods_that_need_them():
+    net, method = make_net(1), Looking("calibration")
+    merge(net, method, merged=take_snapshot(make_net(0)), calibration=make_calibration(net.predict))
+    assert method.contexts[-1].input_moments == {}
+
+
+def test_a_task_without_samples_has_no_input_moments():
+    net, method = make_net(1), Looking("input_moments")
+    calibration = make_calibration(net.predict)
+    buffer = CalibrationBuffer(10)
+    buffer.add("old", (torch.ones(3, 3), torch.ones(3, 1)))
+    calibration = Calibration(buffer, calibration.batch_loss)
+    merge(net, method, merged=take_snapshot(make_net(0)), calibration=calibration)
+    assert method.contexts[-1].input_moments == {}
+
+
+def test_moments_cannot_be_measured_without_samples():
+    with pytest.raises(ValueError, match="'closed_form' needs calibration samples and a module with a loss, which"):
+        merge(make_net(1), ClosedFormMerge(measured=0.5), merged=take_snapshot(make_net(0)))
+    with pytest.raises(ValueError, match="needs calibration samples and a module with a loss, which"):
+        merge(make_net(1), Looking("input_moments", "calibration"), merged=take_snapshot(make_net(0)))
+
+
+def test_a_pass_that_fails_while_moments_are_measured_leaves_the_incoming_model():
+    net, calibration = make_net(1), make_calibration(None)
+    before = bits(net)
+    with pytest.raises(TypeError, match="not callable"):
+        merge(net, ClosedFormMerge(measured=0.5), merged=take_snapshot(make_net(0)), calibration=calibration)
+    assert same(bits(net), before)
+    assert not net["body"]._forward_pre_hooks
+
+
+def test_methods_learn_of_groups_and_of_weights_stored_by_inputs():
+    method = Looking()
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), torch.compile(nn.Conv1d(4, 4, 1)))
+    merge(net, method)
+    assert method.contexts[-1].groups == {"0.weight": 2}
+    assert method.contexts[-1].transposed == {"1.weight"}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ClosedFormMerge(measured=0.5), lambda: IsotropicMerge(1.0), TaskSingularVectorsMerge]
+)
+def test_transformers_conv1d_merges_as_the_linear_layer_of_its_transpose(make):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+
+    def twins(seed):
+        torch.manual_seed(seed)
+        ours = nn.Sequential()
+        ours.add_module("c_attn", pytorch_utils.Conv1D(12, 4))
+        ours.add_module("c_proj", pytorch_utils.Conv1D(2, 12))
+        for parameter in ours.parameters():
+            parameter.data.normal_()
+        theirs = nn.Sequential()
+        theirs.add_module("c_attn", nn.Linear(4, 12))
+        theirs.add_module("c_proj", nn.Linear(12, 2))
+        for name, parameter in theirs.named_parameters():
+            parameter.data.copy_(ours.get_parameter(name).T if name.endswith("weight") else ours.get_parameter(name))
+        return ours.double(), theirs.double()
+
+    merged = []
+    for side in range(2):
+        method, snapshot, base = make(), None, take_snapshot(twins(9)[side])
+        for number in range(3):
+            net = twins(number)[side]
+            calibration = make_calibration(lambda x, net=net: net(x).sum(1, keepdim=True), FP64, columns=4)
+            settings = {"task": "new", "t": 1 / (number + 1), "merged": snapshot, "base": base}
+            with merging(net, method, calibration=calibration, **settings) as made:
+                snapshot = made.snapshot()
+        merged.append(snapshot)
+    assert merged[0].keys() == merged[1].keys()
+    for name, found in merged[0].items():
+        expected = merged[1][name]
+        torch.testing.assert_close(found, expected.T if name.endswith("weight") else expected)

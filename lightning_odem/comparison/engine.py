@@ -18,6 +18,7 @@ from lightning_odem.folding import Folding
 from lightning_odem.measurement import load_task_parameters
 from lightning_odem.merging import check_needs
 from lightning_odem.methods import MergeMethod
+from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.report import StreamReport
 from lightning_odem.stream import Task
@@ -98,7 +99,7 @@ def run_cell(
             own[name] = model.own
             load_task_parameters(module, model.own)
             samples = None
-            if "calibration" in method.needs or bench.settings.batch_norm == "recalibrate":
+            if SAMPLE_NEEDS & method.needs or bench.settings.batch_norm == "recalibrate":
                 samples = folding.draw(tasks[name].calibration_dataset(), weight)
             with peak_memory(trainer.strategy.root_device) as peak:
                 record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))

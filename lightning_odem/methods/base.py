@@ -1,8 +1,8 @@
 """What a merge method is: one rule that turns merged and incoming weights into the next merged weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from lightning_odem.shards import Shards
     from lightning_odem.task_data import TaskData
 
-NEEDS = ("base", "calibration", "second_moments", "snapshots", "task_data")
+NEEDS = ("base", "calibration", "input_moments", "second_moments", "snapshots", "task_data")
+SAMPLE_NEEDS = frozenset({"calibration", "input_moments"})
+"""Those of :data:`NEEDS` for which calibration samples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class MergeContext:
         base: The base model theta_base, shape [d] (need ``"base"``).
         calibration: Losses and gradients on the calibration buffer (need ``"calibration"``), see
             :class:`~lightning_odem.calibration.CalibrationObjective`.
+        input_moments: Second moments of the inputs of linear layers and convolutions in the incoming model, by name of
+            their weight and in the shape [groups, in, in], see
+            :func:`~lightning_odem.input_moments.input_moments` (need ``"input_moments"``). Parameters that are used
+            otherwise have none, and a task without calibration samples has none at all.
         second_moments: Adam's running mean of squared gradients at the end of the incoming model's training, shape
             [d]; NaN for parameters that the optimizer never stepped (need ``"second_moments"``).
         snapshots: Weights [d] at evenly spaced steps of the incoming model's training, the oldest first; neither its
@@ -38,17 +44,23 @@ class MergeContext:
             :class:`~lightning_odem.task_data.TaskData`.
         on_step: Told (steps done, steps in all) while a merge goes on.
         shards: How processes share the parameters; None where the vectors are whole.
+        groups: In how many groups the weights of grouped convolutions are, by name. Each group is a matrix of its own,
+            and they follow each other along the first dimension. Nothing is known of groups without a module.
+        transposed: Names of weights that are stored as [in, out] instead of [out, in].
     """
 
     names: list[str]
     shapes: list[tuple[int, ...]]
     base: Tensor | None = None
     calibration: "CalibrationObjective | None" = None
+    input_moments: Mapping[str, Tensor] = field(default_factory=dict)
     second_moments: Tensor | None = None
     snapshots: Sequence[Tensor] = ()
     task_data: "TaskData | None" = None
     on_step: Callable[[int, int], None] | None = None
     shards: "Shards | None" = None
+    groups: Mapping[str, int] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
     @property
     def local_shapes(self) -> list[tuple[int, ...]]:

@@ -136,10 +136,11 @@ class ExactStream(MergeMethod):
         self.complete(merged, context)
         for kept, found in zip((self._mean, self._sums), self._of(model, context), strict=True):
             for key, tensor in found.items():
-                if kept[key].shape != tensor.shape:
+                if key not in kept or kept[key].shape != tensor.shape:
+                    there = f"kept {key} in shape {tuple(kept[key].shape)}" if key in kept else f"not kept {key}"
                     raise ValueError(
-                        f"{type(self).__name__} has kept {key} in shape {tuple(kept[key].shape)}, the model gives "
-                        f"{tuple(tensor.shape)}."
+                        f"{type(self).__name__} has {there}, the model gives {tuple(tensor.shape)}. The state is that "
+                        "of other layers, or of a version that merged them otherwise."
                     )
                 found[key] = kept[key].lerp(tensor, t)
             kept.update(found)

@@ -96,8 +96,8 @@ class IsotropicMerge(ExactStream):
 
     def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
         """Flatten the matrices of the sum."""
-        for _, rows, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
-            matrix.copy_(flatten_spectrum(matrix, rows, context.sum_).mul_(self.tasks))
+        for part, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
+            matrix.copy_(flatten_spectrum(matrix, part.rows, context.sum_).mul_(self.tasks))
         scale = self.scale
         if isinstance(scale, str):
             scale = float(sums[NORM]) / (self._norm(mean, context) or 1.0)

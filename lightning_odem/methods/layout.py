@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,7 +30,8 @@ def weight_matrices(
     """Names of the parameters that are weight matrices: at least two dimensions, out x (everything else), both above 1.
 
     So a convolution counts as the matrix [out, in * kh * kw], while a position embedding [1, n, d] and a layer of one
-    output are vectors. Shapes cannot tell an embedding table [n, d] from a linear layer; ``layers`` can.
+    output are vectors. Of a grouped convolution each group is a matrix, so a depth-wise one holds vectors, as far as
+    the context knows of the groups. Shapes cannot tell an embedding table [n, d] from a linear layer; ``layers`` can.
 
     Args:
         context: Names and shapes of the merged parameters.
@@ -49,7 +51,9 @@ def weight_matrices(
     names = [
         name
         for name, shape in zip(context.names, context.shapes, strict=True)
-        if len(shape) >= 2 and min(shape[0], math.prod(shape[1:])) > 1 and (convolutions or len(shape) == 2)
+        if len(shape) >= 2
+        and min(shape[0] // context.groups.get(name, 1), math.prod(shape[1:])) > 1
+        and (convolutions or len(shape) == 2)
     ]
     if layers is None:
         return names
@@ -73,30 +77,69 @@ def matrices(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> I
         context.on_step(len(names), len(names))
 
 
-PACKED = ("in_proj_weight", "qkv.weight")
-"""How the names end of attention weights [3 * d, d] that hold the layers of queries, keys and values."""
+PACKED = ("in_proj_weight", "qkv.weight", "c_attn.weight")
+"""How the names end of attention weights that hold the layers of queries, keys and values, side by side."""
+
+
+class Part(NamedTuple):
+    """A matrix within a parameter.
+
+    Args:
+        key: The name of the parameter, followed by the number where it holds several matrices.
+        name: The name of the parameter.
+        number: Which of the parameter's matrices this is.
+        rows: Number of rows, of which a process that has shards may hold a part.
+    """
+
+    key: str
+    name: str
+    number: int
+    rows: int
 
 
 def parts(
-    context: MergeContext, names: Sequence[str], *vectors: Tensor
-) -> Iterator[tuple[str, int, tuple[Tensor, ...]]]:
-    """Walk through weight matrices as :func:`matrices`, each packed attention weight as the three that it holds.
+    context: MergeContext, names: Sequence[str], *vectors: Tensor, outputs_first: bool = False
+) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
+    """Walk through weight matrices as :func:`matrices`, those apart that one parameter holds.
 
-    So a network merges alike however its attention is written.
+    A packed attention weight holds two or three layers, and a grouped convolution a matrix for each group. So a network
+    merges alike however its layers are written.
+
+    Args:
+        context: Names, shapes, groups and transposed weights.
+        names: The parameters.
+        *vectors: Flat vectors.
+        outputs_first: Give matrices [out, in] also of weights that are stored as [in, out]. Of those a process that has
+            shards would hold columns.
 
     Yields:
-        A key, the name of the parameter and in packed ones the number of the part; the number of rows of the whole
-        matrix; and the views [rows, columns], of a matrix that processes share those of this process's rows.
+        The part; and its views [rows, columns], of a matrix that processes share those of this process's rows.
     """
     whole = dict(zip(context.names, context.shapes, strict=True))
     for name, views in zip(names, matrices(context, names, *vectors), strict=True):
-        total = whole[name][0]
-        number = 3 if name.endswith(PACKED) and total % 3 == 0 else 1
-        size, first = total // number, 0 if context.shards is None else context.shards.first_row(name)
-        for index in range(number):
-            begin, end = (min(max(row - first, 0), len(views[0])) for row in (index * size, (index + 1) * size))
-            key = name if number == 1 else f"{name}:{index}"
-            yield key, size, tuple(view[begin:end] for view in views)
+        rows, columns = whole[name][0], math.prod(whole[name][1:])
+        transposed, groups = name in context.transposed, context.groups.get(name, 1)
+        layers = _packed_layers(name, *((columns, rows) if transposed else (rows, columns))) if groups == 1 else 1
+        # Groups lie along the first dimension, layers along the outputs.
+        down, across = (groups, layers) if transposed else (groups * layers, 1)
+        height, width = rows // down, columns // across
+        first = 0 if context.shards is None else context.shards.first_row(name)
+        for index in range(down * across):
+            row, column = divmod(index, across)
+            begin, end = (min(max(edge - first, 0), len(views[0])) for edge in (row * height, (row + 1) * height))
+            cut = [view[begin:end, column * width : (column + 1) * width] for view in views]
+            key = name if down * across == 1 else f"{name}:{index}"
+            flip = transposed and outputs_first
+            yield Part(key, name, index, height), tuple(view.T if flip else view for view in cut)
+
+
+def _packed_layers(name: str, outputs: int, inputs: int) -> int:
+    """How many layers a parameter holds side by side, as its name and shape tell."""
+    if not name.endswith(PACKED):
+        return 1
+    if name.endswith("c_attn.weight"):  # of keys and values only, where queries come from elsewhere
+        return outputs // inputs if outputs in (2 * inputs, 3 * inputs) else 1
+    return 3 if outputs % 3 == 0 else 1
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

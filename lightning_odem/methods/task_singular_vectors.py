@@ -88,8 +88,9 @@ class TaskSingularVectorsMerge(MergeMethod):
         self._average.move(incoming, t, context)
         self._average.write_(theta, context)
         names = weight_matrices(context, self.layers)
-        for key, _, (matrix, base) in parts(context, names, theta, context.base):
-            found = [(share, task[key]) for share, task in zip(self._shares, self._factors, strict=True) if key in task]
+        for part, (matrix, base) in parts(context, names, theta, context.base):
+            tasks = zip(self._shares, self._factors, strict=True)
+            found = [(share, task[part.key]) for share, task in tasks if part.key in task]
             matrix.copy_(base + self.scale * count * joined(found).to(base))
         return MergeResult(theta)
 
@@ -121,8 +122,8 @@ class TaskSingularVectorsMerge(MergeMethod):
         names = weight_matrices(context, self.layers)
         update = model - context.base
         return {
-            key: _triple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
-            for key, _, (matrix,) in parts(context, names, update)
+            part.key: _triple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
+            for part, (matrix,) in parts(context, names, update)
         }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_odem.division import Division
 from lightning_odem.folding import Folding
 from lightning_odem.methods import MergeMethod
+from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.offline.folded_files import Incoming
 from lightning_odem.offline.model_files import ModelFiles
 from lightning_odem.parameters import canonical_name
@@ -88,7 +89,7 @@ class FoldedStream:
         self._folding = Folding(
             model, method, base=self._base, exclude=tuple(exclude), batch_norm=batch_norm, **options
         )
-        self._draws = "calibration" in method.needs or batch_norm == "recalibrate"
+        self._draws = bool(SAMPLE_NEEDS & method.needs) or batch_norm == "recalibrate"
         for task in tasks:  # bad data of the last task is found before the first merge
             task.prepare_data()
             task.setup("fit")

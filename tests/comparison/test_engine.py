@@ -8,7 +8,7 @@ from images import make_backbone, make_model, make_stream, make_trainer
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.comparison import Comparison
-from lightning_odem.methods import AverageMerge, MergeMethod, ODEMerge
+from lightning_odem.methods import AverageMerge, ClosedFormMerge, MergeMethod, ODEMerge
 
 OPTIONS = {"methods": ["average", "ode"], "orders": 2, "weighting": ["uniform", "dirichlet"]}
 OPTIONS |= {"calibration_sizes": [24], "seeds": [3]}
@@ -45,10 +45,13 @@ def test_every_method_merges_every_stream_of_the_same_fine_tuned_models(tmp_path
     assert {"cells.csv", "accuracies.csv", "comparison.txt", "radar.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+METHODS = ["average", "ode", "ode_paper", "trm_style", "second_moment", ClosedFormMerge(measured=0.5)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["average", "ode", "ode_paper", "trm_style", "second_moment"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_cell_is_the_stream_that_the_callback_merges(tmp_path, method):
-    cell = compare(tmp_path, methods=[method], orders=1, weighting=["uniform"], seeds=[0], joint=False).cells[0]
+    cell = compare(tmp_path, methods={"it": method}, orders=1, weighting=["uniform"], seeds=[0], joint=False).cells[0]
     stream = make_stream()
     torch.manual_seed(0)
     merge = ContinualMergeCallback(method=method, calibration_size=24, dirpath=str(tmp_path / "run"))

@@ -34,9 +34,9 @@ def make_context(base, shapes=SHAPES, **settings):
     return MergeContext(list(shapes), list(shapes.values()), base=base, **settings)
 
 
-def merge_stream(method, base, models, weights=None, shapes=SHAPES):
+def merge_stream(method, base, models, weights=None, shapes=SHAPES, **settings):
     """The merged model after each task."""
-    context = make_context(base, shapes)
+    context = make_context(base, shapes, **settings)
     weights = weights or [1.0] * len(models)
     merged = [method.start(models[0].clone(), context).theta.clone()]
     for k in range(1, len(models)):

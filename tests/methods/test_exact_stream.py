@@ -170,6 +170,35 @@ def test_packed_attention_merges_as_the_three_layers_it_holds(make, one_shot):
 
 
 @both
+@pytest.mark.parametrize("convolved", ["conv.weight", "qkv.weight"])
+def test_a_grouped_convolution_merges_as_the_convolutions_it_holds(make, one_shot, convolved):
+    apart, packed = {f"{part}.weight": (4, 2, 3) for part in range(3)}, {convolved: (12, 2, 3)}
+    base, models = make_models(3, shapes=apart)
+    expected = merge_stream(make(), base, models, WEIGHTS[:3], apart)[-1]
+    found = merge_stream(make(), base, models, WEIGHTS[:3], packed, groups={convolved: 3})[-1]
+    torch.testing.assert_close(found, expected)
+
+
+@both
+def test_a_depthwise_convolution_is_averaged(make, one_shot):
+    shapes = {"conv.weight": (6, 1, 3)}
+    base, models = make_models(3, shapes=shapes)
+    merged = merge_stream(make(), base, models, WEIGHTS[:3], shapes, groups={"conv.weight": 6})[-1]
+    torch.testing.assert_close(merged, mean(models, WEIGHTS[:3]))
+
+
+@both
+@pytest.mark.parametrize("name", ["c_attn.weight", "c_fc.weight"])
+def test_a_weight_stored_by_inputs_merges_as_its_transpose(make, one_shot, name):
+    stored, turned = {name: (4, 12)}, {name: (12, 4)}
+    base, models = make_models(3, shapes=stored)
+    found = merge_stream(make(), base, models, WEIGHTS[:3], stored, transposed=frozenset(stored))[-1]
+    turn = [model.view(4, 12).T.reshape(-1) for model in (base, *models)]
+    expected = merge_stream(make(), turn[0], turn[1:], WEIGHTS[:3], turned)[-1]
+    torch.testing.assert_close(found.view(4, 12).T, expected.view(12, 4))
+
+
+@both
 def test_a_layer_that_no_task_has_moved_stays(make, one_shot):
     base, models = make_models(3)
     for model in models:
@@ -206,5 +235,7 @@ def test_another_shape_is_refused_by_name():
     method = ClosedFormMerge()
     method.start(models[0], make_context(base))
     other = {**SHAPES, "wide.weight": (12, 4), "wide.bias": (4,)}
+    with pytest.raises(ValueError, match=r"has not kept cross/conv.weight:0, the model gives \(3, 12\)"):
+        method.merge(models[0].clone(), models[1], 0.5, make_context(base, groups={"conv.weight": 2}))
     with pytest.raises(ValueError, match=r"wide.weight in shape \(4, 12\), the model gives \(12, 4\)"):
         method.merge(models[0].clone(), models[1], 0.5, make_context(base, other))

@@ -16,7 +16,7 @@ from toy import Classifier, Task, close, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli import main
-from lightning_odem.methods import MergeMethod, MergeResult, OPCMMerge
+from lightning_odem.methods import ClosedFormMerge, MergeMethod, MergeResult, OPCMMerge
 from lightning_odem.offline.command import merge_checkpoints, task_names
 from lightning_odem.stream import DigitsStream
 
@@ -321,6 +321,13 @@ def test_options_come_from_a_file_and_methods_with_settings(capsys):
         assert json.loads(file.metadata()["settings"])["alpha"] == 0.125
 
 
+def test_moments_cannot_be_measured_on_files_alone():
+    three("a.pt", "b.pt")
+    method = ClosedFormMerge(measured=0.5)
+    with pytest.raises(ValueError, match="'closed_form' needs calibration samples .* model and data bring samples"):
+        merge_checkpoints(["a.pt", "b.pt"], "merged.safetensors", method, save("base.pt", state(9)))
+
+
 def test_a_refusal_is_one_message_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["merge", *three("a.pt"), "none.pt", "--output", "merged.safetensors"])
@@ -381,6 +388,28 @@ def test_ode_equals_what_the_callback_made_of_the_same_models_and_samples(stream
     module = TaskClassifier.load_from_checkpoint("merged.ckpt")
     assert same(dict(module.state_dict()), found)
     assert list(module.heads) == ["rotated", "inverted"]
+
+
+@pytest.mark.slow
+def test_moments_are_measured_on_the_samples_of_the_stream(stream):
+    folder, _ = stream
+    found = {}
+    for measured in (0.0, 1.0):
+        config = {
+            "method": {"class_path": "lightning_odem.methods.ClosedFormMerge", "init_args": {"measured": measured}},
+            "model": {"class_path": "TaskClassifier", "init_args": SMALL},
+            "data": {"class_path": "DigitsStream", "init_args": {"tasks": ["rotated", "inverted"]}},
+            "base": str(folder / "base.pt"),
+            "output": f"{measured}.safetensors",
+        }
+        pathlib.Path("merge.yaml").write_text(yaml.safe_dump(config))
+        main(["merge", str(folder / "rotated.ckpt"), str(folder / "inverted.ckpt"), "--config", "merge.yaml"])
+        found[measured] = load_file(f"{measured}.safetensors")
+    assert json.loads(safe_open("1.0.safetensors", "pt").metadata()["settings"])["measured"] == 1.0
+    matrices = {name for name, tensor in found[0.0].items() if "blocks" in name and tensor.dim() == 2}
+    changed = {name for name, tensor in found[0.0].items() if not torch.equal(tensor, found[1.0][name])}
+    assert matrices <= changed
+    assert not any(name.endswith("bias") for name in changed)
 
 
 @pytest.mark.slow
