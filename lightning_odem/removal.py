@@ -24,7 +24,7 @@ from lightning_odem.parameters import canonical_name, check_same_shapes, is_excl
 from lightning_odem.processes import Processes
 from lightning_odem.report import StreamReport
 from lightning_odem.rundir import RunDirectory
-from lightning_odem.shards import find_shards
+from lightning_odem.shards import find_shards, reshard
 from lightning_odem.snapshot import Snapshot, take_snapshot
 from lightning_odem.state import StreamState
 from lightning_odem.weights import read_file
@@ -172,6 +172,7 @@ def names_to_keep(module: nn.Module, patterns: tuple[str, ...], batch_norm: str)
 
 def fingerprint_to_keep(module: nn.Module, names: Mapping[str, Sequence[str]]) -> str | None:
     """What a stream notes of a fine-tuned model to know it again; None of one that several processes share."""
+    reshard(module)
     named = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
     return None if find_shards(named) else fingerprint({name: named[name] for name in names["parameters"]})
 

@@ -8,15 +8,19 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from job import run_job
 from safetensors.torch import save_file
 from torch import nn
 from toy import Classifier, Failing, Incoming, Task, accuracy, close, everything, fit, make_trainer, same
 
 from lightning_odem import AverageMerge, ContinualMergeCallback
+from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.durable import StreamInUseError, StreamLock
 from lightning_odem.methods import ClosedFormMerge, IsotropicMerge, TaskArithmeticMerge
-from lightning_odem.removal import moved_names, read_model, take_out
+from lightning_odem.removal import moved_names, read_model, remove_task, take_out
 from lightning_odem.report import StreamReport
+from lightning_odem.rundir import RunDirectory
+from lightning_odem.state import StreamState
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -452,3 +456,12 @@ def test_a_removal_that_fails_leaves_the_stream_as_it_was():
     assert json.dumps(stream.merge.report.as_dict()) == before
     assert same(stream.merge._state.merged, merged)
     assert same(Stream(method=Clumsy()).merge._state.merged, merged)
+
+
+@pytest.mark.slow
+def test_in_a_job_of_several_processes_it_is_refused_in_all():
+    for raised in run_job(
+        remove_task, 2, RunDirectory(None), StreamState(CalibrationBuffer()), AverageMerge(), "a", {}
+    ):
+        assert raised.kind == "RuntimeError"
+        assert "A task is taken out by one process" in raised.message
