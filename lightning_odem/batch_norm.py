@@ -37,6 +37,11 @@ class BatchNormStatistics:
             if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_excluded(name, exclude)
         }
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the statistics."""
+        return [f"{name}.{key}" for name in self._layers for key in _STATISTICS]
+
     def read(self) -> list[Tensor]:
         """Copies of the module's statistics."""
         return [value.clone() for key in _STATISTICS for value in self._all(key)]

@@ -24,6 +24,7 @@ from lightning_odem.measurement import Measurement
 from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.methods.base import SAMPLE_NEEDS
+from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.metrics import check_weights
 from lightning_odem.naming import file_name, next_task_name, next_task_weight
@@ -32,6 +33,7 @@ from lightning_odem.processes import Processes
 from lightning_odem.progress import progress
 from lightning_odem.publication import publish
 from lightning_odem.random_state import RandomStream, load_random_state, take_random_state
+from lightning_odem.removal import Model, fingerprint_to_keep, names_to_keep, remove_task
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.rescue import rescuing
 from lightning_odem.restoration import is_ready, restore_task_parameters
@@ -181,6 +183,8 @@ class ContinualMergeCallback(L.Callback):
         self._collection: Collection | None = None
         self._random = RandomStream()
         self._taken_up = False  # from the directory, and not fitted on yet
+        self._is_fitting = False
+        self._handed_out: tuple[Any, str] = (None, "")
         self._went_on = False
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
@@ -209,6 +213,7 @@ class ContinualMergeCallback(L.Callback):
             if name in self.report.tasks:
                 self._measurement.remember(name, task)
             else:
+                self._handed_out = (task, name)
                 yield task
 
     def table(self, width: int | None = None) -> str:
@@ -226,6 +231,40 @@ class ContinualMergeCallback(L.Callback):
         assert self._state.merged is not None, "there is a task, so there was a merge"
         restore_task_parameters(module, self._state.fixed | self._state.task_parameters[task])
         load_snapshot(module, self._state.merged, self.division.shared(module))
+
+    def remove(self, task: str, model: Model) -> None:
+        """Take a task out of the stream: the merged model is that of the other tasks, up to rounding.
+
+        Nothing is trained and no samples are needed. The removal is written as a merge is, in one step; besides it the
+        last generation of the state and older files of the directory still hold the task. :meth:`load_task` writes the
+        merged weights into a module. Tasks merged later count as if the task had never been there; it may be merged
+        again itself, under the same name, as :meth:`remaining` will have it.
+
+        Nothing is measured: the report says which of its numbers are of models with the task. Batch-norm statistics
+        are put right where they are averaged; kept or recalibrated ones stay. Method ``"ode"`` takes the last scale,
+        without gradient flow, until the next merge.
+
+        Args:
+            task: Name of the task.
+            model: The fine-tuned model that it was merged with, which the stream does not keep: a checkpoint as
+                ``ModelCheckpoint`` writes it at the end of the training or another file of weights, a module, or
+                tensors by name. Another model is refused where the stream knows the right one, see
+                :func:`~lightning_odem.removal.read_model`.
+
+        Raises:
+            ValueError: If there is no such task or no other one with a weight, if the method cannot take it out or has
+                not merged the whole stream, or if the model is not the one that was merged.
+            StreamInUseError: If another process fits a task of the stream.
+            RuntimeError: In the middle of a fit, and in a job of several processes.
+        """
+        if self._is_fitting:
+            raise RuntimeError(f"Task {task!r} cannot be taken out of the stream while a task is fitted.")
+        try:
+            self._state = remove_task(self._directory, self._state, self.method, task, model)
+            self.last_merged_path = self.report.merges[-1].checkpoint
+            self._measurement.forget(task)
+        finally:
+            self._load_method()
 
     def load_base(self, module: nn.Module) -> None:
         """Write the base model's weights into a module of the same architecture.
@@ -250,6 +289,7 @@ class ContinualMergeCallback(L.Callback):
         """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
         self._stage = stage
         if stage == "fit":
+            self._is_fitting = True
             check_trainer(trainer, self)
             self._fresh_start.prepare(trainer)
             self._resumed = self._trained = self._measured = False
@@ -350,6 +390,8 @@ class ContinualMergeCallback(L.Callback):
         trace = self._collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
+        names = names_to_keep(pl_module, self.division.patterns(pl_module), self.batch_norm)
+        digest = fingerprint_to_keep(pl_module, names)
         own = take_snapshot(pl_module, self.division.task_specific(pl_module))
         task_parameters = {**state.task_parameters, task: own}
         with (
@@ -390,6 +432,9 @@ class ContinualMergeCallback(L.Callback):
                 ),
                 started={},
                 random=self._random.after_merge(state.random),
+                names=names,
+                settings=describe_method(self.method),
+                fingerprints={**state.fingerprints, **({task: digest} if digest else {})},
             )
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
@@ -402,10 +447,12 @@ class ContinualMergeCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let other processes go on with the stream."""
+        self._is_fitting = False
         self._directory.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let other processes go on with the stream."""
+        self._is_fitting = False
         self._directory.release()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -506,8 +553,11 @@ class ContinualMergeCallback(L.Callback):
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state = self._state
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        task = next_task_name(datamodule, self.report.tasks)
-        weight = next_task_weight(self.weights, datamodule, self.report.tasks, task)
+        handed_out, name = self._handed_out
+        default = name if handed_out is datamodule and name not in self.report.tasks else None
+        task = next_task_name(datamodule, self.report.tasks, default)
+        removed = [record.task for record in self.report.removed]
+        weight = next_task_weight(self.weights, datamodule, self.report.tasks, task, removed)
         operating_time([*self.report.weights, weight])  # refuses what is no utility
         self.division.check(module)
         is_shared = self.division.shared(module)

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``fit_tasks``, ``compare``, ``trajectory`` and ``schedule``; and ``merge``."""
+"""The command line: LightningCLI with ``fit_tasks``, ``compare`` and others; ``merge`` and ``remove`` beside it."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 import lightning_odem  # noqa: F401 (registers the short class names that a YAML may use)
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.offline import command as merge_command
+from lightning_odem.offline import removal_command
 from lightning_odem.stream import TaskStream
 from lightning_odem.trainer import ContinualTrainer
 
@@ -49,7 +50,7 @@ class ContinualCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> ContinualCLI | None:
-    """Run the command line; ``fit_tasks --help`` and ``merge --help`` say what there is.
+    """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` say what there is.
 
     Classes in the current directory can be named in a YAML by their path, as with ``python -m``.
 
@@ -62,6 +63,9 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
     if given[:1] == ["merge"]:
         merge_command.main(given[1:])
         return None
+    if given[:1] == ["remove"]:
+        removal_command.main(given[1:])
+        return None
     return ContinualCLI(
         L.LightningModule,
         TaskStream,
@@ -71,7 +75,10 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        parser_kwargs={"epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help"},
+        parser_kwargs={
+            "epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help. To take a task "
+            "out of a stream: lightning-odem remove --help"
+        },
         args=args,
     )
 

@@ -30,6 +30,7 @@ class Measurement:
         # Loaders of the user, so never part of a checkpoint.
         self._found: dict[str, Iterable | None] = {}
         self._checked: dict[str, Iterable] = {}
+        self._remembered: set[str] = set()
         self._division = division
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
@@ -43,7 +44,15 @@ class Measurement:
 
     def remember(self, task: str, datamodule: L.LightningDataModule) -> None:
         """Measure a task merged earlier on the data of its datamodule, unless the user chose other data."""
-        self.given.setdefault(task, datamodule)
+        if task not in self.given:
+            self.given[task] = datamodule
+            self._remembered.add(task)
+
+    def forget(self, task: str) -> None:
+        """Measure a task that was taken out on its own data if it comes again, unless the user chose other data."""
+        if task in self._remembered:
+            self.given.pop(task, None)
+            self._remembered.discard(task)
 
     def warn_of_missing(self, tasks: Iterable[str]) -> None:
         """Say so if tasks merged in another process cannot be measured in this one."""

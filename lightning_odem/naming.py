@@ -7,8 +7,8 @@ from typing import Any
 Weights = Mapping[str, float] | Sequence[float] | None
 
 
-def next_task_name(datamodule: Any, tasks: Sequence[str]) -> str:
-    """The datamodule's ``task_name``, else ``task_<number>``.
+def next_task_name(datamodule: Any, tasks: Sequence[str], default: str | None = None) -> str:
+    """The datamodule's ``task_name``, else ``default``, else ``task_<number>``.
 
     Raises:
         ValueError: If a task of that name has been merged already.
@@ -17,7 +17,7 @@ def next_task_name(datamodule: Any, tasks: Sequence[str]) -> str:
         >>> next_task_name(None, ["task_1"])
         'task_2'
     """
-    name = str(getattr(datamodule, "task_name", f"task_{len(tasks) + 1}"))
+    name = str(getattr(datamodule, "task_name", default or f"task_{len(tasks) + 1}"))
     if name in tasks:
         raise ValueError(
             f"Task {name!r} has been merged already, as task {list(tasks).index(name) + 1} of {len(tasks)}. Give each "
@@ -26,11 +26,13 @@ def next_task_name(datamodule: Any, tasks: Sequence[str]) -> str:
     return name
 
 
-def next_task_weight(weights: Weights, datamodule: Any, tasks: Sequence[str], name: str) -> float:
+def next_task_weight(
+    weights: Weights, datamodule: Any, tasks: Sequence[str], name: str, removed: Sequence[str] = ()
+) -> float:
     """The weight given for a task by name or position, else the datamodule's ``task_weight``, else 1.
 
     Raises:
-        ValueError: If weights are given but none for this task.
+        ValueError: If weights are given but none for this task, or by position after tasks were taken out.
 
     Example:
         >>> next_task_weight({"digits": 2.0}, None, [], "digits"), next_task_weight([1.0, 3.0], None, ["a"], "b")
@@ -42,6 +44,11 @@ def next_task_weight(weights: Weights, datamodule: Any, tasks: Sequence[str], na
         if name not in weights:
             raise ValueError(f"No weight for task {name!r}; weights are given for {', '.join(weights)}.")
         return float(weights[name])
+    if removed:
+        raise ValueError(
+            f"Tasks were taken out of the stream ({', '.join(removed)}), so the position of {name!r} does not tell "
+            "which of the weights is its own. Give weights by name."
+        )
     if len(tasks) >= len(weights):
         raise ValueError(f"No weight for task {len(tasks) + 1} ({name!r}); {len(weights)} weights are given.")
     return float(weights[len(tasks)])

@@ -1,5 +1,8 @@
 """The directory a stream lives in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,54 @@ class RunDirectory:
                 self._lock.acquire()
                 remove_drafts(self._lock.path.parents[1])
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the stream in a block that is no fit.
+
+        Raises:
+            StreamInUseError: If one is at work on it.
+        """
+        assert self._lock is not None, "the directory is known"
+        self._lock.acquire()
+        try:
+            remove_drafts(self.at(""))
+            yield
+        finally:
+            self._lock.release()
+
+    @property
+    def holds_stream(self) -> bool:
+        """Whether there is a state on disk."""
+        return self._store is not None and self._store.number is not None
+
+    def read(self, like: StreamState) -> StreamState:
+        """The state on disk, with the settings of the one in memory that it does not have itself."""
+        before, stored = self._number, self.load()
+        assert stored is not None, "there is one"
+        state = replace(like, buffer=like.buffer.copy())
+        state.load_state_dict(stored)
+        if self._number == before:
+            state.random = like.random  # a process knows its own by identity
+        return state
+
+    def at(self, name: str) -> Path:
+        """The path of a file in the directory."""
+        assert self._directory is not None, "the directory is known"
+        return self._directory / name
+
+    def rewrite(self, state: StreamState) -> None:
+        """Write a state between two fits, whole as it is, and the report.
+
+        Raises:
+            OSError: If it cannot be written; the state before is still there.
+        """
+        assert self._store is not None, "the directory is known"
+        self._store.save(state.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.map(self._store.map)
+        self._save_report(state.report, self.at(""), first_path=len(state.report.merges))
+
     def release(self) -> None:
         """Let other processes go on with the stream."""
         if self._lock is not None:
@@ -102,15 +153,16 @@ class RunDirectory:
         newer = None
         number = trainer.strategy.broadcast(self._store.number)
         if resumed or number != self._number or number is None:
-            held, newer = self._held(number)
-            same = held == state.report.tasks
+            report, newer = self._held(number)
+            held, known = report.tasks, state.report.tasks
+            same = held == known and len(report.removed) == len(state.report.removed)
             # The process that wrote the checkpoint may have merged the task that it had begun.
-            again = state.dirpath == str(self._directory) and held == [*state.report.tasks, state.started.get("task")]
-            further = not resumed and number is not None and held[: len(state.report.tasks)] == state.report.tasks
+            again = state.dirpath == str(self._directory) and held == [*known, state.started.get("task")]
+            further = not resumed and number is not None and _goes_on(report, state.report)
             if held and not (same or again or further):
                 raise MisconfigurationException(
                     f"{self._directory} holds another stream already (tasks merged there: {', '.join(held)}; in this "
-                    f"stream: {', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one "
+                    f"stream: {', '.join(known) or 'none'}). Choose another dirpath, or move that one "
                     "away."
                 )
             newer = newer if further and not same else None
@@ -153,13 +205,7 @@ class RunDirectory:
         They can be written again from the state, so that a full disk is no reason to stop.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            try:
-                save(report, self.path, first_path=-1)
-            except OSError as error:
-                rank_zero_warn(
-                    f"The last task is merged and kept, but its report could not be written: {error}. The next merge, "
-                    "or remaining() of the callback, writes it."
-                )
+            self._save_report(report, self.path, first_path=-1)
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:
@@ -167,10 +213,10 @@ class RunDirectory:
         if self._directory is None or not report.tasks:
             return
         try:
-            written = _tasks_in(self._directory)
+            written = _report_in(self._directory)
         except ValueError:
-            written = []
-        if written != report.tasks:
+            written = StreamReport()
+        if written.tasks != report.tasks or len(written.removed) != len(report.removed):
             rank_zero_info(f"The report in {self._directory} is behind the stream and written again.")
             remove_drafts(self._directory)
             save(report, self._directory)
@@ -182,14 +228,23 @@ class RunDirectory:
         self._store = StreamStore(directory / "stream")
         self._lock = StreamLock(directory / "stream" / "lock")
 
-    def _held(self, number: int | None) -> tuple[list[str], dict[str, Any] | None]:
-        """Tasks of the stream that the directory holds, and its state."""
+    def _save_report(self, report: StreamReport, directory: Path, first_path: int) -> None:
+        try:
+            save(report, directory, first_path=first_path)
+        except OSError as error:
+            rank_zero_warn(
+                f"The stream is written and kept, but its report could not be written: {error}. The next merge, or "
+                "remaining() of the callback, writes it."
+            )
+
+    def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None]:
+        """Report of the stream that the directory holds, and its state."""
         assert self._directory is not None, "opened"
         if number is None:
-            return _tasks_in(self._directory), None
+            return _report_in(self._directory), None
         state = self.load()
         assert state is not None, "it has a number"
-        return state["report"]["tasks"], state
+        return StreamReport.from_dict(state["report"]), state
 
 
 def _make_next_version(root: Path) -> Path:
@@ -205,7 +260,14 @@ def _make_next_version(root: Path) -> Path:
         return path
 
 
-def _tasks_in(path: Path) -> list[str]:
-    """Tasks in the report of a directory; those of one that was written without a state, too."""
+def _goes_on(newer: StreamReport, older: StreamReport) -> bool:
+    """Whether a stream may be an older one that was taken further; tasks that were taken out of it do not tell."""
+    gone = {record.task for record in newer.removed}
+    known, found = ([task for task in report.tasks if task not in gone] for report in (older, newer))
+    return len(newer.removed) >= len(older.removed) and found[: len(known)] == known
+
+
+def _report_in(path: Path) -> StreamReport:
+    """The report of a directory, also of one that was written without a state; an empty one where there is none."""
     report = path / "report.json"
-    return StreamReport.load(report).tasks if report.exists() else []
+    return StreamReport.load(report) if report.exists() else StreamReport()

@@ -32,6 +32,11 @@ class StreamState:
         random: The random state after the last merge under ``state``, under ``began`` the digest of the one in which
             the stream's first process began, and under ``reseeded`` whether random numbers were drawn or seeds set
             between two tasks. Empty before the first merge.
+        names: Which tensors of the merged model a merge moves: ``parameters``, frozen ones too, and ``statistics`` of
+            batch norm where they are averaged. Empty in states of earlier versions.
+        settings: Name and arguments of the method of the last merge, see
+            :func:`~lightning_odem.methods.describe.describe_method`. Empty likewise.
+        fingerprints: SHA-256 of these tensors of each task's fine-tuned model, as far as they are known.
     """
 
     buffer: CalibrationBuffer
@@ -44,6 +49,9 @@ class StreamState:
     dirpath: str | None = None
     started: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def own_names(self) -> set[str]:
@@ -86,7 +94,7 @@ class StreamState:
         if state["version"] != 1:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
         for name in _PLAIN:
-            setattr(self, name, {"random": {}, "fixed": {}, **state}[name])  # which older states lack
+            setattr(self, name, {**dict.fromkeys(_NEWER, {}), **state}[name])
         self.started = dict(state["started"])
         self.buffer.load_state_dict(state["buffer"])
         self.report = StreamReport.from_dict(deepcopy(state["report"]))
@@ -94,6 +102,9 @@ class StreamState:
 
 # What is replaced as a whole, never changed in place.
 _PLAIN = tuple(entry.name for entry in fields(StreamState) if entry.name not in ("buffer", "report", "started"))
+
+# What states of earlier versions lack.
+_NEWER = ("random", "fixed", "names", "settings", "fingerprints")
 
 
 def _changed(value: Any, change: Callable[[Snapshot], Snapshot]) -> Any:

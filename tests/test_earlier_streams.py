@@ -67,7 +67,8 @@ def test_goes_on_with_a_stream_of_an_earlier_version(folder, small_stream):
 
     assert fitted == ["task_3"]
     assert merge.report.merges[-1].t == 0.5  # 3 / (1 + 2 + 3)
-    assert merge.report.accuracy[1] == accuracies and len(merge.report.accuracy[2]) == 3
+    assert merge.report.accuracy[1] == accuracies
+    assert len(merge.report.accuracy[2]) == 3
     again = ContinualMergeCallback(method=method, calibration_size=16, dirpath="stream_dir")
     assert again.report.tasks == ["task_1", "task_2", "task_3"]
 

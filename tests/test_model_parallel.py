@@ -1,6 +1,7 @@
 """Streams whose parameters two processes share (FSDP2 by ModelParallelStrategy), beside those that each holds whole."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_files_hold_whole_tensors(directory):
         content = torch.load(directory / kind / "merged-03-task_3.ckpt", weights_only=True)
         resumed = torch.load(directory / f"{kind}-0.pt")["resumed"]
         assert all(torch.equal(content["state_dict"][name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_single_process_takes_a_task_out_of_a_stream_of_shards(directory, tmp_path):
+    for kind in ("whole", "shards"):
+        shutil.copytree(directory / kind, tmp_path / kind)
+        merge = ContinualMergeCallback(ODEMerge(descent=0.01), dirpath=str(tmp_path / kind), calibration_size=12)
+        before = merge.state_dict()
+        # Of shards no fingerprint is kept.
+        assert list(before["fingerprints"]) == (merge.report.tasks if kind == "whole" else [])
+        model = {name: tensor + 0.25 for name, tensor in before["base"].items()}
+        if kind == "whole":
+            with pytest.raises(ValueError, match="was merged with another model"):
+                merge.remove("task_2", model)
+            continue
+        merge.remove("task_2", model)
+        mean = merge.state_dict()["method"]["mean"]
+        for name, kept in before["method"]["mean"].items():
+            torch.testing.assert_close(mean[name], (3 * kept - 0.25) / 2)
+        content = torch.load(merge.last_merged_path, weights_only=True)["state_dict"]
+        assert same(content, merge.state_dict()["merged"])
 
 
 def test_a_single_process_goes_on_with_a_stream_of_shards(directory, monkeypatch, without_figures):

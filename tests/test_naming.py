@@ -23,6 +23,18 @@ def test_a_task_cannot_come_twice():
         next_task_name(SimpleNamespace(task_name="b"), ["a", "b", "c"])
 
 
+def test_a_task_in_its_place_of_a_list_has_the_name_of_the_place_unless_it_has_its_own():
+    assert next_task_name(None, ["task_2", "task_3"], "task_1") == "task_1"
+    assert next_task_name(SimpleNamespace(task_name="digits"), ["task_2"], "task_1") == "digits"
+
+
+def test_once_tasks_were_taken_out_a_position_is_no_weight():
+    assert next_task_weight({"b": 2.0}, None, ["a"], "b", ["c"]) == 2.0
+    assert next_task_weight(None, None, ["a"], "b", ["c"]) == 1.0
+    with pytest.raises(ValueError, match=r"out of the stream \(c\), so the position of 'b' does not tell"):
+        next_task_weight([1.0, 2.0], None, ["a"], "b", ["c"])
+
+
 @pytest.mark.parametrize(
     ("weights", "datamodule", "expected"),
     [

@@ -202,6 +202,12 @@ class CalibrationBuffer:
         other._tasks = dict(self._tasks)
         return other
 
+    def without(self, task: str) -> "CalibrationBuffer":
+        """A copy without a task's samples; their places go to the tasks that are added later."""
+        other = self.copy()
+        other._tasks.pop(task, None)
+        return other
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain containers, loadable with ``weights_only=True``."""
         return {

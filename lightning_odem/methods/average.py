@@ -21,3 +21,7 @@ class AverageMerge(MergeMethod):
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Interpolate in the memory of ``merged``."""
         return MergeResult(merged.lerp_(incoming, t))
+
+    def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
+        """The mean of the other models, (merged - share withdrawn) / (1 - share), in the memory of ``merged``."""
+        return MergeResult(merged.lerp_(withdrawn, -share / (1.0 - share)))

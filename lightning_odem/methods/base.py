@@ -47,6 +47,7 @@ class MergeContext:
         groups: In how many groups the weights of grouped convolutions are, by name. Each group is a matrix of its own,
             and they follow each other along the first dimension. Nothing is known of groups without a module.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
+        shares: Where a task is taken out, the shares of all tasks in the stream, which sum to 1.
     """
 
     names: list[str]
@@ -61,6 +62,7 @@ class MergeContext:
     shards: "Shards | None" = None
     groups: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    shares: Sequence[float] = ()
 
     @property
     def local_shapes(self) -> list[tuple[int, ...]]:
@@ -133,6 +135,29 @@ class MergeMethod(ABC):
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """Take in the first task's model; Psi_1 = psi_1 unless a method says otherwise."""
         return MergeResult(incoming)
+
+    def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
+        """Take a task out of the merged model again: what is left is that of the other tasks, up to rounding.
+
+        Args:
+            merged: The merged model, shape [d]. The method may overwrite it and return it.
+            withdrawn: The model that the task was merged with, shape [d]. Not to be modified. Another one cannot be
+                told from it, and spoils what is left.
+            share: What the task's utility weight is of the sum of all weights, in [0, 1).
+            context: The base model, if the method declared that it needs it; nothing else.
+
+        Raises:
+            ValueError: If the method cannot, as by default.
+        """
+        from lightning_odem.methods.registry import METHODS, method_name  # which imports all methods
+
+        able = [
+            name for name, rule in METHODS.items() if getattr(rule, "remove", None) not in (None, MergeMethod.remove)
+        ]
+        raise ValueError(
+            f"Merge method {method_name(self)!r} cannot take a task out again: what it makes of the others depends on "
+            f"it. Methods that can are {', '.join(able)}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """State to keep from merge to merge: tensors on the CPU, numbers and strings in plain containers.

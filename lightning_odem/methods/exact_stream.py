@@ -1,5 +1,6 @@
 """Rules that depend on the tasks through sums alone, kept as running sums."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors
+from lightning_odem.methods.linalg import norm
 
 Sums = dict[str, Tensor]
 
@@ -74,16 +76,50 @@ class ExactStream(MergeMethod):
         return MergeResult(incoming if self.tasks == 1.0 else self.read(context))
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
-        """Subtract what a task added, and read the merged model of the others."""
-        self._move(withdrawn, -share / (1.0 - share), merged, context)
-        # Of a single task left it is 1, up to rounding.
-        self._concentration = min((self._concentration - share**2) / (1.0 - share) ** 2, 1.0)
-        return MergeResult(self.read(context))
+        """Subtract what a task added, and read the merged model of the others.
+
+        Raises:
+            ValueError: If the sums do not hold the tasks one by one: with ``recursion``, or where another method merged
+                some of them; or if the merged model is not what this method reads from them, for its settings.
+        """
+        if share == 0.0:
+            return MergeResult(merged)
+        self.check_tasks(context)
+        self.complete(merged, context)
+        # Merges on another device round otherwise, no more.
+        if self.tasks != 1.0 and norm(self.read(context).sub_(merged)) > 0.01 * norm(self.mean(context)):
+            raise ValueError(
+                f"{type(self).__name__} does not read the stream's merged model from its sums: the model was merged "
+                "with other settings. Give the method those."
+            )
+        self.subtract(merged, withdrawn, share, context)
+        return MergeResult(self.model_mean(context) if self.tasks == 1.0 else self.read(context))
 
     def add(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> None:
         """Take a model [d] into the sums at operating time ``t``; ``merged`` stands for what they do not know yet."""
         self._move(incoming, t, merged, context)
         self._concentration = (1.0 - t) ** 2 * self._concentration + t**2
+
+    def subtract(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> None:
+        """Take a model [d] out of the sums; ``merged`` stands for what they do not know."""
+        self._move(withdrawn, -share / (1.0 - share), merged, context)
+        left = (self._concentration - share**2) / (1.0 - share) ** 2
+        # Of a single task left it is 1, up to rounding.
+        self._concentration = 1.0 if left > 1.0 - 1e-9 else left
+
+    def check_tasks(self, context: MergeContext) -> None:
+        """See that the sums hold the tasks one by one, each with its share, so that one can be taken out.
+
+        Raises:
+            ValueError: If they do not, as far as their number tells.
+        """
+        expected = math.fsum(share**2 for share in context.shares) or self._concentration
+        if self.recursion or not self._mean or not math.isclose(self._concentration, expected, rel_tol=1e-6):
+            raise ValueError(
+                f"{type(self).__name__} cannot take a task out: its sums do not hold the tasks of the stream one by "
+                "one. Another method has merged some of them, or one that feeds the merged model back in "
+                "(recursion=True)."
+            )
 
     def complete(self, merged: Tensor, context: MergeContext) -> None:
         """Take what the sums do not know yet to be as in the merged model [d]."""
@@ -103,6 +139,11 @@ class ExactStream(MergeMethod):
         for name, piece in tensors(mean, context).items():
             piece.copy_(self._mean[name])
         return mean
+
+    def model_mean(self, context: MergeContext) -> Tensor:
+        """The mean of the tasks' models [d], a new vector."""
+        assert context.base is not None, "declared in needs"
+        return self.mean(context).add_(context.base)
 
     def state_dict(self) -> dict[str, Any]:
         """The mean task vector, the other sums and the sum of the squared shares; empty before the first task."""

@@ -105,6 +105,25 @@ class ODEMerge(MergeMethod):
         path.end(t, _finite(objective.loss(theta), "the loss of the new merged model"))
         return MergeResult(theta, path)
 
+    def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
+        """Subtract the task from the sums and read the path of the others at the last scale, without samples.
+
+        If the merged model was nearer to the running average than to that point, it is the average of the others. What
+        the gradient flow had added is lost: it was found with the task. The next merge searches and flows again.
+
+        Raises:
+            ValueError: If the sums do not hold the tasks one by one, as of a stream that another method began.
+        """
+        if share == 0.0:
+            return MergeResult(merged)
+        self._sums.check_tasks(context)
+        self._sums.complete(merged, context)
+        is_average = self._is_average(merged, context)
+        self._sums.subtract(merged, withdrawn, share, context)
+        if is_average or self._sums.tasks == 1.0:
+            return MergeResult(self._sums.model_mean(context))
+        return MergeResult(self._point(context))
+
     def state_dict(self) -> dict[str, Any]:
         """The sums and the last scale; empty before the first task."""
         state = self._sums.state_dict()
@@ -129,15 +148,8 @@ class ODEMerge(MergeMethod):
         self, point: Tensor, path: Trajectory, objective: CalibrationObjective, context: MergeContext
     ) -> Tensor:
         """The point of lowest loss on the path, or the running average if that is better; ``point`` is overwritten."""
-        assert context.base is not None, "declared in needs"
-        average = self._sums.mean(context)
-        average_loss = objective.loss(average.add_(context.base))
-        del average
-        start = self._sums.read(context)
-        direction = torch.zeros_like(start)
-        for begin, along, base in matrices(context, weight_matrices(context), start, direction, context.base):
-            along.copy_(begin).sub_(base)
-            begin.copy_(base)
+        average_loss = objective.loss(self._sums.model_mean(context))
+        start, direction = self._path(context)
         bracket = Bracket(
             lambda scale: objective.loss(torch.add(start, direction, alpha=scale, out=point)),
             self._scale or 1.0,
@@ -149,10 +161,34 @@ class ODEMerge(MergeMethod):
         path.scale, path.scale_loss, path.average_loss = bracket.scales, bracket.losses, [average_loss]
         if average_loss < lowest:
             path.scale_taken = [0.0]
-            return start.copy_(context.base).add_(self._sums.mean(context))
+            return start.copy_(self._sums.model_mean(context))
         self._scale = bracket.lowest
         path.scale_taken = [bracket.lowest]
         return start.add_(direction, alpha=bracket.lowest)
+
+    def _path(self, context: MergeContext) -> tuple[Tensor, Tensor]:
+        """Where the path begins and, for scale 1, how far it leads: two new vectors [d]."""
+        assert context.base is not None, "declared in needs"
+        start = self._sums.read(context)
+        direction = torch.zeros_like(start)
+        for begin, along, base in matrices(context, weight_matrices(context), start, direction, context.base):
+            along.copy_(begin).sub_(base)
+            begin.copy_(base)
+        return start, direction
+
+    def _point(self, context: MergeContext) -> Tensor:
+        """The point of the path at the last scale [d]."""
+        start, direction = self._path(context)
+        return start.add_(direction, alpha=self._scale or 1.0)
+
+    def _is_average(self, merged: Tensor, context: MergeContext) -> bool:
+        """Whether the last merge took the running average: the flow from there has not led as far as to the path."""
+        if self._scale is None:
+            return True
+        to_point, to_average = (
+            norm(taken.sub_(merged)) for taken in (self._point(context), self._sums.model_mean(context))
+        )
+        return to_average < to_point
 
     def _flow(
         self,
@@ -191,8 +227,7 @@ class ODEMerge(MergeMethod):
 
     def _distance(self, incoming: Tensor, context: MergeContext) -> float:
         """Distance of the incoming model from the mean of those before, root mean square per weight."""
-        assert context.base is not None, "declared in needs"
-        before = self._sums.mean(context).add_(context.base)
+        before = self._sums.model_mean(context)
         size = len(incoming) if context.shards is None else sum(map(math.prod, context.shapes))
         return norm(incoming - before, context.sum_) / max(size, 1) ** 0.5
 

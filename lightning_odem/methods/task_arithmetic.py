@@ -68,3 +68,10 @@ class TaskArithmeticMerge(MergeMethod):
         if self.recursion == "utility":
             return MergeResult(merged.lerp_(torch.lerp(context.base, incoming, self.scale), t))
         return MergeResult(merged.add_(incoming - context.base, alpha=self.scale))
+
+    def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
+        """Subtract the task vector in the memory of ``merged``."""
+        assert context.base is not None, "declared in needs"
+        if self.recursion == "utility":
+            return MergeResult(merged.lerp_(torch.lerp(context.base, withdrawn, self.scale), -share / (1.0 - share)))
+        return MergeResult(merged.sub_(withdrawn - context.base, alpha=self.scale))

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,22 @@ class MergeRecord:
 
 
 @dataclass
+class RemovalRecord:
+    """One task that was taken out of a stream again.
+
+    Args:
+        task: Its name.
+        weight: The utility weight that it had.
+        measured_with: Tasks of the stream that were merged after it: what was measured after their merges is of models
+            that it was part of.
+    """
+
+    task: str
+    weight: float
+    measured_with: list[str]
+
+
+@dataclass
 class StreamReport:
     """Everything measured on a stream so far; ``report.json`` is this object.
 
@@ -87,7 +103,11 @@ class StreamReport:
         pretrained: Accuracy of the base model on each task.
         fine_tuned: Accuracy of each incoming model on its own task.
         before_training: Accuracy on each task of the merged model as it was before that task was trained.
-        merges: One record per merge.
+        merges: One record per merge. After a removal the checkpoint of the last one is that of the model without the
+            task.
+        removed: One record per task that was taken out again. Nothing else of it is left in the report, and nothing is
+            measured at a removal: the last row of ``accuracy`` is of the model before it, if that task is in its
+            ``measured_with``.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -97,6 +117,7 @@ class StreamReport:
     fine_tuned: list[float] = field(default_factory=list)
     before_training: list[float] = field(default_factory=list)
     merges: list[MergeRecord] = field(default_factory=list)
+    removed: list[RemovalRecord] = field(default_factory=list)
 
     def with_merge(
         self, record: MergeRecord, *, weight: float, accuracy: list[float], **measured: float
@@ -110,7 +131,21 @@ class StreamReport:
             **measured: ``pretrained``, ``fine_tuned`` and ``before_training`` of the task.
         """
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
-        return StreamReport(**{name: [*getattr(self, name), value] for name, value in added.items()})
+        return replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()})
+
+    def without(self, task: str) -> "StreamReport":
+        """A report without the row and the column of a task, and with a note of it; this one stays as it is."""
+        gone = self.tasks.index(task)
+        names = [entry.name for entry in fields(self) if entry.name != "removed"]
+        left: dict[str, list] = {name: _without(getattr(self, name), gone) for name in names}
+        left["accuracy"] = [_without(row, gone) for row in left["accuracy"]]
+        # Names mean the tasks as they are now: one that comes again is measured anew.
+        before = [
+            replace(record, measured_with=[name for name in record.measured_with if name != task])
+            for record in self.removed
+        ]
+        note = RemovalRecord(task, self.weights[gone], self.tasks[gone + 1 :])
+        return StreamReport(**left, removed=[*before, note])
 
     def matrix(self) -> Tensor:
         """Accuracy matrix a_{k,i} of shape [K, K], fp64, NaN above the diagonal."""
@@ -148,8 +183,10 @@ class StreamReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
         """Rebuild a report from :meth:`as_dict` or from the parsed ``report.json``."""
+        data = {"removed": [], **data}  # which older reports lack
         values = {entry.name: data[entry.name] for entry in fields(cls)}
         values["merges"] = [MergeRecord(**record) for record in values["merges"]]
+        values["removed"] = [RemovalRecord(**record) for record in values["removed"]]
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -187,3 +224,7 @@ class StreamReport:
         if not weights.any():
             return math.nan
         return metric(*(tensor(values, dtype=float64) for values in accuracies), weights).item()
+
+
+def _without(values: list, index: int) -> list:
+    return values[:index] + values[index + 1 :]

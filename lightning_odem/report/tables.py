@@ -3,6 +3,7 @@
 import math
 from io import StringIO
 from statistics import fmean
+from textwrap import fill
 
 from rich.box import Box
 from rich.cells import cell_len
@@ -52,7 +53,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
         rows = [[label, *cells] for label, cells in zip(labels, body, strict=False)]
         if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
-    return render("Accuracy (%)", header, rows, width)
+    return render("Accuracy (%)", header, rows, width) + _removals(report, width)
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
@@ -76,6 +77,16 @@ def render_summary(report: StreamReport, width: int | None = None) -> str:
     if report.merges:
         parts.append(render_costs(report, width))
     return "\n".join(parts)
+
+
+def _removals(report: StreamReport, width: int) -> str:
+    """A line for each task that was taken out of the stream again."""
+    lines = [
+        f"Taken out: {record.task}."
+        + (f" It was in what was measured after {', '.join(record.measured_with)}." if record.measured_with else "")
+        for record in report.removed
+    ]
+    return "".join(f"\n{fill(line, width)}\n" for line in lines)
 
 
 def _accuracy_names(report: StreamReport, numbered: bool) -> tuple[list[str], list[str]]:

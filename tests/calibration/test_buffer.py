@@ -411,3 +411,14 @@ def test_a_choice_that_is_not_balanced_reads_no_label():
 def test_unknown_shares_are_refused():
     with pytest.raises(ValueError, match="Unknown shares 'fair'; there are quota, equal, utility"):
         CalibrationBuffer(shares="fair")
+
+
+def test_without_a_task_its_places_go_to_the_next_one():
+    buffer = CalibrationBuffer(6)
+    for name in "ab":
+        buffer.add(name, (torch.zeros(8, 2), torch.arange(8) % 2))
+    left = buffer.without("a")
+    assert left.counts == {"b": 3}
+    assert buffer.counts == {"a": 3, "b": 3}
+    left.add("c", (torch.zeros(8, 2), torch.arange(8) % 2))
+    assert left.counts == {"b": 3, "c": 3}

@@ -22,3 +22,11 @@ def test_the_merge_uses_the_memory_of_the_merged_model_only():
     assert result.theta is merged
     assert result.trajectory is None
     assert torch.equal(incoming, torch.ones(4))
+
+
+def test_a_model_taken_out_leaves_the_mean_of_the_others():
+    models = torch.randn(3, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    merged = weights @ models / 3.5
+    left = AverageMerge().remove(merged, models[1], 0.5 / 3.5, CONTEXT).theta
+    torch.testing.assert_close(left, (models[0] + 2.0 * models[2]) / 3.0)

@@ -239,3 +239,27 @@ def test_another_shape_is_refused_by_name():
         method.merge(models[0].clone(), models[1], 0.5, make_context(base, groups={"conv.weight": 2}))
     with pytest.raises(ValueError, match=r"wide.weight in shape \(4, 12\), the model gives \(12, 4\)"):
         method.merge(models[0].clone(), models[1], 0.5, make_context(base, other))
+
+
+@pytest.mark.parametrize("make", [IsotropicMerge, ClosedFormMerge])
+def test_when_one_task_is_left_the_model_is_its_own(make):
+    base, models = make_models(3)
+    method, context = make(), make_context(base)
+    merged = method.start(models[0].clone(), context).theta.clone()
+    for k in (1, 2):
+        merged = method.merge(merged, models[k], WEIGHTS[k] / sum(WEIGHTS[: k + 1]), context).theta
+    merged = method.remove(merged, models[1], WEIGHTS[1] / sum(WEIGHTS[:3]), context).theta
+    merged = method.remove(merged, models[0], WEIGHTS[0] / (WEIGHTS[0] + WEIGHTS[2]), context).theta
+    torch.testing.assert_close(merged, models[2])
+    torch.testing.assert_close(
+        method.merge(merged, models[0], 0.5, context).theta, merge_stream(make(), base, [models[2], models[0]])[-1]
+    )
+
+
+def test_a_task_without_a_share_is_taken_out_without_a_change():
+    base, models = make_models(3)
+    method, context = IsotropicMerge(), make_context(base)
+    merged = merge_stream(method, base, models)[-1]
+    state = method.state_dict()
+    assert torch.equal(method.remove(merged.clone(), models[0], 0.0, context).theta, merged)
+    assert method.state_dict()["mean"] is state["mean"]

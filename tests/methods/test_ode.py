@@ -249,3 +249,47 @@ def test_a_fall_is_weighed_by_shares_and_held_against_its_standard_error():
     falls_by = [0.2, 0.0, 0.1]  # mean 0.125; the three differ from it by 0.075, -0.125, -0.025
     error = math.sqrt(1.5 * sum((s * d) ** 2 for s, d in zip((0.5, 0.25, 0.25), (0.075, -0.125, -0.025), strict=True)))
     assert falls([1.0] * 3, [1.0 - fall for fall in falls_by], batches) == (error < 0.125)
+
+
+def taken_out(problem, method, gone, weights):
+    """The end of a stream, and what is left of it without a task; no samples are at hand."""
+    merged = problem.stream(method, weights)[-1].theta
+    shapes = [tuple(shape) for shape in problem.vector.shapes]
+    context = MergeContext(problem.vector.names, shapes, base=problem.base)
+    return merged, method.remove(merged.clone(), problem.models[gone], weights[gone] / sum(weights), context).theta
+
+
+@pytest.mark.parametrize("descent", [0.0, 0.006])
+@pytest.mark.parametrize("gone", range(3))
+def test_without_a_task_the_point_is_that_of_the_others_at_the_last_scale(problem, gone, descent):
+    method, weights = ODEMerge(descent=descent), (1.0, 1.5, 0.5)
+    _, left = taken_out(problem, method, gone, weights)
+    others = [index for index in range(3) if index != gone]
+    rule, t = IsotropicMerge(), weights[others[1]] / (weights[others[0]] + weights[others[1]])
+    start = rule.start(problem.models[others[0]], problem.context(1)).theta
+    at_1 = rule.merge(start.clone(), problem.models[others[1]], t, problem.context(2)).theta
+    scale = method.state_dict()["scale"]
+    pieces = (tensors(vector, problem.context(1)) for vector in (left, at_1, problem.base))
+    for found, expected, base in zip(*(piece.values() for piece in pieces), strict=True):
+        torch.testing.assert_close(found, base + scale * (expected - base) if expected.dim() == 2 else expected)
+
+
+def test_without_a_task_the_running_average_stays_one(problem):
+    """Where the last merge took it, though one before had found a scale."""
+    method = ODEMerge(descent=0.0)
+    problem.stream(method, (1.0, 1.0))
+    assert method.state_dict()["scale"]
+    average = sum(problem.models) / 3
+
+    def distance(scores, labels):
+        return (torch.cat([p.flatten() for p in problem.net.parameters()]) - average).square().sum()
+
+    merged = method.merge(average.clone(), problem.models[2], 1 / 3, problem.context(3, loss=distance))
+    assert merged.trajectory.scale_taken == [0.0]
+    left = method.remove(merged.theta.clone(), problem.models[0], 1 / 3, problem.context(3)).theta
+    torch.testing.assert_close(left, (problem.models[1] + problem.models[2]) / 2)
+
+
+def test_without_the_others_a_task_has_its_own_model(problem):
+    _, left = taken_out(problem, ODEMerge(), 0, (1.0, 2.0))
+    torch.testing.assert_close(left, problem.models[1])

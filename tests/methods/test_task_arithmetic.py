@@ -2,7 +2,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from vectors import make_models, merge_stream
+from vectors import make_context, make_models, merge_stream
 
 from lightning_odem.methods import AverageMerge, TaskArithmeticMerge
 
@@ -67,3 +67,13 @@ def test_the_order_of_the_tasks_does_not_matter(recursion):
 def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TaskArithmeticMerge(**settings)
+
+
+@pytest.mark.parametrize("recursion", ["utility", "sum"])
+def test_a_task_taken_out_leaves_the_model_of_the_others(recursion):
+    base, models = make_models(3)
+    weights = [1.0, 0.5, 2.0]
+    merged = merge_stream(TaskArithmeticMerge(0.3, recursion), base, models, weights)[-1]
+    left = TaskArithmeticMerge(0.3, recursion).remove(merged, models[1], 0.5 / 3.5, make_context(base)).theta
+    others = merge_stream(TaskArithmeticMerge(0.3, recursion), base, [models[0], models[2]], [1.0, 2.0])[-1]
+    torch.testing.assert_close(left, others)

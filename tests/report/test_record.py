@@ -5,7 +5,7 @@ import pytest
 from torch import nan, tensor
 from torch.testing import assert_close
 
-from lightning_odem.report import MergeRecord, StreamReport
+from lightning_odem.report import MergeRecord, RemovalRecord, StreamReport
 
 
 @pytest.fixture
@@ -123,3 +123,36 @@ def test_load_refuses_an_incomplete_accuracy_matrix(report: StreamReport, tmp_pa
 def test_load_of_a_missing_file_is_a_file_not_found_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         StreamReport.load(tmp_path / "report.json")
+
+
+def test_without_a_task_its_row_and_column_are_gone_and_a_note_is_left(report: StreamReport, tmp_path) -> None:
+    left = report.without("b")
+    assert (left.tasks, left.weights) == (["a", "c"], [2.0, 1.0])
+    assert left.accuracy == [[0.9], [0.6, 0.9]]
+    assert left.fine_tuned == [0.9, 0.95]
+    assert [record.task for record in left.merges] == ["a", "c"]
+    assert left.removed == [RemovalRecord("b", 1.0, ["c"])]
+    assert report.tasks == ["a", "b", "c"]
+    assert repr(StreamReport.load(left.save(tmp_path / "report.json"))) == repr(left)
+
+
+def test_a_note_names_tasks_that_are_there_as_they_were(report: StreamReport) -> None:
+    left = report.without("a").without("c")
+    assert left.removed == [RemovalRecord("a", 2.0, ["b"]), RemovalRecord("c", 1.0, [])]
+    again = left.with_merge(
+        MergeRecord("c", 0.5, "odem"),
+        weight=1.0,
+        accuracy=[0.5, 0.5],
+        pretrained=0.1,
+        fine_tuned=0.9,
+        before_training=nan,
+    )
+    assert (again.tasks, again.removed) == (["b", "c"], left.removed)
+
+
+def test_a_report_of_an_earlier_version_has_no_removals(report: StreamReport, tmp_path) -> None:
+    path = report.save(tmp_path / "report.json")
+    data = json.loads(path.read_text())
+    del data["removed"]
+    path.write_text(json.dumps(data))
+    assert StreamReport.load(path).removed == []

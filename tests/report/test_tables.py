@@ -140,3 +140,12 @@ def test_blocks_leave_out_models_that_have_nothing_in_them() -> None:
     assert "#16" in last
     assert "after #8 " not in last
     assert "after #9 " in last
+
+
+def test_tasks_that_were_taken_out_are_named_below() -> None:
+    report = make_report(20).without("task_c").without("task_t")
+    text = render_table(report, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    lines = text[text.index("Taken out") :].split("\n\n")
+    assert lines[0].replace("\n", " ").startswith("Taken out: task_c. It was in what was measured after task_d, task_e")
+    assert lines[1] == "Taken out: task_t.\n"
