@@ -4,7 +4,7 @@ Anything that maps images [B, C, H, W] to features [B, D] is a backbone. ``num_f
 size D, ``pretrained_cfg`` (timm's convention) the mean and standard deviation its inputs are normalised with. In YAML:
 
     model:
-      class_path: lightning_odem.classifier.TaskClassifier
+      class_path: lightning_odem.classifiers.classifier.TaskClassifier
       init_args:
         backbone:
           class_path: examples.cifar_resnet.CifarResNet

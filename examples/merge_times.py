@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader
 
-from lightning_odem.folding import Folding
 from lightning_odem.methods import DOPMerge, MergeMethod, NUFILTMerge, resolve_method
-from lightning_odem.snapshot import take_snapshot
+from lightning_odem.parameters.snapshot import take_snapshot
+from lightning_odem.stream.folding import Folding
 
 METHODS = {
     "average": "average",

@@ -6,8 +6,8 @@ Run it with ``python examples/plain_loop.py``; it takes about a minute on two CP
 import lightning as L
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
-from lightning_odem.pretraining import pretrain
-from lightning_odem.stream import DigitsStream
+from lightning_odem.classifiers.pretraining import pretrain
+from lightning_odem.tasks import DigitsStream
 
 
 def main() -> None:

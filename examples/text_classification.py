@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_odem import TaskClassifier
-from lightning_odem.clip.weights import require_transformers
-from lightning_odem.stream import Splits, Task, TaskStream
+from lightning_odem.classifiers.clip_weights import require_transformers
+from lightning_odem.tasks import Splits, Task, TaskStream
 
 MAX_TOKENS = 64
 

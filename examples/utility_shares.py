@@ -18,10 +18,10 @@ from rich.table import Table
 
 from lightning_odem import ContinualTrainer, TaskStream
 from lightning_odem.cli import ContinualCLI
-from lightning_odem.comparison import Comparison, StreamPlan, Workbench, run_comparison
 from lightning_odem.methods import resolve_method
 from lightning_odem.report.figures import COLORS, new_figure, open_frame
 from lightning_odem.report.tables import number, percent
+from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

@@ -9,8 +9,8 @@ import copy
 import lightning as L
 
 from lightning_odem import ContinualMergeCallback, ContinualTrainer, TaskClassifier
-from lightning_odem.pretraining import pretrain
-from lightning_odem.stream import DigitsStream
+from lightning_odem.classifiers.pretraining import pretrain
+from lightning_odem.tasks import DigitsStream
 
 TASKS = ["rotated", "inverted", "slanted"]
 

@@ -1,5 +1,5 @@
 """``python -m lightning_odem``: the command line."""
 
-from lightning_odem.cli import main
+from lightning_odem.cli.command_line import main
 
 main()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_odem.classifier import TaskClassifier
-from lightning_odem.weights import load_weights
+from lightning_odem.classifiers.classifier import TaskClassifier
+from lightning_odem.parameters.weights_file import load_weights
 
 CifarResNet = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "cifar_resnet.py"))["CifarResNet"]
 

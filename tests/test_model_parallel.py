@@ -11,8 +11,8 @@ import torch
 from toy import Classifier, Task, close, everything, fit, same
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.durable import StreamStore
 from lightning_odem.methods import ODEMerge
+from lightning_odem.stream.store import StreamStore
 
 pytestmark = pytest.mark.slow
 

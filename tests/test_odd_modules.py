@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import Classifier, Incoming, Task, close, everything, fit, make_trainer, same, weights
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.parameters import canonical_name
+from lightning_odem.parameters.vector import canonical_name
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.cli import main
-from lightning_odem.comparison import Comparison
+from lightning_odem.cli.command_line import main
+from lightning_odem.studies import Comparison
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from images import make_model, make_stream, make_trainer
 
-from lightning_odem.attach import attached
-from lightning_odem.comparison import Workbench
-from lightning_odem.comparison.finetuning import loader
-from lightning_odem.evaluation import accuracy
-from lightning_odem.measurement import load_task_parameters
-from lightning_odem.snapshot import load_snapshot
+from lightning_odem.parameters.snapshot import load_snapshot
+from lightning_odem.stream.attach import attached
+from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.measurement import load_task_parameters
+from lightning_odem.studies import Workbench
+from lightning_odem.studies.finetuning import loader
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "utility_shares.py"))
 SHARES = [0.0, 0.25, 1.0]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.process_part import Piece, shard, shard_each
 from lightning_odem.calibration.reduction import read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
-from lightning_odem.calibration.sharding import Piece, shard, shard_each
-from lightning_odem.parameters import NoGradientError, ParameterVector
-from lightning_odem.processes import Processes
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
 BatchLoss = Callable[[MicroBatch], Tensor]
 _T = TypeVar("_T")

@@ -9,8 +9,8 @@ from lightning_odem.calibration import batches
 from lightning_odem.calibration.distributions import entropy, kl_divergence
 from lightning_odem.calibration.loss import ModuleLoss, samples_on_device
 from lightning_odem.calibration.objective import BatchLoss
+from lightning_odem.calibration.prediction import predict
 from lightning_odem.calibration.samples import MicroBatch
-from lightning_odem.prediction import predict
 
 
 class ClassScores:

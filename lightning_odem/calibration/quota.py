@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_odem.largest import largest
+from lightning_odem.flow.largest import largest
 
 _ROUNDING = 1e-9
 

@@ -11,8 +11,8 @@ from lightning_odem.flow import Trajectory
 
 if TYPE_CHECKING:
     from lightning_odem.calibration import CalibrationObjective
-    from lightning_odem.shards import Shards
-    from lightning_odem.task_data import TaskData
+    from lightning_odem.calibration.task_data import TaskData
+    from lightning_odem.parameters.shards import Shards
 
 NEEDS = ("base", "calibration", "input_moments", "second_moments", "snapshots", "task_data")
 SAMPLE_NEEDS = frozenset({"calibration", "input_moments"})
@@ -34,14 +34,14 @@ class MergeContext:
             :class:`~lightning_odem.calibration.CalibrationObjective`.
         input_moments: Second moments of the inputs of linear layers and convolutions in the incoming model, by name of
             their weight and in the shape [groups, in, in], see
-            :func:`~lightning_odem.input_moments.input_moments` (need ``"input_moments"``). Parameters that are used
+            :func:`~lightning_odem.calibration.input_moments` (need ``"input_moments"``). Parameters that are used
             otherwise have none, and a task without calibration samples has none at all.
         second_moments: Adam's running mean of squared gradients at the end of the incoming model's training, shape
             [d]; NaN for parameters that the optimizer never stepped (need ``"second_moments"``).
         snapshots: Weights [d] at evenly spaced steps of the incoming model's training, the oldest first; neither its
             start nor its end is among them (need ``"snapshots"``).
         task_data: The incoming task's own training batches (need ``"task_data"``), see
-            :class:`~lightning_odem.task_data.TaskData`.
+            :class:`~lightning_odem.calibration.task_data.TaskData`.
         on_step: Told (steps done, steps in all) while a merge goes on.
         shards: How processes share the parameters; None where the vectors are whole.
         groups: In how many groups the weights of grouped convolutions are, by name. Each group is a matrix of its own,

@@ -31,7 +31,7 @@ class ClosedFormMerge(ExactStream):
     :class:`~lightning_odem.methods.ExactStream`, so the stream equals the one-shot solution in any order.
 
     With ``measured`` above 0 the moments are found in part by one pass of the incoming task's calibration samples
-    through its own model, see :func:`~lightning_odem.input_moments.input_moments`: :math:`C_k` is (1 - measured) times
+    through its own model, see :func:`~lightning_odem.calibration.input_moments`: :math:`C_k` is (1 - measured) times
     the guess plus measured times what was found, both of trace 1. A padded token counts as an input like any other.
     Only the guess is there for weights that are used without their layer being called, such as those within
     ``nn.MultiheadAttention``, for a task without samples, and for a merged model that counts as a task. The order of

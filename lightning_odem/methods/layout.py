@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_odem.methods.base import MergeContext
-from lightning_odem.parameters import is_excluded
+from lightning_odem.parameters.vector import is_excluded
 
 
 def tensors(vector: Tensor, context: MergeContext) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def weight_matrices(
 
     Args:
         context: Names and shapes of the merged parameters.
-        layers: Only those that match one of these patterns, see :func:`~lightning_odem.parameters.is_excluded`;
+        layers: Only those that match one of these patterns, see :func:`~lightning_odem.parameters.vector.is_excluded`;
             None takes all.
         convolutions: Whether parameters of more than two dimensions count.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_odem.flow import NonFiniteLossError, Trajectory, TransportField
 from lightning_odem.flow.constraints import project_
-from lightning_odem.largest import admit, largest
+from lightning_odem.flow.largest import admit, largest
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm

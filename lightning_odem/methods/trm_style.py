@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.subspace import Subspace, orthonormal
-from lightning_odem.task_data import TaskData
 
 
 def trajectory_subspace(

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, float64, tensor
 
-from lightning_odem.files import map_values, nan_to_none, none_to_nan, replacing
 from lightning_odem.metrics import (
     backward_transfer,
     forgetting,
     forward_transfer,
     weighted_accuracy,
 )
+from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
 
 
 @dataclass

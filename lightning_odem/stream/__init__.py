@@ -1,25 +1,15 @@
-"""Tasks as LightningDataModules, and streams of them."""
+"""A stream of merges: its state, one merge as a transaction, what is measured, and its directory."""
 
-from lightning_odem.stream.base import TaskStream
-from lightning_odem.stream.catalogue import SUITE_8, SUITE_14, SUITE_20
-from lightning_odem.stream.dataset import ArrayDataset
-from lightning_odem.stream.digits import DigitsStream
-from lightning_odem.stream.image_folder import ImageFolderStream
-from lightning_odem.stream.npz import NpzStream
-from lightning_odem.stream.splits import Splits
-from lightning_odem.stream.task import Task
-from lightning_odem.stream.torchvision_tasks import TorchvisionStream
+import warnings
+from typing import Any
 
-__all__ = [
-    "SUITE_8",
-    "SUITE_14",
-    "SUITE_20",
-    "ArrayDataset",
-    "DigitsStream",
-    "ImageFolderStream",
-    "NpzStream",
-    "Splits",
-    "Task",
-    "TaskStream",
-    "TorchvisionStream",
-]
+
+def __getattr__(name: str) -> Any:
+    # Until version 0.5 the tasks were here, and configurations name their classes; to be removed with version 0.8.
+    from lightning_odem import tasks
+
+    if name not in tasks.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"lightning_odem.stream.{name} is now lightning_odem.tasks.{name}; the old path goes with version 0.8."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return getattr(tasks, name)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 BF16, FP64 = torch.bfloat16, torch.float64
 SIZES = {"a": 7, "b": 3, "c": 5}

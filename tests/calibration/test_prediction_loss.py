@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
 from lightning_odem.calibration.loss import ModuleLoss
 from lightning_odem.calibration.prediction_loss import LOSSES, EntropyLoss, LogitsLoss, calibration_loss
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.stream.attach import attached
 
 FP64 = torch.float64
 INPUTS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from toy import make_trainer
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.scaling import LossScale, loss_scale
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 
 def make_objective(size, scale, autocast=True, dtype=torch.float32):

@@ -29,9 +29,9 @@ from lightning_odem.methods import (
     PaperODEMerge,
     TaskArithmeticMerge,
 )
-from lightning_odem.parameters import ParameterVector
-from lightning_odem.processes import Processes
-from lightning_odem.snapshot import cut_snapshot, gather_snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.snapshot import cut_snapshot, gather_snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
 # Of the first not every process has a sample.

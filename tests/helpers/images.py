@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_odem import ContinualTrainer, TaskClassifier, TaskStream
-from lightning_odem.stream import ArrayDataset, Splits, Task
+from lightning_odem.tasks import ArrayDataset, Splits, Task
 
 
 def make_backbone():

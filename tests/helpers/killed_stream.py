@@ -21,7 +21,7 @@ from toy import Classifier, Task, everything, fit
 
 import lightning_odem
 from lightning_odem import ContinualMergeCallback, rundir
-from lightning_odem.durable import StreamStore
+from lightning_odem.stream.store import StreamStore
 
 PACKAGE = str(Path(lightning_odem.__file__).parent)
 FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")

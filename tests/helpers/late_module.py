@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from toy import Classifier, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.snapshot import gather_snapshot, load_snapshot, take_snapshot
+from lightning_odem.parameters.snapshot import gather_snapshot, load_snapshot, take_snapshot
 
 TASKS = 3
 

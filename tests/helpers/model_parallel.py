@@ -12,7 +12,7 @@ from toy import Classifier, Failing, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import ODEMerge
-from lightning_odem.snapshot import gather_snapshot, take_snapshot
+from lightning_odem.parameters.snapshot import gather_snapshot, take_snapshot
 
 
 class Sharded(Classifier):

@@ -16,7 +16,7 @@ from toy import Classifier, Failing, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import AverageMerge, MergeResult, ODEMerge
-from lightning_odem.snapshot import gather_snapshot, take_snapshot
+from lightning_odem.parameters.snapshot import gather_snapshot, take_snapshot
 
 TASKS = 3
 EXCLUSIONS, PRECISIONS = ("frozen", "trained"), ("32-true", "bf16-true", "bf16-mixed")

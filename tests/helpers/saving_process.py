@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_odem.durable import StreamLock, StreamStore
+from lightning_odem.stream.store import StreamLock, StreamStore
 
 Report = Callable[[object], None]
 BASE = {"weight": torch.arange(3000.0)}

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import FunctionMerge, ODEMerge, PaperODEMerge, ReleasedODEMerge, ReplayMerge
-from lightning_odem.parameters import ParameterVector
-from lightning_odem.processes import Processes
-from lightning_odem.snapshot import take_snapshot
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.snapshot import take_snapshot
+from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.stream.merging import Calibration, merging
 
 SIZES = {"old": 13, "new": 8}
 METHODS = {

@@ -13,7 +13,7 @@ from lightning_odem.methods import (
     MergeResult,
     resolve_method,
 )
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 
 class Counting(MergeMethod):

@@ -9,7 +9,7 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, PaperODEMerge
 from lightning_odem.methods.became import became_time, laplace_time
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
 D = 12

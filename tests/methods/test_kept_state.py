@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_odem.merging import merging
 from lightning_odem.methods import METHODS, MergeMethod, MergeResult, OPCMMerge, resolve_method
 from lightning_odem.methods.kept_state import KeptState
-from lightning_odem.snapshot import take_snapshot
+from lightning_odem.parameters.snapshot import take_snapshot
+from lightning_odem.stream.merging import merging
 
 
 class Momentum(MergeMethod):

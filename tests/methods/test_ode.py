@@ -11,7 +11,7 @@ from lightning_odem.flow import NonFiniteLossError, operating_time
 from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge
 from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.ode import falls
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 INPUTS, CLASSES = 6, 4
 

@@ -8,13 +8,13 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import RectifiedField, StepControl, integrate
-from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge, method_name
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.sampling import hold_out
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import StreamReport
 from lightning_odem.report.figures import plot_path
+from lightning_odem.stream.merging import Calibration, merging
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
 

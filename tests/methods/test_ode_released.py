@@ -10,10 +10,10 @@ from torch.nn.functional import mse_loss
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.buffer import MicroBatch
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import MergeContext
 from lightning_odem.methods.ode_released import ReleasedODEMerge
-from lightning_odem.snapshot import take_snapshot
+from lightning_odem.parameters.snapshot import take_snapshot
+from lightning_odem.stream.merging import Calibration, merging
 
 FP64 = torch.float64
 D = 6

@@ -5,7 +5,7 @@ from torch.nn.functional import mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods.refinement import refine
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
 SIZES = {"old": 30, "new": 12}

@@ -11,7 +11,7 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge
 from lightning_odem.methods.replay import ReplayMerge
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
 SIZES = {"a": 13, "b": 5, "c": 8}

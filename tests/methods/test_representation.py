@@ -5,11 +5,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from toy import Classifier, Task, make_trainer
 
-from lightning_odem.attach import attached
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.merging import Calibration, merging
 from lightning_odem.methods import (
     AverageMerge,
     LinearInterpolation,
@@ -20,10 +19,11 @@ from lightning_odem.methods import (
 )
 from lightning_odem.methods.representation import RepresentationCorrection
 from lightning_odem.methods.second_moment import SecondMomentMerge
-from lightning_odem.parameters import ParameterVector
-from lightning_odem.snapshot import take_snapshot
-from lightning_odem.task_data import TaskData
-from lightning_odem.trace import TrainingTrace
+from lightning_odem.parameters.snapshot import take_snapshot
+from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.stream.attach import attached
+from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.trace import TrainingTrace
 
 D = 3
 

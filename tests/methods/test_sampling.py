@@ -10,7 +10,7 @@ from lightning_odem.methods.sampling import (
     minibatch_gradients,
     minibatches_per_epoch,
 )
-from lightning_odem.parameters import ParameterVector
+from lightning_odem.parameters.vector import ParameterVector
 
 SIZES = {"a": 12, "b": 5, "c": 1}
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from toy import Classifier, Task, fit, make_trainer, same, weights
 
 from lightning_odem import ContinualMergeCallback
+from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import AverageMerge, MergeContext
 from lightning_odem.methods.trm_style import TRMStyleMerge, norm_gradient, trajectory_subspace
-from lightning_odem.parameters import ParameterVector
-from lightning_odem.task_data import TaskData
+from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
 

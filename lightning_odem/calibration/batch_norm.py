@@ -1,0 +1,108 @@
+"""What becomes of batch-norm statistics in a merge."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
+
+_STATISTICS = ("running_mean", "running_var")
+POLICIES = ("average", "keep", "recalibrate")
+
+
+class BatchNormStatistics:
+    """The running statistics of a module's batch-norm layers, and the three ways to merge them.
+
+    ``"average"`` interpolates them with the operating time, as the transport does with weights; ``"keep"`` leaves them
+    as they were in the merged model; ``"recalibrate"`` averages them for the flow and re-estimates them afterwards on
+    the calibration buffer. During the flow the statistics stand still, so that the loss is one function of the weights.
+
+    Averaging is the default because it did best in the one sound comparison made: 69.2 % over three tasks merged into a
+    ResNet-20, against 66.2 % recalibrated and 25.8 % kept (validation splits, one order and seed).
+
+    Args:
+        module: The module; layers without running statistics are passed over.
+        exclude: Patterns of parameters that are not merged; statistics of layers they match are left alone.
+        policy: One of ``POLICIES``.
+    """
+
+    def __init__(self, module: nn.Module, exclude: tuple[str, ...], policy: str) -> None:
+        self.policy = policy
+        self._layers = {
+            canonical_name(name): layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and not is_excluded(name, exclude)
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the statistics."""
+        return [f"{name}.{key}" for name in self._layers for key in _STATISTICS]
+
+    def read(self) -> list[Tensor]:
+        """Copies of the module's statistics."""
+        return [value.clone() for key in _STATISTICS for value in self._all(key)]
+
+    @torch.no_grad()
+    def write_(self, values: list[Tensor]) -> None:
+        """Set the module's statistics to those of :meth:`read`."""
+        targets = [target for key in _STATISTICS for target in self._all(key)]
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+
+    @torch.no_grad()
+    def interpolate(self, merged: Mapping[str, Tensor], t: float) -> None:
+        """Set the module's statistics, now the incoming model's, to those between ``merged`` and them.
+
+        Raises:
+            ValueError: If ``merged`` lacks one or has it in another shape; nothing is written then.
+        """
+        t = 0.0 if self.policy == "keep" else t
+        named = {f"{name}.{key}": getattr(layer, key) for name, layer in self._layers.items() for key in _STATISTICS}
+        found = {name: merged[name].shape for name in named if name in merged}
+        check_same_shapes({name: value.shape for name, value in named.items()}, found, "incoming", "merged")
+        for name, statistic in named.items():
+            statistic.copy_(merged[name].to(statistic).lerp(statistic, t))
+
+    @torch.no_grad()
+    def recalibrate(
+        self, buffer: CalibrationBuffer, batch_loss: Callable[[MicroBatch], Tensor], batch_size: int
+    ) -> None:
+        """Re-estimate the statistics on the calibration buffer.
+
+        Mean and variance of a layer are those of all its inputs pooled, each task counted by its share. Meanwhile the
+        layers normalise by the micro-batch, as in training, unless it has a single value per channel.
+        """
+        pooled: dict[nn.Module, tuple[float, Tensor, Tensor]] = {}
+
+        def pool(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+            layer.training = values.numel() > values.shape[1]
+            var, mean = torch.var_mean(values, [axis for axis in range(values.dim()) if axis != 1], correction=0)
+            weight, mean_before, var_before = pooled.get(layer, (0.0, mean, var))
+            weight += batch.share
+            fraction = batch.share / weight
+            between = fraction * (1 - fraction) * (mean - mean_before) ** 2
+            pooled[layer] = (weight, mean_before.lerp(mean, fraction), var_before.lerp(var, fraction) + between)
+
+        handles = [layer.register_forward_pre_hook(pool) for layer in self._layers.values()]
+        try:
+            # Compiled code would not see the hooks.
+            with torch.compiler.set_stance("force_eager"):
+                for batch in buffer.micro_batches(batch_size):
+                    batch_loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self._layers.values():
+                layer.eval()
+        for reached, (_, *moments) in pooled.items():
+            for key, value in zip(_STATISTICS, moments, strict=True):
+                getattr(reached, key).copy_(value)
+
+    def _all(self, key: str) -> list[Tensor]:
+        return [getattr(layer, key) for layer in self._layers.values()]

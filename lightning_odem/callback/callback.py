@@ -1,0 +1,646 @@
+"""The callback: when things happen in a Trainer's life. What happens is in the other files."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
+from lightning_odem.calibration.batch_norm import POLICIES
+from lightning_odem.calibration.prediction_loss import calibration_loss
+from lightning_odem.calibration.scaling import loss_scale
+from lightning_odem.calibration.task_samples import Sampling
+from lightning_odem.callback.guards import (
+    FreshStart,
+    check_no_spawning,
+    check_trainer,
+    finish_averages,
+    release_averages,
+)
+from lightning_odem.callback.publication import publish
+from lightning_odem.callback.rescue import rescuing
+from lightning_odem.flow import operating_time
+from lightning_odem.methods import MergeMethod, method_name, resolve_method
+from lightning_odem.methods.base import SAMPLE_NEEDS
+from lightning_odem.methods.describe import describe_method
+from lightning_odem.methods.kept_state import copy_containers
+from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.division import Division
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.shards import local, reshard
+from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.report import MergeRecord, StreamReport, render_summary
+from lightning_odem.report.progress import progress
+from lightning_odem.stream.directory import RunDirectory
+from lightning_odem.stream.measurement import Measurement
+from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.naming import file_name, next_task_name, next_task_weight
+from lightning_odem.stream.random_state import RandomStream, load_random_state, take_random_state
+from lightning_odem.stream.removal import Model, fingerprint_to_keep, names_to_keep, remove_task
+from lightning_odem.stream.restoration import is_ready, restore_task_parameters
+from lightning_odem.stream.state import StreamState
+from lightning_odem.stream.store import differences, encode, fingerprint
+from lightning_odem.stream.trace import Collection
+
+_Data = TypeVar("_Data", bound=L.LightningDataModule)
+
+FINETUNE_FROM = ("base", "merged")
+OFFLOADS = ("cpu", "disk")
+
+
+class ContinualMergeCallback(L.Callback):
+    r"""Merges each fine-tuned model into one deployed model: one ``fit`` is one task.
+
+    The module's weights when the first fit starts are the base model. Every later fit fine-tunes from them again. When
+    its training ends the callback merges the fine-tuned model, whose share is the operating time
+    :math:`t_k = w_k / (w_1 + \dots + w_k)`. By default the task is added to the sum of all tasks, calibration samples
+    choose how far to go from the base model along it, and a gradient flow from there is kept as far as held-out samples
+    confirm it, see :class:`~lightning_odem.methods.ODEMerge`. The module then holds the merged model; every task seen
+    is evaluated, the numbers go to the loggers (step = number of the task), to ``report`` and to ``dirpath``.
+
+    The module needs nothing but ``training_step`` on batches ``(inputs, targets)`` and ``forward(inputs)`` that gives
+    class scores. It may define
+
+    - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
+      switched off;
+    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``: scores [B, C] of two
+      or more classes, or class ids [B], and class ids [B]. Where accuracies are to be measured, anything else, such as
+      a single logit or a regression, is refused before training;
+    - ``task_specific``, a tuple of patterns like ``exclude``, for parameters such as the heads of single tasks.
+
+    The datamodule may define ``task_name``, ``task_weight``, and ``calibration_dataset()`` or
+    ``calibration_dataloader()`` for samples without augmentation.
+
+    Note:
+        ``ModelCheckpoint`` writes its files before the merge: they hold fine-tuned, unmerged weights. Test with
+        ``trainer.test(model, datamodule)``, or with ``ckpt_path=callback.last_merged_path``.
+
+    **Streams that last.** After each merge the stream's state is in the folder ``stream`` of its directory, written in
+    one step: a process killed at any moment leaves the state before or after the merge, never half of one. A new
+    callback with that ``dirpath`` goes on with the stream, see :meth:`remaining`; its module has to start with the
+    weights of the base model (:meth:`load_base`). If the process was seeded, before the callback was made, as the one
+    that began the stream, and that one set no seeds between tasks, random numbers go on where the last merge left
+    them (or begin with the seed, where Lightning sets it for each fit: after ``seed_everything`` under strategies for
+    several processes): the result is that of one process, bit for bit. While a task is fitted no other process can fit
+    one.
+
+    **Several processes** share the evaluations of the calibration loss; every one takes the same steps. They may hold
+    the parameters whole (``strategy="ddp"``) or share them by FSDP2 (``ModelParallelStrategy``), where each holds and
+    merges its own shards; some methods need whole tensors and are refused then.
+
+    Args:
+        method: Name of a merge method, ``"ode"`` (see above), ``"ode_paper"`` (Algorithm 1 of ODE-M), ``"average"``
+            or another of :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
+        weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
+            ``task_weight``, else 1. Non-negative and finite.
+        calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.
+        finetune_from: ``"base"`` fine-tunes every task from the base model, as model merging assumes; ``"merged"``
+            from the merged model.
+        exclude: Patterns of parameters that are not merged and kept per task: globs over dotted names, or names of
+            modules, for example ``["head", "*.adapter.*"]``. A task's training starts with those the module has: its
+            predecessor's, unless they are set between the fits.
+        dirpath: Directory of the stream: its state, checkpoints, report and figures. One that holds a stream is gone
+            on with. By default the next free ``merge_runs/version_N`` in the Trainer's root directory.
+        batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
+            :class:`~lightning_odem.calibration.BatchNormStatistics`. Other buffers become the incoming model's.
+        calibration: Further settings of the calibration, among them whether its loss reads labels.
+        offload: Where the base and the merged model, the buffer and what tasks and method keep are between merges:
+            ``"cpu"``, in main memory, or ``"disk"``, mapped from the files of the state, which costs memory only where
+            they are used.
+
+    Attributes:
+        report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
+        calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
+            datamodule's.
+        evaluation_data: Dataloaders or datamodules to measure accuracies on, by task name; needed for tasks that
+            another process has merged unless :meth:`remaining` was given them, otherwise the datamodule's test or
+            validation data.
+        last_merged_path: The checkpoint with the merged weights, or None.
+        division: Which parameters are merged and which belong to single tasks.
+
+    Raises:
+        ValueError: For unknown names, weights that are no utilities, or a calibration size below 1.
+        StreamStateError: If the state in ``dirpath`` cannot be read; a damaged newest one falls back to the one before.
+
+    Example::
+
+        merge = ContinualMergeCallback()
+        for task in tasks:
+            trainer = L.Trainer(max_epochs=3, callbacks=[merge])
+            trainer.fit(model, datamodule=task)
+        print(merge.table())
+
+    A stream that a later process goes on with, next week or after a crash::
+
+        L.seed_everything(0)
+        model = ...  # with the weights of the base model
+        merge = ContinualMergeCallback(dirpath="streams/shop")
+        for task in merge.remaining(tasks):
+            L.Trainer(max_epochs=3, callbacks=[merge]).fit(model, datamodule=task)
+    """
+
+    def __init__(
+        self,
+        method: str | MergeMethod = "ode",
+        weights: dict[str, float] | list[float] | None = None,
+        calibration_size: int = 1024,
+        finetune_from: Literal["base", "merged"] = "base",
+        exclude: Sequence[str] = (),
+        dirpath: str | None = None,
+        batch_norm: Literal["average", "keep", "recalibrate"] = "average",
+        calibration: CalibrationOptions = CalibrationOptions(),
+        offload: Literal["cpu", "disk"] = "cpu",
+    ) -> None:
+        if finetune_from not in FINETUNE_FROM:
+            raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
+        if batch_norm not in POLICIES:
+            raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
+        if offload not in OFFLOADS:
+            raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
+        if weights is not None:
+            check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        self.method = resolve_method(method)
+        self.weights = weights
+        self.finetune_from = finetune_from
+        self.division = Division(exclude)
+        self.batch_norm = batch_norm
+        self.calibration = calibration
+        self.calibration_data: dict[str, Iterable] = {}
+        self.last_merged_path: str | None = None
+        self._state = StreamState(calibration.buffer(calibration_size))
+        self._directory = RunDirectory(dirpath, mapped=offload == "disk")
+        self._fresh_start = FreshStart()
+        self._measurement = Measurement(self.division)
+        self.evaluation_data = self._measurement.given
+        self._stage: str | None = None
+        self._resumed = False
+        self._trained = False
+        self._measured = False
+        self._sampling: Sampling | None = None
+        self._collection: Collection | None = None
+        self._random = RandomStream()
+        self._taken_up = False  # from the directory, and not fitted on yet
+        self._is_fitting = False
+        self._handed_out: tuple[Any, str] = (None, "")
+        self._went_on = False
+        if dirpath is not None and (stored := self._directory.load()) is not None:
+            self._take_up(stored)
+
+    @property
+    def report(self) -> StreamReport:
+        """What was measured so far."""
+        return self._state.report
+
+    @property
+    def dirpath(self) -> Path | None:
+        """Directory of checkpoints, report and figures; None before the first fit and under ``fast_dev_run``."""
+        return self._directory.path
+
+    def remaining(self, tasks: Iterable[_Data]) -> Iterator[_Data]:
+        """Those of a stream's tasks that are not merged yet; the others' data serves to measure accuracies.
+
+        A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
+
+        Args:
+            tasks: Datamodules in the order of the stream. One without a ``task_name`` is called ``task_<number>``.
+        """
+        self._directory.mend_report(self.report)
+        for number, task in enumerate(tasks, start=1):
+            name = str(getattr(task, "task_name", f"task_{number}"))
+            if name in self.report.tasks:
+                self._measurement.remember(name, task)
+            else:
+                self._handed_out = (task, name)
+                yield task
+
+    def table(self, width: int | None = None) -> str:
+        """The accuracy matrix with ACC and BWT, and the cost of each merge, as text."""
+        return render_summary(self.report, width=width)
+
+    def load_task(self, module: nn.Module, task: str) -> None:
+        """Write the merged weights, and what ``task`` keeps for itself, into a module of the same architecture.
+
+        Raises:
+            ValueError: If the task is unknown, or names or shapes differ.
+        """
+        if task not in self.report.tasks:
+            raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
+        assert self._state.merged is not None, "there is a task, so there was a merge"
+        restore_task_parameters(module, self._state.fixed | self._state.task_parameters[task])
+        load_snapshot(module, self._state.merged, self.division.shared(module))
+
+    def remove(self, task: str, model: Model) -> None:
+        """Take a task out of the stream: the merged model is that of the other tasks, up to rounding.
+
+        Nothing is trained and no samples are needed. The removal is written as a merge is, in one step; besides it the
+        last generation of the state and older files of the directory still hold the task. :meth:`load_task` writes the
+        merged weights into a module. Tasks merged later count as if the task had never been there; it may be merged
+        again itself, under the same name, as :meth:`remaining` will have it.
+
+        Nothing is measured: the report says which of its numbers are of models with the task. Batch-norm statistics
+        are put right where they are averaged; kept or recalibrated ones stay. Method ``"ode"`` takes the last scale,
+        without gradient flow, until the next merge.
+
+        Args:
+            task: Name of the task.
+            model: The fine-tuned model that it was merged with, which the stream does not keep: a checkpoint as
+                ``ModelCheckpoint`` writes it at the end of the training or another file of weights, a module, or
+                tensors by name. Another model is refused where the stream knows the right one, see
+                :func:`~lightning_odem.stream.removal.read_model`.
+
+        Raises:
+            ValueError: If there is no such task or no other one with a weight, if the method cannot take it out or has
+                not merged the whole stream, or if the model is not the one that was merged.
+            StreamInUseError: If another process fits a task of the stream.
+            RuntimeError: In the middle of a fit, and in a job of several processes.
+        """
+        if self._is_fitting:
+            raise RuntimeError(f"Task {task!r} cannot be taken out of the stream while a task is fitted.")
+        try:
+            self._state = remove_task(self._directory, self._state, self.method, task, model)
+            self.last_merged_path = self.report.merges[-1].checkpoint
+            self._measurement.forget(task)
+        finally:
+            self._load_method()
+
+    def load_base(self, module: nn.Module) -> None:
+        """Write the base model's weights into a module of the same architecture.
+
+        A module that is built in ``configure_model`` or on the meta device has its parameters, or its shards of them,
+        from ``on_fit_start`` on::
+
+            def on_fit_start(self):  # of the module
+                if merge.report.tasks:
+                    merge.load_base(self)
+
+        Raises:
+            ValueError: If no task has been fitted yet, names or shapes differ, or the module is on the meta device.
+        """
+        if self._state.base is None:
+            raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
+        load_snapshot(module, self._state.base, self.division.shared(module))
+
+    # ------------------------------------------------------------------------------------------- before the training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
+        self._stage = stage
+        if stage == "fit":
+            self._is_fitting = True
+            check_trainer(trainer, self)
+            self._fresh_start.prepare(trainer)
+            self._resumed = self._trained = self._measured = False
+            # A task broken off before; if it is resumed, the checkpoint brings it back.
+            self._state.started = {}
+            self._directory.lock(trainer)
+            self._went_on = False
+            self._random.before_fit(trainer.strategy)
+            # Before the module's own setup, which may look at the heads there are or set them anew.
+            if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
+                self._go_on(pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the stream where the module was not built before."""
+        if not self._went_on:
+            self._go_on(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
+        self._trained = True
+        with Processes.current().together():
+            self._claim(trainer, pl_module)
+            if self._needs_samples:
+                self.calibration.check(self._state.buffer)
+            if not (self._resumed and self._state.started):
+                self._begin(trainer, pl_module)
+            self._collect(trainer, pl_module)
+            self._find_data(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first step, when heads are ready: check loss and predictions, measure the models at hand."""
+        if self._measured:
+            return
+        self._measured = True
+        state, measure = self._state, self._measurement.with_weights
+        with Processes.current().together():
+            self._check_loss(pl_module)
+            if "pretrained" not in state.started:
+                task = state.started["task"]
+                state.started["before_training"] = measure(pl_module, state.merged, task)
+                state.started["pretrained"] = measure(pl_module, state.base, task)
+            self._measurement.check(pl_module, [*self.report.tasks, state.started["task"]])
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The same where a training is resumed in the middle of an epoch, which does not start again."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
+        if self._sampling is not None:
+            self._sampling.see(batch)
+        if self._collection is not None:
+            self._collection.see()
+
+    # ---------------------------------------------------------------------------------------------- after the training
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge."""
+        self.merge(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Catch up on a merge that an earlier process did not get to; say so if nothing was trained."""
+        if self._trained:
+            return
+        if self._resumed and self._state.started:
+            with Processes.current().together():
+                self._claim(trainer, pl_module)
+                self._collect(trainer, pl_module)
+                self._find_data(trainer)
+            pl_module.to(trainer.strategy.root_device)
+            finish_averages(trainer, pl_module)
+            self.merge(trainer, pl_module)
+            pl_module.cpu()  # where Lightning leaves a module after fit
+            return
+        rank_zero_warn(
+            "trainer.fit trained nothing, so nothing was merged. Check max_epochs, max_steps and limit_train_batches; "
+            "a resumed checkpoint may have been at the end of its training already."
+        )
+
+    def merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
+        """Merge the module's weights into the stream, evaluate every task seen, and write the results.
+
+        Called at the end of training. If anything fails the module holds the fine-tuned weights, which are saved, and
+        the stream is what it was, in memory and on disk. An error in one of several processes is raised in all.
+        """
+        with Processes.current().together():
+            return self._merge(trainer, pl_module)
+
+    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
+        state, report = self._state, self.report
+        task, weight, number = state.started["task"], state.started["weight"], len(report.tasks) + 1
+        buffer = self._sampling.buffer() if self._sampling is not None else None
+        assert self._collection is not None, "set up when the training started"
+        trace = self._collection.trace()
+        _copy_from_main_process(trainer, pl_module)
+        fine_tuned = self._measurement.current(pl_module, task)
+        names = names_to_keep(pl_module, self.division.patterns(pl_module), self.batch_norm)
+        digest = fingerprint_to_keep(pl_module, names)
+        own = take_snapshot(pl_module, self.division.task_specific(pl_module))
+        task_parameters = {**state.task_parameters, task: own}
+        with (
+            rescuing(trainer, self.dirpath, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
+            progress(trainer, f"merging {task}") as on_step,
+            merging(
+                pl_module,
+                self.method,
+                task=task,
+                t=operating_time([*report.weights, weight]),
+                merged=state.merged,
+                base=state.base or {},
+                calibration=self._measured_on(buffer, pl_module) if buffer is not None else None,
+                exclude=self.division.patterns(pl_module),
+                batch_norm=self.batch_norm,
+                trace=trace,
+                on_step=on_step,
+            ) as merge,
+        ):
+            record = merge.record
+            _copy_from_main_process(trainer, pl_module)
+            row = self._measurement.every_task(trainer, pl_module, task_parameters)
+            record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
+            state = replace(
+                state,
+                merged=merge.snapshot(),
+                task_parameters=task_parameters,
+                fixed=_unless_same(state.fixed, take_snapshot(pl_module, self.division.fixed(pl_module))),
+                method=copy_containers(self.method.state_dict()),
+                buffer=buffer if buffer is not None else state.buffer,
+                report=report.with_merge(
+                    record,
+                    weight=weight,
+                    accuracy=row,
+                    fine_tuned=fine_tuned,
+                    pretrained=state.started["pretrained"],
+                    before_training=state.started["before_training"],
+                ),
+                started={},
+                random=self._random.after_merge(state.random),
+                names=names,
+                settings=describe_method(self.method),
+                fingerprints={**state.fingerprints, **({task: digest} if digest else {})},
+            )
+            self._directory.commit(trainer, pl_module, state)
+        # From here on the stream has one task more.
+        self._state = state
+        self._collection = self._sampling = None
+        release_averages(trainer)
+        publish(trainer, self._directory, self.report)
+        self.last_merged_path = record.checkpoint
+        return record
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let other processes go on with the stream."""
+        self._is_fitting = False
+        self._directory.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let other processes go on with the stream."""
+        self._is_fitting = False
+        self._directory.release()
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream, as plain containers and tensors; in the middle of a task also the random state."""
+        state = self._state.state_dict()
+        return {**state, "random_now": take_random_state()} if self._state.started else state
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_no_spawning()
+        return vars(self)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put whole tensors into the checkpoint where processes share the parameters."""
+        checkpoint["callbacks"][self.state_key].update(self._state.whole(pl_module).state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
+        if self._stage not in (None, "fit"):
+            if state_dict["started"]:
+                rank_zero_warn(
+                    f"The checkpoint was saved while task {state_dict['started']['task']!r} was trained: it holds "
+                    "fine-tuned, unmerged weights. For the merged model pass the model and no ckpt_path, or "
+                    "ckpt_path=callback.last_merged_path."
+                )
+            if self.report.tasks:
+                return
+        self._state.load_state_dict(state_dict)
+        self._load_method()
+        self._taken_up = False
+        self._resumed = self._stage == "fit"
+        if self._resumed and "random_now" in state_dict:
+            load_random_state(state_dict["random_now"])
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    @property
+    def _needs_samples(self) -> bool:
+        return bool(SAMPLE_NEEDS & self.method.needs) or self.batch_norm == "recalibrate"
+
+    def _load_method(self) -> None:
+        """Take the method to where the stream is."""
+        self.method.load_state_dict(copy_containers(self._state.method))
+
+    def _take_up(self, stored: dict[str, Any]) -> None:
+        """Go on with the stream that was found in the directory."""
+        capacity = self._state.buffer.capacity
+        self._state.load_state_dict(stored)
+        self._load_method()
+        self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
+        if self.last_merged_path is not None:  # the directory may have been moved
+            self.last_merged_path = str(Path(stored["dirpath"]) / Path(self.last_merged_path).name)
+        self._taken_up = True
+        if self._state.buffer.capacity != capacity:
+            rank_zero_warn(
+                f"The stream in {self._state.dirpath} keeps {self._state.buffer.capacity} calibration samples, and "
+                f"goes on so; calibration_size={capacity} is not used."
+            )
+
+    def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
+        newer = self._directory.claim(trainer, self._state, resumed=self._resumed)
+        if newer is not None:
+            self._take_up(newer)
+        self._state.cut(module)
+        self._load_method()
+
+    def _go_on(self, module: nn.Module) -> None:
+        """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one.
+
+        Random numbers go on from there too: those that built the module were drawn as by the first process.
+        """
+        self._went_on = True
+        self._state.random = self._random.before_task(self._state.random, self._taken_up)
+        if self._taken_up and self.report.tasks:
+            with isolate_rng():
+                for own in (self._state.fixed, *self._state.task_parameters.values()):
+                    restore_task_parameters(module, own)
+
+    def _check_base(self, module: L.LightningModule) -> None:
+        """Refuse a module that did not start from the base model of the stream found in the directory.
+
+        Raises:
+            ValueError: With the differences, and how to get the base model.
+        """
+        found = take_snapshot(module, self.division.shared(module))
+        differing = differences(self._state.base or {}, found)
+        merged = {name: value.to(found[name]) for name, value in (self._state.merged or {}).items() if name in found}
+        if differing and differences(merged, found):
+            prints = [fingerprint(weights)[:12] for weights in (self._state.base or {}, found)]
+            raise ValueError(
+                f"The stream in {self._state.dirpath} has another base model than {type(module).__name__} "
+                f"({'; '.join(differing)}; SHA-256 {prints[0]}... and {prints[1]}...). Start with the weights that the "
+                "stream began with, which load_base(module) of the callback writes into a module, or choose another "
+                "dirpath."
+            )
+
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        state = self._state
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        handed_out, name = self._handed_out
+        default = name if handed_out is datamodule and name not in self.report.tasks else None
+        task = next_task_name(datamodule, self.report.tasks, default)
+        removed = [record.task for record in self.report.removed]
+        weight = next_task_weight(self.weights, datamodule, self.report.tasks, task, removed)
+        operating_time([*self.report.weights, weight])  # refuses what is no utility
+        self.division.check(module)
+        is_shared = self.division.shared(module)
+        if self._taken_up:
+            self._check_base(module)
+            self._taken_up = False
+        if state.base is None:
+            state.base = take_snapshot(module, is_shared)
+        else:
+            merged = state.merged if self.finetune_from == "merged" else None
+            load_snapshot(module, merged or state.base, is_shared)
+        # The instance may have served another stream.
+        self._load_method()
+        state.started = {"task": task, "weight": weight}
+
+    def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        method = self.method
+        self._collection = Collection(
+            trainer,
+            module,
+            needs=method.needs,
+            method=method_name(method),
+            capacity=method.snapshots,
+            select=self.division.shared(module),
+            state=self._state.started,
+        )
+
+    def _find_data(self, trainer: L.Trainer) -> None:
+        """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
+        task, weight = self._state.started["task"], self._state.started["weight"]
+        named = str(getattr(trainer.datamodule, "task_name", task))  # type: ignore[attr-defined]
+        if named != task:
+            raise ValueError(
+                f"The checkpoint was saved while task {task!r} was trained, but the datamodule is that of task "
+                f"{named!r}. Resume with the datamodule of {task!r}, or fit {named!r} without ckpt_path."
+            )
+        # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
+        with isolate_rng():
+            self._measurement.find_data(trainer, task)
+            self._sampling = None
+            if self._needs_samples:
+                given = self.calibration_data.get(task)
+                self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
+        self._measurement.warn_of_missing(self.report.tasks)
+
+    def _check_loss(self, module: L.LightningModule) -> None:
+        """Run the calibration loss once on two samples, so that a module without one is refused before training."""
+        pair = self._sampling.pair() if self._sampling is not None else None
+        if pair is not None:
+            encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
+            with undisturbed(module):
+                vector = ParameterVector(module, self.division.patterns(module))
+                calibration = self._measured_on(pair, module)
+                calibration.store_logits(self._state.started["task"])
+                calibration.objective(vector).loss_and_grad(vector.read())
+
+    def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> Calibration:
+        loss, options = calibration_loss(module, self.calibration.loss), self.calibration
+        return Calibration(buffer, loss, options.batch_size, loss_scale(module.trainer))
+
+
+@torch.no_grad()
+def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
+    """Give every process the same module to the last bit.
+
+    Each has batch-norm statistics of its own after the last step, and its kernels may round differently.
+    """
+    if trainer.world_size > 1:
+        reshard(module)
+        # Shards are each process's own.
+        whole = [parameter for parameter in module.parameters() if local(parameter) is parameter]
+        for tensor in (*whole, *module.buffers()):
+            # Channels-last weights are not contiguous.
+            tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))
+
+
+def _unless_same(before: Snapshot, now: Snapshot) -> Snapshot:
+    """The snapshot before if nothing has changed: it is on disk already."""
+    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
+    return before if same else now

@@ -1,0 +1,34 @@
+"""What a user sees of a merge: a report, numbers in the loggers and one line."""
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_odem.report import StreamReport
+from lightning_odem.report.scalars import latest_scalars
+from lightning_odem.stream.directory import RunDirectory
+
+
+def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -> None:
+    """Show the last merge of a stream; the step of the loggers is the number of its task."""
+    directory.save_report(trainer, report)
+    scalars = latest_scalars(report)
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=len(report.tasks))
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+    rank_zero_info(_summary(report, scalars))
+
+
+def _summary(report: StreamReport, scalars: dict[str, float]) -> str:
+    record = report.merges[-1]
+    parts = [f"Merged task {len(report.tasks)} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
+    if record.path:
+        parts.append(f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})")
+    if scale := record.path.get("scale_taken"):
+        parts.append(f"scale {scale[0]:.3g}" if scale[0] else "the running average")
+    if pieces := record.path.get("descent_taken"):
+        parts.append(f"{pieces[0]:.0f} of {len(record.path['descent_loss']) - 1} pieces of descent")
+    headline = {"ACC": "merge/acc", "BWT": "merge/bwt"}
+    parts += [f"{name} {100 * scalars[key]:.1f} %" for name, key in headline.items() if key in scalars]
+    where = f". Merged weights: {record.checkpoint} (ModelCheckpoint's files hold unmerged ones)"
+    return ", ".join(parts) + (where if record.checkpoint else "")

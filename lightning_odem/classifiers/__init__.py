@@ -1,0 +1,8 @@
+"""Ready LightningModules for streams of image classification tasks, and what they are made of."""
+
+from lightning_odem.classifiers.classifier import TaskClassifier
+from lightning_odem.classifiers.clip import ClipClassifier
+from lightning_odem.classifiers.probe import fit_linear_probe
+from lightning_odem.classifiers.tangent import Linearized
+
+__all__ = ["ClipClassifier", "Linearized", "TaskClassifier", "fit_linear_probe"]

@@ -1,0 +1,88 @@
+"""The command line: LightningCLI with ``fit_tasks``, ``compare`` and others; ``merge`` and ``remove`` beside it."""
+
+import os
+import sys
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+
+import lightning_odem.classifiers  # noqa: F401 (registers the short class names that a YAML may use)
+from lightning_odem.callback.callback import ContinualMergeCallback
+from lightning_odem.cli import merge as merge_command
+from lightning_odem.cli import remove as removal_command
+from lightning_odem.studies.trainer import ContinualTrainer
+from lightning_odem.tasks import TaskStream
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration as ``config.yaml`` beside the report; without merging, where Lightning does."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave a run with merges to :meth:`on_train_start`, when its directory is known."""
+        if _merge_callback(trainer) is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save once per stream."""
+        merge = _merge_callback(trainer)
+        if merge is None or merge.dirpath is None or self.already_saved:
+            return
+        if trainer.is_global_zero:
+            merge.dirpath.mkdir(parents=True, exist_ok=True)
+            path = merge.dirpath / self.config_filename
+            self.parser.save(self.config, path, overwrite=self.overwrite, multifile=self.multifile)
+        self.already_saved = True
+
+
+def _merge_callback(trainer: L.Trainer) -> ContinualMergeCallback | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((found for found in callbacks if isinstance(found, ContinualMergeCallback)), None)
+
+
+class ContinualCLI(LightningCLI):
+    """LightningCLI with ContinualTrainer's subcommands beside Lightning's own; every argument can come from YAML."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands and those of ContinualTrainer, with the parameters that are not options of theirs."""
+        own = dict.fromkeys(("fit_tasks", "compare", "trajectory", "schedule"), {"model", "datamodule"})
+        return {**LightningCLI.subcommands(), **own}
+
+
+def main(args: list[str] | None = None) -> ContinualCLI | None:
+    """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` say what there is.
+
+    Classes in the current directory can be named in a YAML by their path, as with ``python -m``.
+
+    Args:
+        args: Arguments instead of those of the process.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["merge"]:
+        merge_command.main(given[1:])
+        return None
+    if given[:1] == ["remove"]:
+        removal_command.main(given[1:])
+        return None
+    return ContinualCLI(
+        L.LightningModule,
+        TaskStream,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=ContinualTrainer,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs={
+            "epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help. To take a task "
+            "out of a stream: lightning-odem remove --help"
+        },
+        args=args,
+    )
+
+
+def run() -> None:
+    """The console script; what it returned would become the exit code."""
+    main()

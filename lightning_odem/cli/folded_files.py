@@ -1,0 +1,80 @@
+"""Checkpoints folded by their tensors alone, whatever architecture they belong to."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_odem.cli.state_module import StateModule
+from lightning_odem.parameters.checkpoint import read_hyper_parameters
+from lightning_odem.parameters.model_files import ModelFiles
+from lightning_odem.parameters.snapshot import Snapshot
+from lightning_odem.parameters.vector import is_excluded
+from lightning_odem.report import MergeRecord
+from lightning_odem.stream.folding import Folding
+
+
+class Incoming(NamedTuple):
+    """A checkpoint to be merged.
+
+    Args:
+        path: Where it is.
+        task: Name of its task.
+        weight: Utility weight.
+    """
+
+    path: str
+    task: str
+    weight: float
+
+
+class FoldedFiles:
+    """Folds checkpoints without a module that could compute anything with them.
+
+    Args:
+        incoming: The checkpoints; all are checked here, none is merged.
+        base: Path of the base model, or None.
+        device: Where merges are computed.
+        exclude: Patterns of tensors that are not merged.
+        **options: Further arguments of :class:`~lightning_odem.stream.folding.Folding`.
+
+    Attributes:
+        hyper_parameters: For ``load_from_checkpoint``, from the first checkpoint.
+
+    Raises:
+        ValueError: If the models differ, or a pattern matches nothing.
+    """
+
+    def __init__(
+        self, incoming: Sequence[Incoming], base: str | None, device: str, exclude: Sequence[str], **options: Any
+    ) -> None:
+        self._files = ModelFiles([entry.path for entry in incoming], base, exclude)
+        excluded = self._files.excluded
+        if idle := [pattern for pattern in exclude if not any(is_excluded(name, [pattern]) for name in excluded)]:
+            raise ValueError(
+                f"exclude={idle} matches no tensor in {incoming[0].path} or the others; those in all of them are: "
+                f"{', '.join(self._files.like)}."
+            )
+        # Half precision would round after every merge.
+        state = {
+            name: torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
+            if like.is_floating_point()
+            else like
+            for name, like in self._files.like.items()
+        }
+        found = self._files.read(base) if base is not None else None
+        self._folding = Folding(StateModule(state).to(device), base=found, **options)
+        self._excluded: Snapshot = {}
+        self.hyper_parameters = read_hyper_parameters(incoming[0].path)
+
+    def fold(self, incoming: Incoming, on_step: Callable[[int, int], None]) -> MergeRecord:
+        """Read and merge the next checkpoint."""
+        path, task, weight = incoming
+        record = self._folding.fold(self._files.read(path), task, weight, on_step=on_step)
+        self._excluded |= self._files.read_excluded(path)
+        return record
+
+    def state(self) -> Snapshot:
+        """The merged model, and what was not merged of any checkpoint."""
+        merged = self._folding.merged or {}
+        return {**{name: merged[name].to(like.dtype) for name, like in self._files.like.items()}, **self._excluded}

@@ -1,0 +1,220 @@
+"""``lightning-odem merge``: folds checkpoints that exist already into one."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lightning_odem import version
+from lightning_odem.cli.folded_files import FoldedFiles, Incoming
+from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
+from lightning_odem.cli.output import MergeOutput
+from lightning_odem.methods import MergeMethod, resolve_method
+from lightning_odem.methods.describe import describe_method
+from lightning_odem.metrics import check_weights
+from lightning_odem.report import MergeRecord
+from lightning_odem.stream.merging import check_needs
+from lightning_odem.stream.trace import TrainingTrace
+from lightning_odem.tasks import TaskStream
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What an offline merge did.
+
+    Args:
+        incoming: The checkpoints in order.
+        records: What happened in the merge of each.
+        paths: The files written.
+    """
+
+    incoming: list[Incoming]
+    records: list[MergeRecord]
+    paths: list[Path]
+
+    def table(self) -> str:
+        """Task, utility weight, operating time and seconds of each merge, as text."""
+        table = Table("task", "weight", "t", "seconds", box=None, pad_edge=False, padding=(0, 2))
+        for entry, record in zip(self.incoming, self.records, strict=True):
+            table.add_row(entry.task, f"{entry.weight:g}", f"{record.t:.3f}", f"{record.merge_seconds:.2f}")
+        console = Console()
+        with console.capture() as captured:
+            console.print(table)
+        return captured.get()
+
+
+def merge_checkpoints(
+    checkpoints: list[str],
+    output: str,
+    method: str | MergeMethod = "average",
+    base: str | None = None,
+    weights: list[float] | None = None,
+    tasks: list[str] | None = None,
+    exclude: Sequence[str] = (),
+    batch_norm: Literal["average", "keep", "recalibrate"] = "average",
+    model: L.LightningModule | None = None,
+    data: TaskStream | None = None,
+    calibration_size: int = 1024,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> "Merged":
+    """Fold checkpoints into one, in the order given, and write it.
+
+    One checkpoint is read at a time: memory holds the base model, the merged model, the module they are merged in and
+    one incoming model, however many there are. What does not fit together is found before the first merge. Without a
+    ``model``, checkpoints in half precision are merged in fp32 and rounded once, at the end.
+
+    Args:
+        checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints, or folders as Hugging
+            Face's save_pretrained writes them.
+        output: A file that ends in .safetensors, beside which a Lightning checkpoint (.ckpt) is written; or a folder
+            for from_pretrained, if the first checkpoint is one.
+        method: Name of a merge method, or a MergeMethod. The default needs nothing but the checkpoints.
+        base: The base model, for methods that need it; in any of the formats of the checkpoints.
+        weights: Utility weights in the order of the checkpoints; by default those of the tasks in data, else 1.
+        tasks: Names of the tasks in the order of the checkpoints; by default those of the files or folders.
+        exclude: Patterns of tensors that are not merged: globs over dotted names, or names of modules. Those of all
+            checkpoints are kept; where several have one name, that of the last.
+        batch_norm: What becomes of running statistics: average, keep (those of the first checkpoint) or recalibrate.
+        model: Module that computes the calibration loss, such as TaskClassifier; its own weights do not matter.
+        data: Stream whose tasks go with the checkpoints: by name, or in order if it knows none of the names.
+        calibration_size: Samples kept of all tasks together.
+        device: Where merges are computed, such as cpu or cuda:0.
+        overwrite: Replace an output that exists.
+
+    Returns:
+        What was merged, and where it is.
+
+    Raises:
+        FileNotFoundError: If a checkpoint is missing.
+        FileExistsError: If the output exists.
+        ValueError: If models do not fit together, the method needs what is not there, or an argument is wrong.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import load_file, save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = [f"{folder}/a.safetensors", f"{folder}/b.safetensors"]
+        ...     for file, value in zip(files, [1.0, 4.0]):
+        ...         save_file({"weight": torch.tensor([value])}, file)
+        ...     merged = merge_checkpoints(files, f"{folder}/merged.safetensors", weights=[1.0, 2.0])
+        ...     load_file(f"{folder}/merged.safetensors"), [record.t for record in merged.records]
+        ({'weight': tensor([3.])}, [1.0, 0.6666666666666666])
+    """
+    method = resolve_method(method)
+    names = task_names(checkpoints) if tasks is None else tasks
+    _check(checkpoints, names, weights, exclude)
+    _check_needs(method, base, batch_norm, model, data)
+    place = MergeOutput(output, [*checkpoints, *([] if base is None else [base])], overwrite)
+    folded: FoldedFiles | FoldedStream
+    if model is not None and data is not None:
+        chosen = choose_tasks(data, names, by_name=tasks is not None)
+        names = [task.task_name for task in chosen]
+        weights = [task.task_weight for task in chosen] if weights is None else weights
+        incoming = list(map(Incoming, checkpoints, names, weights))
+        folded = FoldedStream(
+            model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
+        )
+    else:
+        incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
+        folded = FoldedFiles(incoming, base, device, exclude, method=method, batch_norm=batch_norm)
+    place.prepare()
+    records = []
+    with _progress(len(incoming)) as advance:
+        for number, entry in enumerate(incoming):
+            records.append(folded.fold(entry, advance(number, entry.task)))
+    place.write(folded.state(), _metadata(method, incoming, base), folded.hyper_parameters)
+    return Merged(incoming, records, place.paths)
+
+
+def task_names(checkpoints: Sequence[str]) -> list[str]:
+    """Names of files without their suffix, and of folders; numbered where they occur again.
+
+    Example:
+        >>> task_names(["runs/a/last.ckpt", "runs/b/last.ckpt", "clip-dtd/"])
+        ['last', 'last_2', 'clip-dtd']
+    """
+    names: list[str] = []
+    for path in map(Path, checkpoints):
+        stem = path.resolve().name if path.is_dir() else path.stem
+        candidates = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(checkpoints) + 1))
+        names.append(next(name for name in candidates if name not in names))
+    return names
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``lightning-odem merge``."""
+    parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
+    parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
+    parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite"}, as_group=False)
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
+    given = parser.instantiate_classes(parser.parse_args(args))
+    del given.config
+    try:
+        merged = merge_checkpoints(**vars(given))
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    print(merged.table())
+    print(f"Merged weights: {' and '.join(map(str, merged.paths))}")
+
+
+def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object) -> None:
+    if not checkpoints:
+        raise ValueError("There is nothing to merge: no checkpoint was given.")
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
+    for argument, values in {"tasks": names, "weights": weights}.items():
+        if values is not None and len(values) != len(checkpoints):
+            raise ValueError(f"{argument} has {len(values)} entries, but there are {len(checkpoints)} checkpoints.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two tasks cannot have the same name, got {', '.join(names)}.")
+    if weights is not None:
+        check_weights(weights)
+
+
+def _check_needs(method: MergeMethod, base: str | None, batch_norm: str, model: object, data: object) -> None:
+    if (model is None) != (data is None):
+        raise ValueError("model and data go together: the one computes losses on the samples of the other.")
+    if batch_norm == "recalibrate" and data is None:
+        raise ValueError("batch_norm='recalibrate' runs samples through the model: give model and data.")
+    try:
+        trace = TrainingTrace(batches=None if data is None else ())
+        check_needs(method, base=base is not None, calibration=data is not None, trace=trace)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Of finished checkpoints base names the base model, and model and data bring samples and a loss."
+        ) from error
+
+
+def _metadata(method: MergeMethod, incoming: Sequence[Incoming], base: str | None) -> dict[str, str]:
+    settings = describe_method(method)
+    return {
+        "method": settings.pop("name"),
+        "settings": json.dumps(settings),
+        "tasks": json.dumps([entry.task for entry in incoming]),
+        "weights": json.dumps([entry.weight for entry in incoming]),
+        "base": "" if base is None else str(base),
+        "version": version.__version__,
+    }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
+    """A bar over checkpoints, and within each of them over the steps of its merge."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        line = progress.add_task("merging", total=total)
+
+        def start(number: int, task: str) -> Callable[[int, int], None]:
+            progress.update(line, description=f"merging {task}", completed=number)
+            return lambda done, steps: progress.update(line, completed=number + done / steps)
+
+        yield start

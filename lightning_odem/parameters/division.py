@@ -1,0 +1,98 @@
+"""Which of a module's tensors are merged, and which belong to single tasks."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_odem.parameters.vector import canonical_name, is_excluded
+
+
+class Division:
+    """Divides a module's parameters and buffers by name patterns.
+
+    Args:
+        exclude: The user's patterns, see :func:`~lightning_odem.parameters.vector.is_excluded`; those in the attribute
+            ``task_specific`` of a module are added to them.
+
+    Example:
+        >>> net = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        >>> is_shared = Division(["head"]).shared(net)
+        >>> [name for name, _ in net.named_parameters() if is_shared(name)]
+        ['body.weight', 'body.bias']
+    """
+
+    def __init__(self, exclude: Sequence[str]) -> None:
+        self.exclude = tuple(exclude)
+
+    def patterns(self, module: nn.Module) -> tuple[str, ...]:
+        """All patterns of tensors that are not merged.
+
+        Raises:
+            ValueError: If ``task_specific`` is a string, whose letters would be taken for patterns.
+        """
+        own = getattr(module, "task_specific", ())
+        if isinstance(own, str):
+            name = type(module).__name__
+            raise ValueError(f"{name}.task_specific is a tuple of patterns, got the string {own!r}; write ({own!r},).")
+        return (*self.exclude, *own)
+
+    def shared(self, module: nn.Module) -> Callable[[str], bool]:
+        """Selects by name what all tasks share."""
+        patterns = self.patterns(module)
+        return lambda name: not is_excluded(name, patterns)
+
+    def task_specific(self, module: nn.Module) -> Callable[[str], bool]:
+        """Selects by name what each task keeps for itself; what is excluded but frozen is the same for all tasks."""
+        patterns = self.patterns(module)
+        frozen = {canonical_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        return lambda name: is_excluded(name, patterns) and name not in frozen
+
+    def fixed(self, module: nn.Module) -> Callable[[str], bool]:
+        """Selects by name the parameters that are excluded and frozen: the same for all tasks, if they have them."""
+        own = self.task_specific(module)
+        patterns = self.patterns(module)
+        return lambda name: is_excluded(name, patterns) and not own(name)
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse, before any training, what could not be merged after it.
+
+        Raises:
+            ValueError: If a pattern of the user matches nothing, most often a misspelt name; if a tied parameter is
+                excluded by one of its names only; if a parameter to be merged has no values yet or complex ones; or if
+                all of them are frozen.
+        """
+        kind = type(module).__name__
+        named = [(canonical_name(name), tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]
+        idle = [pattern for pattern in self.exclude if not any(is_excluded(name, [pattern]) for name, _ in named)]
+        if idle:
+            raise ValueError(
+                f"exclude={idle} matches no parameter of {kind}; its parameters are: "
+                f"{', '.join(name for name, _ in named)}."
+            )
+        is_shared = self.shared(module)
+        names_of: dict[nn.Parameter, list[str]] = {}
+        for name, tensor in named:
+            names_of.setdefault(tensor, []).append(name)
+        for tensor, names in names_of.items():
+            merged, kept = ([name for name in names if is_shared(name) is shared] for shared in (True, False))
+            if merged and kept:
+                raise ValueError(
+                    f"{' and '.join(names)} are one parameter of {kind}, but {', '.join(kept)} is excluded from the "
+                    f"merge and {', '.join(merged)} is not. Exclude all of its names or none."
+                )
+            if is_lazy(tensor):
+                raise ValueError(
+                    f"The lazy parameter {names[0]} of {kind} has no values yet, so there is no base model. Call the "
+                    "module on a sample batch before the first fit."
+                )
+            if merged and tensor.requires_grad and tensor.is_complex():
+                raise ValueError(
+                    f"{names[0]} of {kind} is complex; merges are defined on real parameters. Keep it as a real tensor "
+                    "and use torch.view_as_complex in forward, or leave it out of the merge with exclude."
+                )
+        if not any(tensor.requires_grad and is_shared(names[0]) for tensor, names in names_of.items()):
+            raise ValueError(
+                f"No trainable parameter of {kind} is left to merge: of {len(names_of)} parameters all are frozen or "
+                f"match the patterns {list(self.patterns(module))}."
+            )

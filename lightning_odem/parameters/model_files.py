@@ -1,0 +1,149 @@
+"""Checkpoints of one architecture, read under one set of names."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_odem.parameters.checkpoint import read_checkpoint
+from lightning_odem.parameters.snapshot import Snapshot
+from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
+
+_COUNTER = "num_batches_tracked"
+
+
+def match_names(own: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """For each name of one model the name of the same tensor in another, if that has it.
+
+    They are the same but for leading names that all tensors of one model share: ``model.``, ``module.``,
+    ``backbone.``. Of all ways to exchange these the one that finds most names is taken.
+
+    Example:
+        >>> match_names(["model.0.weight", "model.1.weight"], ["0.weight", "1.weight", "2.weight"])
+        {'model.0.weight': '0.weight', 'model.1.weight': '1.weight'}
+    """
+    ways = [
+        {name: there + name.removeprefix(here) for name in own}
+        for here in _shared_beginnings(own)
+        for there in _shared_beginnings(names)
+    ]
+    return max(ways, key=lambda way: sum(name in names for name in way.values()))
+
+
+class ModelFiles:
+    """The models of a merge on disk, checked against each other without reading their weights.
+
+    Floating tensors have to be the same ones in all models, in the same shapes; a leading name that one model gives all
+    its tensors does not count. Other tensors, such as position indices, must be equal where a model has them; counters
+    of batch-norm layers may differ. The base model may have more, as a CLIP with its text tower has.
+
+    Args:
+        checkpoints: Paths of the models to merge, in what :func:`~lightning_odem.parameters.read_checkpoint` takes.
+        base: Path of the base model, or None.
+        exclude: Patterns of tensors that are not merged and may be different ones in each model.
+        own: Tensors of the module the models are for, whose names then hold; by default those of the first model.
+
+    Attributes:
+        like: A tensor per name to be merged: floating ones without memory, in the widest dtype of the models; the
+            others with the values they have.
+        excluded: Names, as in the files, that the patterns match.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one cannot be read or the models differ; every difference is listed.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[str | os.PathLike],
+        base: str | os.PathLike | None = None,
+        exclude: Sequence[str] = (),
+        own: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._exclude = exclude
+        self._origin = str(checkpoints[0]) if own is None else "module's"
+        self.excluded: set[str] = set()
+        self.like = {
+            name: _without_memory(tensor)
+            for name, tensor in (self._divide(checkpoints[0])[0] if own is None else own).items()
+        }
+        problems = [problem for path in checkpoints if (problem := self._problem(path))]
+        if base is not None and (problem := self._problem(base, is_base=True)):
+            problems.append(problem)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def read(self, path: str | os.PathLike) -> Snapshot:
+        """The tensors of one of the models that are to be merged, complete and under the common names.
+
+        Raises:
+            ValueError: If a weight is not finite.
+        """
+        shared = self._divide(path)[0]
+        found = {name: shared[there] for name, there in self._names(shared).items()}
+        broken = [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(
+                f"{path} holds infinite or NaN values in {', '.join(broken)}; merged they would spoil the other models "
+                "as well. Leave this checkpoint out."
+            )
+        return {**{name: tensor for name, tensor in self.like.items() if not tensor.is_meta}, **found}
+
+    def read_excluded(self, path: str | os.PathLike) -> Snapshot:
+        """Copies of the tensors of one of the models that are not to be merged, under the names in the file."""
+        return {name: tensor.clone() for name, tensor in self._divide(path)[1].items()}
+
+    def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot]:
+        shared: Snapshot = {}
+        excluded: Snapshot = {}
+        for name, tensor in read_checkpoint(path).items():
+            name = canonical_name(name)
+            (excluded if is_excluded(name, self._exclude) else shared)[name] = tensor
+        return shared, excluded
+
+    def _names(self, shared: Snapshot) -> dict[str, str]:
+        return {name: there for name, there in match_names(self.like, shared).items() if there in shared}
+
+    def _problem(self, path: str | os.PathLike, is_base: bool = False) -> str:
+        """In what a model differs from the others; takes its dtypes into account if it does not."""
+        shared, excluded = self._divide(path)
+        self.excluded |= excluded.keys()
+        names = self._names(shared)
+        shapes = {name: shared[there].shape for name, there in names.items()}
+        if not is_base:
+            more = shared.keys() - names.values()
+            shapes |= {name: shared[name].shape for name in more if shared[name].is_floating_point()}
+        # Counters and position indices come and go between versions of a library.
+        expected = {name: own.shape for name, own in self.like.items() if own.is_meta or name in names}
+        try:
+            check_same_shapes(expected, shapes, self._origin, str(path))
+        except ValueError as error:
+            return str(error)
+        fixed = [name for name, there in names.items() if not _may_differ(name, shared[there], self.like[name])]
+        if fixed:
+            kinds = ", ".join(f"{name} ({shared[names[name]].dtype})" for name in fixed)
+            return (
+                f"{path} differs from the {self._origin} model in tensors that cannot be merged because they are not "
+                f"floating-point in both: {kinds}. Convert quantized weights back, or exclude what is not a weight."
+            )
+        for name, there in names.items() if not is_base else ():
+            self.like[name] = self.like[name].to(torch.promote_types(self.like[name].dtype, shared[there].dtype))
+        return ""
+
+
+def _shared_beginnings(names: Collection[str]) -> list[str]:
+    """The leading names that all dotted names share: nothing, ``a.``, ``a.b.``; never the last part of a name."""
+    parts = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    return [".".join([*parts[:depth], ""]) for depth in range(len(parts) + 1)]
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta") if tensor.is_floating_point() else tensor.detach().clone()
+
+
+def _may_differ(name: str, tensor: Tensor, own: Tensor) -> bool:
+    if tensor.is_floating_point() and own.is_meta:
+        return True
+    same = tensor.dtype == own.dtype and not own.is_meta and torch.equal(tensor, own)
+    return same or name.rpartition(".")[2] == _COUNTER

@@ -1,0 +1,140 @@
+"""Parameters that several processes share: FSDP2's, cut along their first dimension."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from lightning_odem.parameters.processes import Processes
+
+
+class Shards:
+    """How the processes of a job share parameters: each holds some consecutive rows of every one, its shard.
+
+    Rows are entries of the first dimension. Of R processes each has as many as the others, rounded up, and the last
+    ones what is left of them, perhaps none.
+
+    Args:
+        tensors: The parameters by name, cut like this over all processes, see :func:`find_shards`.
+
+    Attributes:
+        shapes: Shapes of the whole parameters by name.
+        local_shapes: Shapes of this process's shards.
+        rank: Number of this process.
+        size: Number of processes.
+    """
+
+    def __init__(self, tensors: Mapping[str, DTensor]) -> None:
+        self._processes = Processes.current()
+        self.rank, self.size = self._processes.rank, self._processes.size
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.local_shapes = {name: local(tensor).shape for name, tensor in tensors.items()}
+        # That of the processes' group: sharded parameters may be kept on the CPU between passes.
+        self._device = torch.device(next(iter(tensors.values())).device_mesh.device_type)
+
+    def sum_(self, numbers: Tensor) -> None:
+        """Sum numbers over the processes, in place and to the same bits in each; all of them have to call it."""
+        numbers.copy_(self._processes.sum_(numbers.to(self._device)))
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """This process's shard of a parameter that is given whole, in its memory; any other tensor itself."""
+        if tensor.shape != self.shapes.get(name):
+            return tensor
+        rows = self._rows(name)
+        return tensor[self.rank * rows : (self.rank + 1) * rows]
+
+    def whole_shape(self, name: str, tensor: Tensor) -> torch.Size:
+        """Shape of the parameter of which a tensor is this process's shard; of any other tensor its own."""
+        return self.shapes[name] if tensor.shape == self.local_shapes.get(name) else tensor.shape
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor | None:
+        """The whole of a shard, or of a tensor that is not sharded; all processes have to call it.
+
+        Returns:
+            The tensor on the CPU in the first process, None in the others.
+        """
+        if name not in self.shapes:
+            return tensor if self.rank == 0 else None
+        total = self.shapes[name][0]
+        padded = tensor.new_zeros(self._rows(name), *tensor.shape[1:], device=self._device)
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, parts)
+        return None if parts is None else torch.cat(parts)[:total].cpu()
+
+    def first_row(self, name: str) -> int:
+        """Which row of the whole parameter this process's shard begins with."""
+        return min(self.rank * self._rows(name), self.shapes[name][0])
+
+    def _rows(self, name: str) -> int:
+        """Rows of a shard, but for the last ones'."""
+        return -(-self.shapes[name][0] // self.size)
+
+
+def find_shards(named: Mapping[str, Tensor]) -> Shards | None:
+    """How the processes share those of the tensors that are DTensors; None if there are none.
+
+    Raises:
+        ValueError: If one of them is not cut along its first dimension over all processes, as ``fully_shard`` does on a
+            mesh of one dimension: tensor parallelism, hybrid sharding.
+    """
+    sharded = {name: tensor for name, tensor in named.items() if isinstance(tensor, DTensor)}
+    for name, tensor in sharded.items():
+        ranks = tensor.device_mesh.mesh.tolist()
+        if tensor.placements != (Shard(0),) or ranks != list(range(dist.get_world_size())):
+            raise ValueError(
+                f"{name} has the placements {tensor.placements} on the processes {ranks} of {dist.get_world_size()}. "
+                "Shards can be merged where fully_shard cuts parameters along their first dimension over a mesh of all "
+                "processes, without tensor parallelism (tensor_parallel_size=1) and replicas. Otherwise merge saved "
+                "checkpoints."
+            )
+    return Shards(sharded) if sharded else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, in its memory; any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 give up whole parameters: after a forward pass without backward a module may still have them.
+
+    They stand in the place of the shards, and the next pass would not see what was written to those.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
+
+
+def weights_checkpoint(trainer: L.Trainer) -> dict[str, Any]:
+    """A checkpoint of the weights and nothing of the optimizer; whole, where processes share them, in the first one.
+
+    All processes have to call it.
+    """
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    module = trainer.lightning_module
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        checkpoint["state_dict"] = get_model_state_dict(module, options=options)
+    return checkpoint
+
+
+def divisors(module: nn.Module) -> dict[Tensor, float]:
+    """By what FSDP2 divides the sum of a parameter's gradients, where it is not the number of processes."""
+    groups = [
+        group
+        for submodule in module.modules()
+        if isinstance(submodule, FSDPModule)
+        for group in getattr(submodule._get_fsdp_state(), "_fsdp_param_groups", ())
+        if group.gradient_divide_factor is not None
+    ]
+    return {held.sharded_param: group.gradient_divide_factor for group in groups for held in group.fsdp_params}

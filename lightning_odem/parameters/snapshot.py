@@ -1,0 +1,125 @@
+"""Copies of a module's state between tasks, and a block that leaves the module as it found it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_odem.parameters.shards import find_shards, local, reshard
+from lightning_odem.parameters.vector import canonical_name, check_same_shapes, whole_shapes
+
+Snapshot = dict[str, Tensor]
+
+
+def _tensors(module: nn.Module, select: Callable[[str], bool]) -> dict[str, Tensor]:
+    reshard(module)
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {canonical_name(name): tensor for name, tensor in named.items() if select(canonical_name(name))}
+
+
+def take_snapshot(module: nn.Module, select: Callable[[str], bool] = lambda name: True) -> Snapshot:
+    """Copy the selected parameters and buffers to the CPU, each tied tensor once, in their own dtypes.
+
+    Of parameters that several processes share each process copies its own shards.
+    """
+    return {name: local(tensor).detach().to("cpu", copy=True) for name, tensor in _tensors(module, select).items()}
+
+
+@torch.no_grad()
+def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Callable[[str], bool]) -> None:
+    """Copy a snapshot back into the selected tensors of a module, in place.
+
+    Of sharded parameters both will do, whole tensors and this process's shards.
+
+    Raises:
+        ValueError: If names or shapes differ, or the module is on the meta device; nothing is written then.
+    """
+    tensors = _tensors(module, select)
+    if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{', '.join(on_meta[:3])}{', ...' if len(on_meta) > 3 else ''} of {type(module).__name__} cannot be "
+            "written: they are on the meta device, without memory for values. Give them memory first "
+            "(module.to_empty(device=...)), or wait until Lightning has done so: in the module's hook on_fit_start."
+        )
+    shards = find_shards(tensors)
+    check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored")
+    for name, tensor in tensors.items():
+        local(tensor).copy_(shards.part(name, snapshot[name]) if shards else snapshot[name])
+
+
+def gather_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of a snapshot one after the other, whole, so that one process can save them.
+
+    Yields:
+        Name and tensor, on the CPU; None instead of the tensor on all processes but the first. Of a sharded module
+        every process has to go through all of them, in step.
+    """
+    shards = find_shards(_tensors(module, lambda name: name in snapshot))
+    for name, tensor in snapshot.items():
+        yield name, shards.gather(name, tensor) if shards else tensor
+
+
+def whole_snapshot(module: nn.Module, snapshot: Snapshot) -> Snapshot:
+    """A snapshot with whole tensors, in the first process; that of a module without shards is returned itself."""
+    shards = find_shards(_tensors(module, lambda name: name in snapshot))
+    return snapshot if shards is None else dict(gather_snapshot(module, snapshot))  # type: ignore[arg-type]
+
+
+def cut_snapshot(module: nn.Module, tensors: Snapshot) -> Snapshot:
+    """The shards that this process holds of whole tensors, whatever number of processes saved them.
+
+    They share the memory of the tensors given: of a memory-mapped file only they are read, when they are used. Where
+    nothing is sharded, the snapshot itself is returned.
+
+    Raises:
+        ValueError: If the module has the tensor in another shape.
+    """
+    shards = find_shards(_tensors(module, lambda name: name in tensors))
+    if shards is None:
+        return tensors
+    found = whole_shapes({name: tensors[name] for name in shards.shapes}, shards)
+    check_same_shapes(shards.shapes, found, "module's", "stored")
+    return {name: shards.part(name, tensor) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Run a block with the module in eval mode and gradients on; afterwards nothing but its parameters has changed.
+
+    Train/eval flags of every submodule, buffers (batch-norm statistics too), ``.grad`` and the random state of Python,
+    NumPy and torch are put back, and torchmetrics updated by the block are reset, also after an exception.
+    """
+    reshard(module)
+    flags = {submodule: submodule.training for submodule in module.modules()}
+    grads = {parameter: parameter.grad for parameter in module.parameters()}
+    # With their owners: a module may update a buffer in place or put another tensor under its name.
+    buffers = [
+        (submodule, name, buffer, buffer.clone())
+        for submodule in module.modules()
+        for name, buffer in submodule.named_buffers(recurse=False)
+    ]
+    counts = {metric: metric.update_count for metric in module.modules() if isinstance(metric, Metric)}
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            module.eval()
+            for parameter in grads:
+                parameter.grad = None
+            yield
+    finally:
+        # Called as after a block that went well: after an exception it would leave the random state as it is.
+        isolation.__exit__(None, None, None)
+        for submodule, flag in flags.items():
+            submodule.training = flag
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                setattr(owner, name, buffer.copy_(value))
+        for metric, count in counts.items():
+            if metric.update_count != count:
+                metric.reset()

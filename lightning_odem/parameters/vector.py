@@ -1,0 +1,223 @@
+"""A module's trainable parameters as one flat vector, and the names that decide which of them are merged."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from lightning_odem.parameters.shards import Shards, divisors, find_shards, local, reshard
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the parts that ``torch.compile`` puts into those of compiled submodules."""
+    return name.replace("_orig_mod.", "")
+
+
+def is_excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name matches one of the patterns: a glob over the whole name, or the name of a module above it.
+
+    Example:
+        >>> [is_excluded(name, ["head", "*.bias"]) for name in ("head.weight", "headless.weight", "conv1.bias")]
+        [True, False, True]
+    """
+    name = canonical_name(name)
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+
+
+class NoGradientError(ValueError):
+    """A loss that depends on none of the parameters."""
+
+
+class ParameterVector:
+    """The parameters a merge moves, read and written as one flat vector.
+
+    These are the module's parameters that are trainable and not excluded, each tied parameter once, in the module's
+    own order. The vector is fp32, or fp64 if a parameter is; lower-precision parameters are cast when written.
+
+    Of parameters that several processes share (FSDP2) the vector consists of this process's shards: no process ever
+    holds a whole one.
+
+    Args:
+        module: The module; its parameters are used in place, never rebound to other storage.
+        exclude: Patterns as in :func:`is_excluded` of parameters to leave alone.
+
+    Attributes:
+        names: The parameters' names, in their order in the vector.
+        tensors: The parameters.
+        shapes: Their shapes, those of the whole parameters.
+        shards: How processes share them, a :class:`~lightning_odem.parameters.Shards`; None where they are not shared.
+
+    Raises:
+        ValueError: If no parameter is left, only some of them are shared, or they are in a way that is not supported.
+
+    Example:
+        >>> from torch import nn
+        >>> vector = ParameterVector(nn.Linear(2, 1), exclude=["bias"])
+        >>> vector.names, vector.read().shape
+        (['weight'], torch.Size([2]))
+        >>> vector.write_(torch.tensor([1.0, 2.0]))
+        >>> vector.read()
+        tensor([1., 2.])
+    """
+
+    def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
+        reshard(module)
+        trainable = {canonical_name(name): tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+        named = {name: tensor for name, tensor in trainable.items() if not is_excluded(name, exclude)}
+        if not named:
+            total = sum(1 for _ in module.parameters())
+            raise ValueError(
+                f"No trainable parameter of {type(module).__name__} is left to merge: of {total} parameters all are "
+                f"frozen or match exclude={list(exclude)}."
+            )
+        self.names = list(named)
+        self.tensors: list[Tensor] = list(named.values())
+        self._others = [tensor for name, tensor in trainable.items() if name not in named]
+        self.shapes = [parameter.shape for parameter in self.tensors]
+        self.shards = find_shards(named)
+        if self.shards is not None and (whole := named.keys() - self.shards.shapes.keys()):
+            raise ValueError(
+                f"Of {len(named)} parameters to merge {len(named) - len(whole)} are sharded and {len(whole)} are not "
+                f"({', '.join(sorted(whole)[:3])}, ...). Apply fully_shard to the modules of all of them, or leave "
+                "parameters out with exclude=."
+            )
+        self._module = module
+        self._local_shapes = [local(parameter).shape for parameter in self.tensors]
+        self._sizes = [shape.numel() for shape in self._local_shapes]
+        self.device = self.tensors[0].device
+        dtypes = {parameter.dtype for parameter in self.tensors}
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of a flat vector in the shapes of the parameters, or of their shards; they share its memory."""
+        return [piece.view(shape) for piece, shape in zip(flat.split(self._sizes), self._local_shapes, strict=True)]
+
+    def read(self) -> Tensor:
+        """Copy the parameters into a new vector of shape [d] on the first parameter's device."""
+        return self._gather(self._parts())
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy tensors kept by name (a superset is fine) into a new vector.
+
+        Of sharded parameters both will do, whole tensors and this process's shards.
+
+        Raises:
+            ValueError: If a name is missing or a shape differs; the message lists every case.
+        """
+        kept = {name: local(tensors[name]) for name in self.names if name in tensors}
+        found = whole_shapes(kept, self.shards)
+        check_same_shapes(dict(zip(self.names, self.shapes, strict=True)), found, "incoming", "merged")
+        return self._gather([self.shards.part(name, kept[name]) if self.shards else kept[name] for name in self.names])
+
+    @torch.no_grad()
+    def write_(self, flat: Tensor) -> None:
+        """Copy a vector into the parameters, in place and in their own dtypes."""
+        torch._foreach_copy_(self._parts(), self.views(flat))
+
+    def unrounded(self, flat: Tensor) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the pieces of a vector that parameters of lower precision cannot hold, by name."""
+        pieces = zip(self.names, self.tensors, self.views(flat), strict=True)
+        return {name: piece.to("cpu", copy=True) for name, tensor, piece in pieces if _is_low(tensor)}
+
+    @contextmanager
+    def collect_gradient(self, out: Tensor | None = None) -> Iterator[Tensor]:
+        """Add the gradients of every ``backward`` in the block into one vector, which is yielded.
+
+        Each parameter's gradient is added and freed as soon as autograd has it, that of an excluded one just freed, so
+        besides the vector there is never a second full set. Works wherever ``backward`` works, re-entrant activation
+        checkpointing included. Existing ``.grad`` are put back afterwards.
+
+        Of sharded parameters the gradients of all processes are added: every one has to call ``backward`` as often as
+        the others, each time on losses that depend on the same parameters.
+
+        Args:
+            out: The vector, zeros of shape [d]; by default a new one.
+
+        Raises:
+            NoGradientError: After the block, if not one of the parameters received a gradient.
+        """
+        flat = torch.zeros(len(self), dtype=self.dtype, device=self.device) if out is None else out
+        parameters = [*self.tensors, *self._others]
+        scales = self._gradient_scales()
+        before = [parameter.grad for parameter in parameters]
+        reached = False
+
+        def sink(piece: Tensor | None) -> Callable[[Tensor], None]:
+            def add(parameter: Tensor) -> None:
+                nonlocal reached
+                if piece is not None:
+                    reached = True
+                    piece.add_(local(parameter.grad), alpha=scales.get(parameter, 1))  # type: ignore[arg-type]
+                parameter.grad = None
+
+            return add
+
+        handles = []
+        try:
+            for parameter, piece in zip_longest(parameters, self.views(flat)):
+                parameter.grad = None
+                handles.append(parameter.register_post_accumulate_grad_hook(sink(piece)))
+            yield flat
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
+        if not reached:
+            raise NoGradientError(
+                f"The calibration loss has no gradient: backward reached none of {len(self.tensors)} parameters "
+                f"({', '.join(self.names[:3])}, ...). Return a loss that depends on them, without detach or no_grad."
+            )
+
+    def _parts(self) -> list[Tensor]:
+        """What this process holds of the parameters, in their memory."""
+        if self.shards is None:
+            return self.tensors
+        reshard(self._module)
+        # Asked for anew: FSDP2 may move shards to other memory.
+        return [local(parameter) for parameter in self.tensors]
+
+    def _gradient_scales(self) -> dict[Tensor, float]:
+        """Factors that make sums over the processes of what FSDP2 gives, by default means."""
+        if self.shards is None:
+            return {}
+        return {**dict.fromkeys(self.tensors, self.shards.size), **divisors(self._module)}
+
+    @torch.no_grad()
+    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        flat = torch.empty(len(self), dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(self.views(flat), list(tensors))
+        return flat
+
+
+def whole_shapes(tensors: Mapping[str, Tensor], shards: Shards | None) -> dict[str, torch.Size]:
+    """Shapes of tensors by name; for the shards of parameters those of the whole ones."""
+    return {name: shards.whole_shape(name, tensor) if shards else tensor.shape for name, tensor in tensors.items()}
+
+
+def check_same_shapes(
+    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], expected_in: str, found_in: str
+) -> None:
+    """Raise a ValueError that lists all names and shapes in which two models differ."""
+    problems = [f"{name}: in the {expected_in} model only" for name in expected if name not in found]
+    problems += [f"{name}: in the {found_in} model only" for name in found if name not in expected]
+    problems += [
+        f"{name}: {tuple(shape)} in the {expected_in} model, {tuple(found[name])} in the {found_in} model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
+            "architecture can be merged (exclude= leaves parameters out):\n  " + "\n  ".join(problems)
+        )
+
+
+def _is_low(tensor: Tensor) -> bool:
+    return torch.finfo(tensor.dtype).bits < torch.finfo(torch.float32).bits

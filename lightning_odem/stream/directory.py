@@ -1,0 +1,273 @@
+"""The directory a stream lives in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import nn
+
+from lightning_odem.parameters.files import remove_drafts
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.shards import weights_checkpoint
+from lightning_odem.report import StreamReport, save
+from lightning_odem.stream.naming import file_name
+from lightning_odem.stream.state import StreamState
+from lightning_odem.stream.store import StreamLock, StreamStore
+
+
+class RunDirectory:
+    """State, checkpoints, report, table and figures of one stream; never of two.
+
+    The state is kept in the folder ``stream``, see :class:`~lightning_odem.stream.store.StreamStore`. The directory
+    belongs to one process while a Trainer fits one of its tasks.
+
+    Args:
+        dirpath: Where; by default the next free ``merge_runs/version_N`` under the Trainer's ``default_root_dir``.
+        mapped: Whether tensors read from it stay on disk until they are used.
+    """
+
+    def __init__(self, dirpath: str | None, mapped: bool = False) -> None:
+        self._mapped = mapped
+        self.path: Path | None = None
+        # Generation of the state that is in memory.
+        self._number: int | None = None
+        self._directory: Path | None = None
+        self._store: StreamStore | None = None
+        self._lock: StreamLock | None = None
+        if dirpath is not None:
+            self._open(Path(dirpath))
+
+    def load(self) -> dict[str, Any] | None:
+        """The stream's state as it was left there, or None where there is none.
+
+        Raises:
+            StreamStateError: If it cannot be read; the message says what was found in which file.
+        """
+        assert self._store is not None, "the directory is known"
+        number, state = self._store.number, self._store.load(mapped=self._mapped)
+        if state is None:
+            return None
+        self._number = number
+        return {**state, "dirpath": str(self._directory)}
+
+    def lock(self, trainer: L.Trainer) -> None:
+        """Keep other processes from fitting tasks of the stream until :meth:`release`.
+
+        Raises:
+            StreamInUseError: If another one does; the message names it.
+        """
+        if self._lock is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                self._lock.acquire()
+                remove_drafts(self._lock.path.parents[1])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the stream in a block that is no fit.
+
+        Raises:
+            StreamInUseError: If one is at work on it.
+        """
+        assert self._lock is not None, "the directory is known"
+        self._lock.acquire()
+        try:
+            remove_drafts(self.at(""))
+            yield
+        finally:
+            self._lock.release()
+
+    @property
+    def holds_stream(self) -> bool:
+        """Whether there is a state on disk."""
+        return self._store is not None and self._store.number is not None
+
+    def read(self, like: StreamState) -> StreamState:
+        """The state on disk, with the settings of the one in memory that it does not have itself."""
+        before, stored = self._number, self.load()
+        assert stored is not None, "there is one"
+        state = replace(like, buffer=like.buffer.copy())
+        state.load_state_dict(stored)
+        if self._number == before:
+            state.random = like.random  # a process knows its own by identity
+        return state
+
+    def at(self, name: str) -> Path:
+        """The path of a file in the directory."""
+        assert self._directory is not None, "the directory is known"
+        return self._directory / name
+
+    def rewrite(self, state: StreamState) -> None:
+        """Write a state between two fits, whole as it is, and the report.
+
+        Raises:
+            OSError: If it cannot be written; the state before is still there.
+        """
+        assert self._store is not None, "the directory is known"
+        self._store.save(state.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.map(self._store.map)
+        self._save_report(state.report, self.at(""), first_path=len(state.report.merges))
+
+    def release(self) -> None:
+        """Let other processes go on with the stream."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def claim(self, trainer: L.Trainer, state: StreamState, resumed: bool = False) -> dict[str, Any] | None:
+        """Settle where the stream writes; nowhere under ``fast_dev_run``.
+
+        Args:
+            trainer: The Trainer that fits a task.
+            state: The stream in memory.
+            resumed: Whether it comes from one of Lightning's checkpoints.
+
+        Returns:
+            The state to go on with instead, where another process has taken the stream further since it was read.
+
+        Raises:
+            MisconfigurationException: If the directory holds another stream already.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        if self._store is None:
+            wanted = state.dirpath or ""
+            if not wanted and trainer.is_global_zero:
+                wanted = str(_make_next_version(Path(trainer.default_root_dir) / "merge_runs"))
+            self._open(Path(trainer.strategy.broadcast(wanted)))
+        with Processes.current().together():
+            if str(self._directory) != (first := trainer.strategy.broadcast(str(self._directory))):
+                raise MisconfigurationException(
+                    f"Process {trainer.global_rank} has dirpath {self._directory}, process 0 {first}. Give all "
+                    "processes the same, without the time or a number of the process in it."
+                )
+        self.lock(trainer)
+        assert self._store is not None, "opened"
+        newer = None
+        number = trainer.strategy.broadcast(self._store.number)
+        if resumed or number != self._number or number is None:
+            report, newer = self._held(number)
+            held, known = report.tasks, state.report.tasks
+            same = held == known and len(report.removed) == len(state.report.removed)
+            # The process that wrote the checkpoint may have merged the task that it had begun.
+            again = state.dirpath == str(self._directory) and held == [*known, state.started.get("task")]
+            further = not resumed and number is not None and _goes_on(report, state.report)
+            if held and not (same or again or further):
+                raise MisconfigurationException(
+                    f"{self._directory} holds another stream already (tasks merged there: {', '.join(held)}; in this "
+                    f"stream: {', '.join(known) or 'none'}). Choose another dirpath, or move that one "
+                    "away."
+                )
+            newer = newer if further and not same else None
+            self._number = number
+        self.path, state.dirpath = self._directory, str(self._directory)
+        return newer
+
+    def commit(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
+        """Write the stream's state: from then on a task is merged.
+
+        Raises:
+            OSError: If it cannot be written; the state before is still there.
+        """
+        if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert self._store is not None, "claimed"
+        whole = state.whole(module)
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                self._store.save(whole.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.map(self._store.map)
+            state.cut(module)
+
+    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
+        """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""
+        if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
+        checkpoint = weights_checkpoint(trainer)
+        with Processes.current().together():
+            if trainer.is_global_zero:
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
+        return str(path)
+
+    def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
+        """Write ``report.json``, ``table.txt`` and the figures, from the main process.
+
+        They can be written again from the state, so that a full disk is no reason to stop.
+        """
+        if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_report(report, self.path, first_path=-1)
+
+    @rank_zero_only
+    def mend_report(self, report: StreamReport) -> None:
+        """Write the report again if it is not that of the state, as after a process that died between the two."""
+        if self._directory is None or not report.tasks:
+            return
+        try:
+            written = _report_in(self._directory)
+        except ValueError:
+            written = StreamReport()
+        if written.tasks != report.tasks or len(written.removed) != len(report.removed):
+            rank_zero_info(f"The report in {self._directory} is behind the stream and written again.")
+            remove_drafts(self._directory)
+            save(report, self._directory)
+
+    def _open(self, directory: Path) -> None:
+        if directory.exists() and not directory.is_dir():
+            raise MisconfigurationException(f"{directory} is a file; dirpath must name a directory.")
+        self._directory = directory
+        self._store = StreamStore(directory / "stream")
+        self._lock = StreamLock(directory / "stream" / "lock")
+
+    def _save_report(self, report: StreamReport, directory: Path, first_path: int) -> None:
+        try:
+            save(report, directory, first_path=first_path)
+        except OSError as error:
+            rank_zero_warn(
+                f"The stream is written and kept, but its report could not be written: {error}. The next merge, or "
+                "remaining() of the callback, writes it."
+            )
+
+    def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None]:
+        """Report of the stream that the directory holds, and its state."""
+        assert self._directory is not None, "opened"
+        if number is None:
+            return _report_in(self._directory), None
+        state = self.load()
+        assert state is not None, "it has a number"
+        return StreamReport.from_dict(state["report"]), state
+
+
+def _make_next_version(root: Path) -> Path:
+    """Make the next free directory; two processes that ask at once get two."""
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
+        path = root / f"version_{max(taken, default=-1) + 1}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _goes_on(newer: StreamReport, older: StreamReport) -> bool:
+    """Whether a stream may be an older one that was taken further; tasks that were taken out of it do not tell."""
+    gone = {record.task for record in newer.removed}
+    known, found = ([task for task in report.tasks if task not in gone] for report in (older, newer))
+    return len(newer.removed) >= len(older.removed) and found[: len(known)] == known
+
+
+def _report_in(path: Path) -> StreamReport:
+    """The report of a directory, also of one that was written without a state; an empty one where there is none."""
+    report = path / "report.json"
+    return StreamReport.load(report) if report.exists() else StreamReport()

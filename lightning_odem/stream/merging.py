@@ -1,0 +1,301 @@
+"""One merge of a module, as a transaction: the module ends up merged, or as it was."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
+from lightning_odem.calibration.batch_norm import BatchNormStatistics
+from lightning_odem.calibration.input_moments import input_moments
+from lightning_odem.calibration.objective import BatchLoss
+from lightning_odem.calibration.prediction_loss import LogitsLoss
+from lightning_odem.calibration.task_data import TaskData
+from lightning_odem.flow import NonFiniteLossError
+from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
+from lightning_odem.methods.kept_state import KeptState
+from lightning_odem.methods.sharding import check_sharding
+from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, number_of_groups
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.shards import find_shards, local, reshard
+from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.vector import ParameterVector, canonical_name, is_excluded
+from lightning_odem.report.record import MergeRecord
+from lightning_odem.stream.trace import TrainingTrace
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a merge measures its loss on.
+
+    Args:
+        buffer: Samples of every task seen, the incoming one included.
+        batch_loss: Mean loss of a micro-batch at the module's current parameters. A
+            :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
+        batch_size: Samples per micro-batch.
+        loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
+            :func:`~lightning_odem.calibration.scaling.loss_scale`.
+    """
+
+    buffer: CalibrationBuffer
+    batch_loss: BatchLoss
+    batch_size: int = 128
+    loss_scale: float = 1.0
+
+    def objective(self, vector: ParameterVector) -> CalibrationObjective:
+        """The calibration loss as a function of the vector."""
+        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
+
+    def batches_of(self, task: str) -> Iterator[MicroBatch]:
+        """The samples of a task, of which the buffer may hold none."""
+        return self.buffer.micro_batches_of(task, self.batch_size) if self.buffer.counts.get(task) else iter(())
+
+    @torch.no_grad()
+    def store_logits(self, task: str) -> None:
+        """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
+
+        The module holds that model and is in eval mode. The buffer is changed at the end, in one step.
+
+        Raises:
+            TypeError: If the module gives no class scores.
+            NonFiniteLossError: If a logit is NaN or infinite, but for classes masked by minus infinity.
+        """
+        if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
+            return
+        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in self.batches_of(task)])
+        if not logits.float().logsumexp(1).isfinite().all():
+            raise NonFiniteLossError("a logit of the incoming model is not finite", 0, 0.0)
+        self.buffer.store_logits(task, logits)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is made, but may still be taken back.
+
+    Args:
+        record: What happened, without accuracies.
+        module: The module, which holds the merged model.
+        exclude: Patterns of parameters that were not merged.
+        unrounded: Merged parameters of lower precision than the vector as they were before they were rounded, on the
+            CPU.
+    """
+
+    record: MergeRecord
+    module: nn.Module
+    exclude: tuple[str, ...]
+    unrounded: Snapshot
+
+    def snapshot(self) -> Snapshot:
+        """Parameters and buffers of the merged model by name, on the CPU: what the next merge is to start from.
+
+        Parameters are not rounded to lower precision, or the roundings of a stream would add up.
+        """
+        return take_snapshot(self.module, lambda name: not is_excluded(name, self.exclude)) | self.unrounded
+
+
+@contextmanager
+def merging(
+    module: nn.Module,
+    method: MergeMethod,
+    *,
+    task: str,
+    t: float,
+    merged: Mapping[str, Tensor] | None,
+    base: Mapping[str, Tensor],
+    calibration: Calibration | None,
+    exclude: tuple[str, ...] = (),
+    batch_norm: str = "average",
+    trace: TrainingTrace = TrainingTrace(),
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[Merge]:
+    """Replace a module's weights, the incoming model, by their merge into the merged model.
+
+    Besides the module's own weights this holds ``merged`` and ``base``, which the caller keeps, and on the module's
+    device the incoming vector, the current point and one gradient: five vectors of the model's size, three of them on
+    the device.
+
+    In a job of several processes all of them call this with the same models and samples. They share the evaluations
+    of the calibration loss and do everything else alike. An error in one of them is raised in all, and all of them are
+    left as they were.
+
+    Args:
+        module: Module that holds the incoming model; left in the state it was in but for the merged weights. Of its
+            frozen parameters those are merged too in which it differs from the merged model.
+        method: The merge method.
+        task: Name of the incoming task.
+        t: Operating time in [0, 1]; the record has the method's own where it chose another.
+        merged: Parameters and buffers of the merged model by name, see :meth:`Merge.snapshot`; None for the first task.
+        base: Those of the base model, needed by methods that declare ``"base"``.
+        calibration: Samples and loss, needed by methods that declare ``"calibration"``. Where the loss is measured
+            against logits, the incoming model's are put into the buffer, which is therefore a copy of the stream's.
+        exclude: Patterns of parameters left alone.
+        batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
+        trace: What the incoming model's training left behind, as far as the method needs it.
+        on_step: Told (steps done, steps in all).
+
+    Yields:
+        The merge. The block under it belongs to the transaction: an exception in it, like one in the merge, leaves the
+        module with the incoming model and the method with the state it had.
+
+    Raises:
+        ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient,
+            something the method needs is not there or the method changed its state in place.
+        NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
+    """
+    started = time.perf_counter()
+    check_needs(method, base=bool(base), calibration=calibration is not None, trace=trace)
+    frozen = _moved_and_frozen(module, merged or {}, exclude)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    vector = ParameterVector(module, exclude)
+    if vector.shards is not None:
+        check_sharding(method)
+    layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
+    statistics = BatchNormStatistics(module, exclude, batch_norm)
+    incoming_statistics = statistics.read()
+    objective = calibration.objective(vector) if calibration else None
+    incoming = vector.read()
+    task_data = None
+    if "task_data" in method.needs:
+        task_data = TaskData(vector, module, task, trace.batches)  # type: ignore[arg-type]
+    incoming_buffers = [buffer.clone() for buffer in module.buffers()]
+    method_state = KeptState(method)
+    try:
+        with Processes.current().together():
+            with undisturbed(module):
+                if calibration is not None:
+                    calibration.store_logits(task)
+                moments = {}
+                if calibration is not None and "input_moments" in method.needs:
+                    moments = input_moments(layers, calibration.batches_of(task), calibration.batch_loss)
+                if merged is not None:
+                    statistics.interpolate(merged, t)
+                context = MergeContext(
+                    names=vector.names,
+                    shapes=[tuple(shape) for shape in vector.shapes],
+                    base=vector.gather(base) if "base" in method.needs else None,
+                    calibration=objective if "calibration" in method.needs else None,
+                    input_moments=moments,
+                    second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
+                    snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
+                    if "snapshots" in method.needs
+                    else (),
+                    task_data=task_data,
+                    on_step=on_step,
+                    shards=vector.shards,
+                    groups=number_of_groups(layers),
+                    transposed=inputs_first(layers),
+                )
+                if merged is None:
+                    result = method.start(incoming, context)
+                else:
+                    result = method.merge(vector.gather(merged), incoming, t, context)
+                    if result.t is not None:
+                        t = result.t
+                        statistics.write_(incoming_statistics)
+                        statistics.interpolate(merged, t)
+                method_state.check()
+                vector.write_(result.theta)
+                if calibration and merged is not None and batch_norm == "recalibrate":
+                    statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
+                merged_statistics = statistics.read()
+            statistics.write_(merged_statistics)
+            if merged is not None and t == 0.0:
+                load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
+            unrounded = vector.unrounded(vector.gather(merged) if merged is not None and t == 0.0 else result.theta)
+            record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
+            del result
+            record.merge_seconds = time.perf_counter() - started
+            yield Merge(record, module, exclude, unrounded)
+    except BaseException as error:
+        vector.write_(incoming)
+        with torch.no_grad():
+            for buffer, value in zip(module.buffers(), incoming_buffers, strict=True):
+                buffer.copy_(value)
+        method_state.restore()
+        if isinstance(error, NonFiniteLossError):
+            raise NonFiniteLossError(f"Merging task {task!r}: {error.what}", error.step, error.t) from error
+        raise
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: tuple[str, ...]) -> list[Tensor]:
+    """Parameters that earlier tasks moved away from where they stand frozen in the incoming model."""
+    reshard(module)
+    named = {canonical_name(name): tensor for name, tensor in module.named_parameters() if not tensor.requires_grad}
+    frozen = {
+        name: tensor
+        for name, tensor in named.items()
+        if name in merged and tensor.is_floating_point() and not is_excluded(name, exclude)
+    }
+    shards = find_shards(frozen)
+    kept = {name: shards.part(name, merged[name]) if shards else merged[name] for name in frozen}
+    moved = torch.tensor(
+        [
+            not torch.equal(local(tensor).detach().cpu(), kept[name].to("cpu", tensor.dtype))
+            for name, tensor in frozen.items()
+        ],
+        dtype=torch.float64,
+    )
+    if shards is not None:
+        shards.sum_(moved)  # moved in any of the processes
+    return [tensor for tensor, processes in zip(frozen.values(), moved.tolist(), strict=True) if processes]
+
+
+def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: TrainingTrace) -> None:
+    """Refuse a method that would not get what it needs.
+
+    Raises:
+        ValueError: With what is missing and where it would come from.
+    """
+    sources = {
+        "base": (base, "the base model"),
+        "calibration": (calibration, "calibration samples and a module with a loss"),
+        "input_moments": (calibration, "calibration samples and a module with a loss"),
+        "second_moments": (trace.second_moments, "the optimizer's second moments at the end of the training"),
+        "snapshots": (trace.snapshots, "weights from the training run (which a run of one step does not have)"),
+        "task_data": (trace.batches is not None, "the task's training data and a module with a loss"),
+    }
+    missing = dict.fromkeys(what for need, (there, what) in sources.items() if need in method.needs and not there)
+    if missing:
+        raise ValueError(
+            f"Merge method {method_name(method)!r} needs {' and '.join(missing)}, which this merge does not have. "
+            "ContinualMergeCallback collects them while it trains; otherwise choose another method."
+        )
+
+
+def _second_moments(vector: ParameterVector, trace: TrainingTrace) -> Tensor:
+    found = trace.second_moments or {}
+    unstepped = {
+        name: torch.full(shape, torch.nan)
+        for name, shape in zip(vector.names, vector.shapes, strict=True)
+        if name not in found
+    }
+    return vector.gather({**found, **unstepped})
+
+
+def _record(
+    result: MergeResult, objective: CalibrationObjective | None, task_data: TaskData | None, **known: Any
+) -> MergeRecord:
+    record = MergeRecord(**known)
+    if task_data is not None:
+        record.sample_gradients = task_data.sample_gradients
+    if objective is not None:
+        record.calibration = objective.buffer.counts
+        record.gradient_evaluations = objective.gradient_evaluations
+        record.loss_evaluations = objective.loss_evaluations
+        record.sample_gradients += objective.sample_gradients
+        record.gradient_seconds = objective.seconds
+    path = result.trajectory
+    if path is not None:
+        record.path, record.steps = path.as_dict(), len(path.t) - 1
+        record.loss_before, record.loss_after, record.loss_incoming = path.loss[0], path.loss[-1], path.loss1
+        record.barrier, record.envelope_excess = path.barrier, path.envelope_excess
+        record.estimated = path.estimated
+    return record

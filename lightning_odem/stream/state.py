@@ -1,0 +1,120 @@
+"""All that a stream keeps from one task to the next."""
+
+import operator
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.parameters.snapshot import Snapshot, cut_snapshot, whole_snapshot
+from lightning_odem.report.record import StreamReport
+
+
+@dataclass
+class StreamState:
+    """The state of a stream of tasks; everything else can be derived from it or is the user's.
+
+    Args:
+        buffer: Calibration samples of the tasks merged.
+        base: Parameters and buffers of the base model but for the task-specific ones, None before the first fit.
+        merged: The same of the merged model, None before the first merge.
+        task_parameters: What each task keeps for itself: its excluded, trainable parameters as its training left them.
+        fixed: Excluded parameters that are frozen, as the heads of all tasks that are probes of the base model.
+        report: What was measured.
+        method: State of the merge method.
+        dirpath: Directory the stream writes to, None until the first fit has chosen it.
+        started: The task whose training has begun and is not merged yet: ``task``, ``weight`` and the accuracies
+            measured before its training. Empty between tasks.
+        random: The random state after the last merge under ``state``, under ``began`` the digest of the one in which
+            the stream's first process began, and under ``reseeded`` whether random numbers were drawn or seeds set
+            between two tasks. Empty before the first merge.
+        names: Which tensors of the merged model a merge moves: ``parameters``, frozen ones too, and ``statistics`` of
+            batch norm where they are averaged. Empty in states of earlier versions.
+        settings: Name and arguments of the method of the last merge, see
+            :func:`~lightning_odem.methods.describe.describe_method`. Empty likewise.
+        fingerprints: SHA-256 of these tensors of each task's fine-tuned model, as far as they are known.
+    """
+
+    buffer: CalibrationBuffer
+    base: Snapshot | None = None
+    merged: Snapshot | None = None
+    task_parameters: dict[str, Snapshot] = field(default_factory=dict)
+    fixed: Snapshot = field(default_factory=dict)
+    report: StreamReport = field(default_factory=StreamReport)
+    method: dict[str, Any] = field(default_factory=dict)
+    dirpath: str | None = None
+    started: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def own_names(self) -> set[str]:
+        """Names of all parameters that are not merged."""
+        return set(self.fixed).union(*self.task_parameters.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        changing = {
+            "started": dict(self.started),
+            "buffer": self.buffer.state_dict(),
+            "report": self.report.as_dict(),
+        }
+        return {"version": 1, **plain, **changing}
+
+    def whole(self, module: nn.Module) -> "StreamState":
+        """The state with whole tensors in the first process, where several share the parameters of the module."""
+        return replace(self, **self._with_snapshots(partial(whole_snapshot, module)))
+
+    def cut(self, module: nn.Module) -> None:
+        """Keep this process's shards only, where several share the parameters of the module."""
+        vars(self).update(self._with_snapshots(partial(cut_snapshot, module)))
+
+    def map(self, section: Callable[[str], Any]) -> None:
+        """Take what holds tensors from where the state dict was saved: ``section`` gives its entries by name."""
+        for name in _PLAIN:
+            setattr(self, name, section(name))
+        self.buffer.load_state_dict(section("buffer"))
+
+    def _with_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:
+        return {entry.name: _changed(getattr(self, entry.name), change) for entry in fields(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it was written by a newer version of the package.
+        """
+        if state["version"] != 1:
+            raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
+        for name in _PLAIN:
+            setattr(self, name, {**dict.fromkeys(_NEWER, {}), **state}[name])
+        self.started = dict(state["started"])
+        self.buffer.load_state_dict(state["buffer"])
+        self.report = StreamReport.from_dict(deepcopy(state["report"]))
+
+
+# What is replaced as a whole, never changed in place.
+_PLAIN = tuple(entry.name for entry in fields(StreamState) if entry.name not in ("buffer", "report", "started"))
+
+# What states of earlier versions lack.
+_NEWER = ("random", "fixed", "names", "settings", "fingerprints")
+
+
+def _changed(value: Any, change: Callable[[Snapshot], Snapshot]) -> Any:
+    """A value with every snapshot in it changed, however deep in dicts.
+
+    The very value if none has changed: what is saved already is known by its identity.
+    """
+    if not isinstance(value, dict) or not value:
+        return value
+    if all(isinstance(tensor, Tensor) for tensor in value.values()):
+        return change(value)
+    changed = {name: _changed(inner, change) for name, inner in value.items()}
+    return value if all(map(operator.is_, changed.values(), value.values())) else changed

@@ -1,0 +1,80 @@
+"""One process at a time on one stream."""
+
+import json
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lightning_odem.parameters.files import replacing
+from lightning_odem.stream.store.error import StreamInUseError
+
+
+class StreamLock:
+    """A lock file, held until :meth:`release` or the end of the process, however it ends.
+
+    Who holds it is written beside it, as ``<name>.owner.json``. That is for the message alone: the lock is the system's
+    (``flock``), so what a killed process leaves behind locks nobody out.
+
+    Args:
+        path: The lock file. It stays when the lock is released.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lock = StreamLock(f"{folder}/stream.lock")
+        ...     lock.acquire()
+        ...     try:
+        ...         StreamLock(f"{folder}/stream.lock").acquire()
+        ...     except StreamInUseError as error:
+        ...         print(str(error).endswith("go on in another directory."))
+        ...     lock.release()
+        True
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._owner = self.path.with_name(f"{self.path.name}.owner.json")
+        # The process has it, whichever of its threads asks.
+        self._lock = FileLock(self.path, thread_local=False)
+
+    def acquire(self) -> None:
+        """Take the lock, or raise at once; harmless for the object that has it.
+
+        Raises:
+            StreamInUseError: If another process has it, or another object of this one.
+            OSError: If the directory cannot be written.
+        """
+        if self._lock.is_locked:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            with replacing(self._owner) as draft:
+                draft.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}))
+        except Timeout:
+            raise StreamInUseError(
+                f"The stream in {self.path.parent} is in use by {self._read_owner()}. Wait for it to end, or go on in "
+                "another directory."
+            ) from None
+        except OSError as error:
+            self._lock.release()
+            raise OSError(
+                error.errno, f"The directory {self.path.parent} cannot be written: {error.strerror or error}."
+            ) from error
+
+    def release(self) -> None:
+        """Give the lock back; harmless if it is not held."""
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _read_owner(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_bytes())
+            return f"process {owner['process']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return f"a process unknown, as {self._owner.name} does not name it"

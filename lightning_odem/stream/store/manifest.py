@@ -1,0 +1,104 @@
+"""What one generation of a stream's state consists of."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
+from lightning_odem.stream.store.tensor_file import TensorFile
+
+FORMAT = 1
+"""Version of the format on disk that is written here, and the newest that is read."""
+
+TENSOR_FILE = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{16}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One top-level entry of the state.
+
+    Args:
+        structure: Its value as :func:`~lightning_odem.stream.store.encode` gives it.
+        file: Its tensors, None if it has none.
+    """
+
+    structure: Any
+    file: TensorFile | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sections of one generation; on disk a JSON file that vouches for every byte of itself.
+
+    Args:
+        number: Of the generation, from 1.
+        sections: By name.
+        package: Version of the package that wrote it.
+    """
+
+    number: int
+    sections: dict[str, Section]
+    package: str
+
+    def to_text(self) -> str:
+        """A JSON object whose first line is the SHA-256 of all that follows.
+
+        Versions to come keep the first line and ``format``, so that each can tell the other's files from damaged ones.
+        """
+        sections = {
+            name: {"value": section.structure, **({} if section.file is None else {"file": asdict(section.file)})}
+            for name, section in self.sections.items()
+        }
+        content = {"format": FORMAT, "package": self.package, "number": self.number, "sections": sections}
+        # Without the opening brace, which is in the first line.
+        body = json.dumps(content, indent=1, allow_nan=False)[1:] + "\n"
+        return _first_line(body.encode()).decode() + body
+
+    @classmethod
+    def read(cls, path: Path, number: int) -> "Manifest":
+        """Read the manifest of a generation.
+
+        Raises:
+            DamagedFileError: If it is missing or not what was written.
+            StreamStateError: If a newer version of the package wrote it.
+        """
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise DamagedFileError(f"{path} is missing.") from None
+        length = len(_first_line(b""))
+        if data[:length] != _first_line(data[length:]):
+            raise DamagedFileError(f"{path} has changed since it was written: its checksum is not that of its content.")
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is not JSON: {error}") from error
+        match content:
+            case {"format": int(version)} if version > FORMAT:
+                raise StreamStateError(
+                    f"{path} has format {version}, written by version {content.get('package')!r:.20} of "
+                    f"lightning-odem; this version reads format {FORMAT}. Update the package to go on with this stream."
+                )
+            case {"format": 1, "number": int(found), "package": str(package), "sections": dict(entries)}:
+                if found != number:
+                    raise DamagedFileError(f"{path} is the manifest of generation {found}.")
+                return cls(number, {name: _section(path, name, entry) for name, entry in entries.items()}, package)
+        raise DamagedFileError(f"{path} is not the manifest of a stream's state.")
+
+
+def _first_line(body: bytes) -> bytes:
+    return b'{"checksum": "%s",' % hashlib.sha256(body).hexdigest().encode()
+
+
+def _section(path: Path, name: str, entry: Any) -> Section:
+    match entry:
+        case {"value": structure, "file": {"name": str(file), "size": int(size), "sha256": str(digest)}}:
+            # Never a path to elsewhere.
+            if TENSOR_FILE.fullmatch(file):
+                return Section(structure, TensorFile(file, size, digest))
+        case {"value": structure} if len(entry) == 1:
+            return Section(structure)
+    raise DamagedFileError(f"{path} does not tell where section {name!r:.40} is.")

@@ -1,0 +1,229 @@
+"""The generations of a stream's state in one directory."""
+
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_odem import version
+from lightning_odem.parameters.files import sync
+from lightning_odem.stream.store.encoding import decode, encode
+from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
+from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section
+from lightning_odem.stream.store.tensor_file import TensorFile
+
+_MANIFEST = re.compile(r"(\d{6,})\.json")
+_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+class StreamStore:
+    """Keeps the two newest generations of a state; each is on disk completely or not at all.
+
+    A state is a dict of sections. The tensors of a section are one safetensors file, named by its hash; all the rest is
+    in the manifest of the generation, a JSON file. Nothing in them can run code. A generation exists once its manifest
+    does, which is renamed into place after everything it refers to has reached the disk. So a process can be killed
+    and the power can fail at any moment; a directory belongs to one writer at a time (:class:`StreamLock`).
+
+    A section with tensors is not written again if its value is the very object (``is``) that was saved, loaded or
+    mapped last: sections are replaced, never changed in place.
+
+    Args:
+        directory: Where the files are. It is made by the first :meth:`save`; files of other names in it are left alone.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = StreamStore(folder)
+        ...     number = store.save({"merged": {"weight": torch.ones(2)}, "tasks": ["digits"]})
+        ...     number, sorted(path.suffix for path in Path(folder).iterdir()), StreamStore(folder).load()
+        (1, ['.json', '.safetensors'], {'merged': {'weight': tensor([1., 1.])}, 'tasks': ['digits']})
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        self.directory = Path(directory)
+        # safetensors writes to temporary files of its own beside the one it is given; in here all are drafts.
+        self._drafts = self.directory / "drafts"
+        self._known: dict[str, tuple[Any, Section]] = {}
+        self._current: int | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The newest generation on disk, whole or not; None if there is none. Reads names only."""
+        return max(self._numbers(), default=None)
+
+    def save(self, state: dict[str, Any]) -> int:
+        """Write the next generation, then remove what the two newest do not need.
+
+        Args:
+            state: Sections by name (letters, digits, underscores); their values as :func:`encode` takes them.
+
+        Returns:
+            The number of the generation.
+
+        Raises:
+            TypeError: If a section holds what cannot be stored; nothing is written then.
+            ValueError: For a name that is none.
+            OSError: With the number (``errno``) of what the system said, if a file cannot be written. The generations
+                before are as they were.
+        """
+        if wrong := [name for name in state if not _NAME.fullmatch(name)]:
+            raise ValueError(
+                f"Sections are named by letters, digits and underscores, got {', '.join(map(repr, wrong))}."
+            )
+        encoded = {name: encode(value, name) for name, value in state.items() if not self._is_written(name, value)}
+        newest = self.number
+        number = (newest or 0) + 1
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_drafts()
+            self._drafts.mkdir()
+            sections = {
+                name: self._write_section(name, *encoded[name]) if name in encoded else self._known[name][1]
+                for name in state
+            }
+            self._write_manifest(Manifest(number, sections, version.__version__))
+        except BaseException as error:
+            with suppress(OSError):
+                self._manifest_path(number).unlink(missing_ok=True)
+                self._remove_unused()
+            if not isinstance(error, OSError):
+                raise
+            what = f"{error.strerror or error} ({error.filename or self.directory})"
+            raise OSError(
+                error.errno,
+                f"The state of the stream could not be written to {self.directory}: {what}. "
+                "What was saved there before is intact.",
+            ) from error
+        finally:
+            self._remove_drafts()
+        self._known = {name: (value, sections[name]) for name, value in state.items()}
+        # What a damaged newest generation was passed over for is the one before this; the damaged one goes.
+        before, self._current = self._current or newest, number
+        with suppress(OSError):
+            for other in self._numbers():
+                if other not in (before, number):
+                    self._manifest_path(other).unlink()
+            self._remove_unused()
+        return number
+
+    def load(self, mapped: bool = False) -> dict[str, Any] | None:
+        """The newest whole generation; warns if it is not the newest.
+
+        Args:
+            mapped: Map the tensors' files into memory instead of reading them: a tensor costs memory when it is used,
+                and the system can take that back. The files are read once in any case, to check them.
+
+        Returns:
+            The state, None if there is no generation.
+
+        Raises:
+            StreamStateError: If no generation is whole, if a newer version of the package wrote one, or if a file
+                cannot be read though it is there.
+        """
+        damage: list[str] = []
+        for number in sorted(self._numbers(), reverse=True):
+            try:
+                sections = self._read_manifest(number).sections
+                state = {name: self._read_section(number, name, section, mapped) for name, section in sections.items()}
+            except DamagedFileError as error:
+                damage.append(str(error))
+                continue
+            if damage:
+                rank_zero_warn(
+                    f"The newest state of the stream is damaged: {' '.join(damage)} The stream goes on from generation "
+                    f"{number}, the one before; what was done after it is lost."
+                )
+            self._known = {name: (state[name], section) for name, section in sections.items()}
+            self._current = number
+            return state
+        if damage:
+            raise StreamStateError(f"No state of the stream in {self.directory} is whole: {' '.join(damage)}")
+        return None
+
+    def map(self, section: str) -> Any:
+        """A section of the newest generation with its tensors mapped; :meth:`save` will not write it again.
+
+        Raises:
+            StreamStateError: If there is no generation or the section is damaged.
+            ValueError: If there is no such section.
+        """
+        number = self.number
+        if number is None:
+            raise StreamStateError(f"{self.directory} holds no state of a stream.")
+        sections = self._read_manifest(number).sections
+        if section not in sections:
+            raise ValueError(f"Generation {number} in {self.directory} has {', '.join(sections)}, but no {section!r}.")
+        value = self._read_section(number, section, sections[section], mapped=True)
+        self._known[section] = (value, sections[section])
+        return value
+
+    def _numbers(self) -> list[int]:
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            raise NotADirectoryError(f"{self.directory} is no directory, so it holds no state of a stream.") from None
+        return [int(found[1]) for name in names if (found := _MANIFEST.fullmatch(name))]
+
+    def _manifest_path(self, number: int) -> Path:
+        return self.directory / f"{number:06d}.json"
+
+    def _is_written(self, name: str, value: Any) -> bool:
+        known, section = self._known.get(name, (None, Section(None)))
+        return known is value and section.file is not None and section.file.is_in(self.directory)
+
+    def _write_section(self, name: str, structure: Any, tensors: dict[str, Any]) -> Section:
+        if not tensors:
+            return Section(structure)
+        draft = self._drafts / f"{name}.safetensors"
+        file = TensorFile.write(tensors, name, draft)
+        os.replace(draft, self.directory / file.name)
+        return Section(structure, file)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        draft = self._drafts / "manifest.json"
+        draft.write_text(manifest.to_text(), encoding="utf-8")
+        sync(draft)
+        # The files it refers to have their names on disk before it has its own.
+        sync(self.directory)
+        os.replace(draft, self._manifest_path(manifest.number))
+        sync(self.directory)
+
+    def _read_manifest(self, number: int) -> Manifest:
+        path = self._manifest_path(number)
+        try:
+            return Manifest.read(path, number)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def _read_section(self, number: int, name: str, section: Section, mapped: bool) -> Any:
+        try:
+            tensors = {} if section.file is None else section.file.read(self.directory, mapped)
+            return decode(section.structure, tensors)
+        except OSError as error:
+            raise _unreadable(self.directory / (section.file.name if section.file else ""), error) from error
+        except StreamStateError:
+            raise
+        except ValueError as error:
+            raise DamagedFileError(f"{self._manifest_path(number)}, section {name!r}: {error}") from error
+
+    def _remove_drafts(self) -> None:
+        shutil.rmtree(self._drafts, ignore_errors=True)
+
+    def _remove_unused(self) -> None:
+        """Remove tensor files that no manifest names; a damaged one is searched for names too."""
+        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name)]
+        used = {name for path in manifests for name in TENSOR_FILE.findall(path.read_text("utf-8", "replace"))}
+        for path in self.directory.iterdir():
+            if TENSOR_FILE.fullmatch(path.name) and path.name not in used:
+                path.unlink()
+
+
+def _unreadable(path: Path, error: OSError) -> StreamStateError:
+    # No reason to pass it over: a file system that is away comes back, and the work is in there.
+    return StreamStateError(f"{path} cannot be read: {error.strerror or error}.")

@@ -1,0 +1,89 @@
+"""One safetensors file of a stream's state, known by its size and its hash."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_odem.parameters.files import sync
+from lightning_odem.stream.store.error import DamagedFileError
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that is written once and never changed; its name has the first 16 digits of its hash.
+
+    Args:
+        name: Name of the file, ``<section>-<digits>.safetensors``.
+        size: In bytes.
+        sha256: Of the whole file, hexadecimal.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def write(cls, tensors: Mapping[str, Tensor], section: str, draft: Path) -> "TensorFile":
+        """Write a draft to the disk and tell what to call it. Needs no memory but for the buffers of the file.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        try:
+            save_file(dict(tensors), draft)
+        except SafetensorError as error:
+            # safetensors has the number in its text only: "(os error 28)", or "Os { code: 28" in older versions.
+            found = re.search(r"(?:os error|code:) (\d+)", str(error))
+            code = int(found[1]) if found else 0
+            raise OSError(code, os.strerror(code) if found else str(error), str(draft)) from error
+        # safetensors makes files that only their owner reads; give it the rights of any other file.
+        draft.chmod(draft.parent.stat().st_mode & 0o666)
+        sync(draft)
+        digest = _sha256(draft)
+        return cls(f"{section}-{digest[:16]}.safetensors", draft.stat().st_size, digest)
+
+    def is_in(self, directory: Path) -> bool:
+        """Whether the file is there in its full size; its content is not read."""
+        path = directory / self.name
+        return path.is_file() and path.stat().st_size == self.size
+
+    def read(self, directory: Path, mapped: bool = False) -> dict[str, Tensor]:
+        """The tensors, after a check of all bytes.
+
+        Args:
+            directory: Where the file is.
+            mapped: Map the file into memory: its pages are read when a tensor is used and can be dropped again. To
+                write into such a tensor changes its copy in memory, not the file.
+
+        Raises:
+            DamagedFileError: If it is missing or not what was written.
+        """
+        path = directory / self.name
+        if not path.exists():
+            raise DamagedFileError(f"{path} is missing.")
+        if (size := path.stat().st_size) != self.size:
+            raise DamagedFileError(f"{path} has {size} bytes where {self.size} were written.")
+        if (digest := _sha256(path)) != self.sha256:
+            raise DamagedFileError(
+                f"{path} has changed since it was written: its SHA-256 is {digest[:16]}..., not {self.sha256[:16]}..."
+            )
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            raise DamagedFileError(f"{path} is no safetensors file that can be read: {error}") from error
+        return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""Merges every stream of a plan with every method, and goes on where it was interrupted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lightning_odem.methods import MergeMethod
+from lightning_odem.methods.base import SAMPLE_NEEDS
+from lightning_odem.methods.describe import describe_method
+from lightning_odem.report import StreamReport
+from lightning_odem.stream.attach import attached
+from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.measurement import load_task_parameters
+from lightning_odem.stream.merging import check_needs
+from lightning_odem.stream.trace import Epochs, TrainingTrace
+from lightning_odem.studies.display import Display
+from lightning_odem.studies.finetuning import FineTuned, loader
+from lightning_odem.studies.memory import peak_memory
+from lightning_odem.studies.plan import StreamPlan
+from lightning_odem.studies.results import CellResult, Comparison
+from lightning_odem.studies.workbench import Workbench
+from lightning_odem.tasks import Task
+
+
+def run_comparison(
+    bench: Workbench,
+    methods: Mapping[str, MergeMethod],
+    plans: Sequence[StreamPlan],
+    directory: Path,
+    *,
+    split: str = "test",
+    full_matrix: bool = True,
+    joint: bool = True,
+    show_progress: bool = True,
+) -> Comparison:
+    """Merge every stream with every method.
+
+    A cell is one stream merged by one method. Its result is written when it is done, under a hash of all that decides
+    it, so a comparison that is started again does only what is missing.
+
+    Args:
+        bench: The fine-tuned models.
+        methods: Methods by label.
+        plans: The streams.
+        directory: Where the cells are kept, under ``cells``.
+        split: ``"test"``, or ``"val"`` for choosing settings.
+        full_matrix: Evaluate all tasks seen after each merge; otherwise only what ACC and BWT at the end need: the
+            new task after each merge, and all tasks after the last.
+        joint: Train jointly on all tasks as well, once per seed.
+        show_progress: Show cells done, and the time left judging by the mean of those done.
+    """
+    seeds = dict.fromkeys(plan.seed for plan in plans)
+    for seed in seeds:
+        for task in bench.stream:
+            model = bench.fine_tuned(seed, task.task_name)
+            for method in methods.values():
+                check_needs(method, base=True, calibration=True, trace=_trace(model, task))
+    comparison = Comparison([], {seed: bench.joint(seed, split) for seed in seeds} if joint else {})
+    todo = [(plan, label, method) for plan in plans for label, method in methods.items()]
+    with Display(len(todo), show_progress) as display:
+        for plan, label, method in todo:
+            settings = [describe_method(method), plan.weights, plan.calibration_size, split, full_matrix]
+            path = directory / "cells" / bench.fingerprint(plan.seed, plan.tasks, *settings)
+            if (path / "results.json").exists():
+                cell = replace(Comparison.load(path).cells[0], method=label, order=plan.order, weighting=plan.weighting)
+                display.skip()
+            else:
+                display.begin(f"{label}, order {plan.order}, {plan.weighting}, N = {plan.calibration_size}")
+                cell = run_cell(bench, method, plan, label, split, full_matrix)
+                Comparison([cell]).save(path)
+                display.done()
+            comparison.cells.append(cell)
+    return comparison
+
+
+def run_cell(
+    bench: Workbench, method: MergeMethod, plan: StreamPlan, label: str, split: str, full_matrix: bool
+) -> CellResult:
+    """Merge one stream with one method, and measure it."""
+    report, peaks = StreamReport(), []
+    tasks = {name: bench.stream[name] for name in plan.tasks}
+    own = {}
+    module = bench.module(plan.seed)
+    with attached(module, bench.trainer) as trainer:
+        folding = Folding(
+            module,
+            method,
+            base=bench.base,
+            calibration_size=plan.calibration_size,
+            exclude=bench.division.exclude,
+            batch_norm=bench.settings.batch_norm,
+            calibration=replace(bench.settings.calibration, seed=bench.settings.calibration.seed + plan.seed),
+        )
+        for name, weight in zip(plan.tasks, plan.weights, strict=True):
+            model = bench.fine_tuned(plan.seed, name)
+            own[name] = model.own
+            load_task_parameters(module, model.own)
+            samples = None
+            if SAMPLE_NEEDS & method.needs or bench.settings.batch_norm == "recalibrate":
+                samples = folding.draw(tasks[name].calibration_dataset(), weight)
+            with peak_memory(trainer.strategy.root_device) as peak:
+                record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))
+            peaks.append(peak.bytes)
+            report.tasks.append(name)
+            report.weights.append(weight)
+            report.merges.append(record)
+            report.pretrained.append(model.pretrained[split])
+            report.fine_tuned.append(model.fine_tuned[split])
+            report.before_training.append(torch.nan)
+            every = full_matrix or len(own) == len(plan.tasks)
+            row = [torch.nan] * len(own)
+            for index, seen in enumerate(own):
+                if every or seen == name:
+                    load_task_parameters(module, own[seen])
+                    row[index] = accuracy(module, loader(tasks[seen], split), seen)
+            report.accuracy.append(row)
+    return CellResult(label, plan.seed, plan.order, plan.weighting, plan.calibration_size, report, peaks)
+
+
+def _trace(model: FineTuned, task: Task) -> TrainingTrace:
+    return TrainingTrace(model.second_moments, model.snapshots, Epochs(task.train_dataloader()))

@@ -1,0 +1,167 @@
+"""The fine-tuned models of a stream and a module to merge them in, made once and used by every comparison."""
+
+from collections.abc import Mapping
+from copy import copy, deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_odem import version
+from lightning_odem.callback.callback import ContinualMergeCallback
+from lightning_odem.callback.guards import FreshStart
+from lightning_odem.parameters.checkpoint import read_checkpoint
+from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
+from lightning_odem.stream.attach import attached
+from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, loader
+from lightning_odem.studies.joint import JointData, JointTraining
+from lightning_odem.studies.training_fingerprint import describe_training, fingerprint, hash_tensors
+from lightning_odem.tasks import Task, TaskStream
+
+
+class Workbench:
+    """Fine-tunes a stream's tasks from one base model, each once per seed, and keeps the results in files.
+
+    A :class:`~lightning_odem.ContinualMergeCallback` among the Trainer's callbacks is taken out while it works; its
+    ``exclude``, ``batch_norm`` and ``calibration`` apply.
+
+    Args:
+        trainer: Fine-tunes with its own settings, on one device.
+        model: The base model.
+        stream: The tasks.
+        directory: Where the files are kept.
+        checkpoints: Models fine-tuned elsewhere, by name of the task, or one path for all with ``{task}`` in it; other
+            tasks are fine-tuned here. Read by the model's ``read_checkpoint(path)`` if it has one, else by
+            :func:`~lightning_odem.parameters.read_checkpoint`.
+        snapshots: Weights of each training run to keep, for methods that need them.
+
+    Raises:
+        ValueError: If the Trainer has several processes, or a checkpoint is given for an unknown task.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        stream: TaskStream,
+        directory: str | Path,
+        checkpoints: Mapping[str, str] | str | None = None,
+        snapshots: int = 0,
+    ) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"Comparisons run in one process, but the Trainer has {trainer.world_size}.")
+        if isinstance(checkpoints, str):
+            checkpoints = {name: checkpoints.format(task=name) for name in stream.names}
+        if unknown := [name for name in checkpoints or {} if name not in stream.names]:
+            raise ValueError(f"checkpoints for unknown tasks: {unknown}; the stream has {', '.join(stream.names)}.")
+        self.trainer, self.model, self.stream = trainer, model, stream
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        found = [callback for callback in callbacks if isinstance(callback, ContinualMergeCallback)]
+        self.settings = found[0] if found else ContinualMergeCallback()
+        self._directory = Path(directory)
+        trainer.callbacks = [other for other in callbacks if other not in found]  # type: ignore[attr-defined]
+        self.division = self.settings.division
+        self.division.check(model)
+        self.base: Snapshot = take_snapshot(model, self.division.shared(model))
+        self._checkpoints = dict(checkpoints or {})
+        self._snapshots = snapshots
+        self._cache = FineTunedCache(self._directory / "fine_tuned")
+        self._fresh_start = FreshStart()
+        self._descriptions: dict[tuple[int, str], Any] = {}
+        self._modules: dict[int, L.LightningModule] = {}
+
+    def describe(self, seed: int, task: str) -> Any:
+        """What makes the fine-tuned model of a task, as plain data."""
+        if (seed, task) not in self._descriptions:
+            description = describe_training(self.model, self._task(seed, task), self.trainer, seed)
+            # Decides which tensors are merged and which are the task's own.
+            description["exclude"] = list(self.division.patterns(self.model))
+            if task in self._checkpoints:
+                description["checkpoint"] = hash_tensors(self._given(task) or {})
+            self._descriptions[seed, task] = description
+        return self._descriptions[seed, task]
+
+    def fine_tuned(self, seed: int, task: str) -> FineTuned:
+        """The fine-tuned model of a task, from its file if there is one."""
+        description = self.describe(seed, task)
+        model = self._cache.load(task, description, snapshots=self._snapshots > 0)
+        if model is None:
+            number = self.stream.names.index(task) + 1
+            rank_zero_info(f"Fine-tuning task {number} of {len(self.stream)}: {task} (seed {seed})")
+            model = fine_tune(
+                self.trainer,
+                self.model,
+                self._task(seed, task),
+                self.division,
+                seed=seed,
+                fresh_start=self._fresh_start,
+                snapshots=self._snapshots,
+                given=self._given(task),
+            )
+            self._cache.save(task, description, model)
+        return model
+
+    def module(self, seed: int) -> L.LightningModule:
+        """A module with what belongs to each of the tasks, such as their heads; its merged weights do not matter."""
+        if seed not in self._modules:
+            module = deepcopy(self.model)
+            for task in self.stream.names:
+                load_own(module, self.fine_tuned(seed, task).own)
+            self._modules = {seed: module}
+        return self._modules[seed]
+
+    def joint(self, seed: int, split: str) -> dict[str, float]:
+        """Accuracy on each task of the base model trained on all of them at once."""
+        tasks = [self._task(seed, name) for name in self.stream.names]
+        description = {"joint": [self.describe(seed, task.task_name) for task in tasks]}
+        found = self._cache.load("joint", description, snapshots=False)
+        if found is None:
+            rank_zero_info(f"Training jointly on all {len(tasks)} tasks (seed {seed})")
+            module = deepcopy(self.module(seed))
+            with isolate_rng():
+                L.seed_everything(seed, verbose=False)
+                rewind = _Rewind(self._fresh_start)
+                self.trainer.callbacks.append(rewind)  # type: ignore[attr-defined]
+                try:
+                    self.trainer.fit(JointTraining(module), datamodule=JointData(tasks))
+                finally:
+                    self.trainer.callbacks.remove(rewind)  # type: ignore[attr-defined]
+            found = FineTuned(weights=take_snapshot(module, self.division.shared(module)), own={})
+            with attached(module, self.trainer):
+                for part in SPLITS:
+                    found.fine_tuned |= {
+                        f"{part}/{task.task_name}": accuracy(module, loader(task, part), task.task_name)
+                        for task in tasks
+                    }
+            self._cache.save("joint", description, found)
+        return {name: found.fine_tuned[f"{split}/{name}"] for name in self.stream.names}
+
+    def fingerprint(self, seed: int, tasks: tuple[str, ...], *more: Any) -> str:
+        """Hash of the fine-tuned models in an order, and of whatever else decides a result."""
+        # Defaults and rules change between versions of this package, trained models do not.
+        settings = [version.__version__, self.settings.batch_norm, repr(self.settings.calibration)]
+        return fingerprint([[self.describe(seed, task) for task in tasks], settings, *more])
+
+    def _task(self, seed: int, name: str) -> Task:
+        task = copy(self.stream[name])  # the data itself is shared
+        task.seed += seed
+        return task
+
+    def _given(self, task: str) -> dict[str, Tensor] | None:
+        if task not in self._checkpoints:
+            return None
+        # A module may know more places than files, such as model hubs, and how names there differ from its own.
+        read = getattr(self.model, "read_checkpoint", read_checkpoint)
+        return dict(read(self._checkpoints[task]))
+
+
+class _Rewind(L.Callback):
+    def __init__(self, fresh_start: FreshStart) -> None:
+        self._fresh_start = fresh_start
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._fresh_start.prepare(trainer)

@@ -1,0 +1,157 @@
+"""One task of a stream."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_odem.tasks.sampler import EpochSampler
+from lightning_odem.tasks.selection import Selection
+from lightning_odem.tasks.splits import LabelledDataset, Splits
+
+
+class Task(LightningDataModule):
+    """One task: what one fit trains on and one merge adds.
+
+    Batches are ``(images, labels)``: uint8 [B, C, H, W] and int64 [B]. Nothing is read before :meth:`setup` or the
+    first dataloader, and only once.
+
+    Args:
+        name: Name of the task, unique in its stream.
+        num_classes: Number of classes; labels are ``0 .. num_classes - 1``.
+        splits: Called once, without arguments, to read the data.
+        weight: Utility weight w_k of the task; not negative. 0 leaves the merged model as it is.
+        source: Where the data comes from (a file, a folder, a package), for error messages.
+        train_transform: Augmentation of single training images, uint8 [C, H, W] to uint8. Validation, test and
+            :meth:`calibration_dataset` never see it. It draws from torch's global random state, in worker processes
+            seeded by ``seed``.
+        batch_size: Samples per batch in all dataloaders.
+        num_workers: Worker processes per dataloader; 0 reads in the main process.
+        seed: Seed of the training shuffle, which is otherwise independent of the global random state.
+        prepare: Called in ``prepare_data``, hence in one process only, before the data is first read; for downloads.
+        class_names: Names of the classes in the order of their labels; by default those that the data has.
+
+    Raises:
+        ValueError: If the weight is negative or not finite, or there are no classes. On reading: if a split is empty,
+            or a label is missing or out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_odem.tasks import ArrayDataset, Splits, Task
+        >>> data = ArrayDataset(np.zeros((4, 8, 8), dtype=np.uint8), [0, 1, 0, 1])
+        >>> task = Task("blank", num_classes=2, splits=lambda: Splits(data, data, data), batch_size=4)
+        >>> images, labels = next(iter(task.train_dataloader()))
+        >>> images.shape, images.dtype, task.task_name
+        (torch.Size([4, 1, 8, 8]), torch.uint8, 'blank')
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        splits: Callable[[], Splits],
+        weight: float = 1.0,
+        source: str = "memory",
+        train_transform: Callable | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        prepare: Callable[[], object] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"Task {name!r}: the weight must be finite and not negative, got {weight}.")
+        if num_classes < 1:
+            raise ValueError(f"Task {name!r} from {source}: num_classes must be at least 1, got {num_classes}.")
+        self.task_name = name
+        self.task_weight = float(weight)
+        self.num_classes = num_classes
+        self.source = source
+        self.train_transform = train_transform
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._read = splits
+        self._prepare = prepare
+        self._class_names = class_names
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The checked training, validation and test samples, read on first use."""
+        splits = self._read()
+        for split, dataset in zip(Splits._fields, splits, strict=True):
+            self._check(split, dataset)
+        return splits
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their labels, None where they have none; reads the data if need be.
+
+        Those in the attribute ``classes`` of torchvision's datasets are spelt out: ``polar_bear`` as ``polar bear``.
+        """
+        if self._class_names is not None:
+            return list(self._class_names)
+        data: Any = self.splits.train
+        while not hasattr(data, "classes") and hasattr(data, "dataset"):
+            data = data.dataset
+        names = getattr(data, "classes", None)
+        return names and [re.sub(r"(?<=[a-z])[_/](?=[a-z])", " ", name) for name in names]
+
+    def prepare_data(self) -> None:
+        """Download the data where the task was asked to."""
+        if self._prepare is not None and "splits" not in self.__dict__:
+            self._prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the data; all splits at once, whatever the stage, and only the first time."""
+        _ = self.splits
+
+    def calibration_dataset(self) -> LabelledDataset:
+        """The training samples without augmentation, in their fixed order."""
+        return self.splits.train
+
+    def train_dataloader(self) -> DataLoader:
+        """Augmented training batches, in an order that depends on the seed and the epoch."""
+        train = self.splits.train
+        sampler = EpochSampler(train, self.seed)
+        if self.train_transform is not None:
+            train = Selection(train, train.targets, transform=self.train_transform)
+        return self._dataloader(train, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation batches in fixed order."""
+        return self._dataloader(self.splits.val)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches in fixed order."""
+        return self._dataloader(self.splits.test)
+
+    def _dataloader(self, dataset: LabelledDataset, sampler: EpochSampler | None = None) -> DataLoader:
+        return DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            # Without a generator of its own, even an unshuffled DataLoader draws a worker seed from the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _check(self, split: str, dataset: LabelledDataset) -> None:
+        where = f"Task {self.task_name!r}: the {split} split of {self.source}"
+        if len(dataset) == 0:
+            raise ValueError(f"{where} is empty.")
+        targets = torch.as_tensor(dataset.targets)
+        if len(targets) != len(dataset):
+            raise ValueError(f"{where} has {len(dataset)} samples but {len(targets)} labels.")
+        outside = ((targets < 0) | (targets >= self.num_classes)).nonzero()
+        if len(outside):
+            index = int(outside[0])
+            raise ValueError(
+                f"{where} has label {targets[index].item()} at index {index}; labels must be 0..{self.num_classes - 1}."
+            )

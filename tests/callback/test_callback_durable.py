@@ -1,0 +1,392 @@
+"""Streams that go on in their directory: in a new process, after damage, beside other processes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
+
+from lightning_odem import ContinualMergeCallback
+from lightning_odem.report import StreamReport
+from lightning_odem.stream.store import StreamInUseError, StreamStateError, StreamStore
+
+pytestmark = pytest.mark.usefixtures("small_stream")
+
+
+def tasks(count=3, **options):
+    return [Task(number, shuffle=True, **options) for number in range(count)]
+
+
+def process(directory, count=3, seed=3, stop_after=None, strategy="auto", **options):
+    """What one process does of a stream; returns its module and callback."""
+    L.seed_everything(seed, verbose=False)
+    module = Classifier(dropout=0.2, batch_norm=True)
+    merge = ContinualMergeCallback(dirpath=directory, calibration_size=12, **options)
+    for done, task in enumerate(merge.remaining(tasks(count))):
+        if done == stop_after:
+            break
+        fit(module, task, merge, strategy=strategy)
+    return module, merge
+
+
+@pytest.fixture(params=["auto", "ddp"])
+def strategy(request):
+    """A strategy for one process; what torch.distributed and Lightning leave behind is cleared away."""
+    environment = dict(os.environ)
+    yield request.param
+    os.environ.clear()
+    os.environ.update(environment)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def plain(report):
+    """A report but for the seconds and where its files are."""
+    data = report.as_dict()
+    for merge in data["merges"]:
+        merge["merge_seconds"] = merge["gradient_seconds"] = merge["checkpoint"] = None
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "opcm"},
+        {"method": "ode_paper"},
+        {"finetune_from": "merged"},
+        {"offload": "disk"},
+        {"weights": [1.0, 3.0, 2.0]},
+        {"exclude": ["head"]},
+    ],
+    ids=["default", "method_with_state", "without_state", "from_merged", "on_disk", "weights", "own_heads"],
+)
+def test_a_new_process_goes_on_as_if_the_stream_had_never_stopped(options):
+    module, whole = process("whole", **options)
+    process("parts", stop_after=1, **options)
+    process("parts", stop_after=1, **options)
+    other, parts = process("parts", **options)
+    assert same(everything(other), everything(module))
+    assert plain(parts.report) == plain(whole.report)
+    assert not any(math.isnan(value) for row in parts.report.accuracy for value in row)
+
+
+@pytest.mark.parametrize("strategy", ["ddp"], indirect=True)
+def test_where_lightning_sets_the_seed_anew_a_new_process_goes_on_as_well(strategy):
+    module, _ = process("whole", strategy=strategy)
+    for stop_after in (1, 1, None):
+        other, _ = process("parts", stop_after=stop_after, strategy=strategy)
+    assert same(everything(other), everything(module))
+
+
+class Late(Classifier):
+    """Built when Lightning asks for it, by random numbers; its head belongs to single tasks."""
+
+    task_specific = ("head",)
+
+    def __init__(self, merge):
+        super().__init__(dropout=0.2, batch_norm=True)
+        self.body = self.head = None
+        self.merge = merge
+
+    def configure_model(self):
+        if self.body is None:
+            built = Classifier(dropout=0.2, batch_norm=True)
+            self.body, self.head = built.body, nn.Linear(8, 3)
+            nn.init.normal_(self.body[0].weight)
+
+
+@pytest.mark.parametrize("seeded", [True, False], ids=["built_by_the_seed", "load_base"])
+def test_a_module_built_in_configure_model_goes_on_as_well(seeded, strategy):
+    class Loading(Late):
+        def on_fit_start(self):
+            if self.merge.report.tasks and not seeded:
+                with torch.no_grad():
+                    self.body[0].weight.zero_()  # as from another file
+                self.merge.load_base(self)
+
+    def go(directory, stop_after=3):
+        L.seed_everything(3, verbose=False)
+        merge = ContinualMergeCallback(dirpath=directory, calibration_size=12)
+        module = Loading(merge)
+        for _, task in zip(range(stop_after), merge.remaining(tasks()), strict=False):
+            fit(module, task, merge, strategy=strategy)
+        return everything(module)
+
+    whole = go("whole")
+    go("parts", stop_after=1)
+    go("parts", stop_after=1)
+    assert same(go("parts"), whole)
+
+
+def file_of(tensor):
+    """Name of the file that a tensor is mapped from, or an empty one."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return Path(line[73:]).name
+    return ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's list of mappings")
+def test_the_state_can_be_left_on_disk_without_a_change_of_results():
+    on_cpu, merge = process("cpu")
+    assert not file_of(merge.state_dict()["merged"]["body.0.weight"]).endswith(".safetensors")
+    on_disk, merge = process("disk", offload="disk")
+    assert same(everything(on_cpu), everything(on_disk))
+    state = merge.state_dict()
+    for section, tensor in (("base", "body.0.weight"), ("merged", "head.weight")):
+        assert file_of(state[section][tensor]).startswith(f"{section}-")
+    assert file_of(state["method"]["mean"]["body.0.weight"]).startswith("method-")
+    assert file_of(state["buffer"]["tasks"]["task_1"]["samples"][0]).startswith("buffer-")
+    process("disk", offload="disk", count=4)
+
+
+def test_another_seed_of_the_new_process_is_heeded():
+    first, _ = process("first")
+    process("second", stop_after=2)
+    other, _ = process("second", seed=4)
+    assert not same(everything(other), everything(first))
+
+
+def test_a_process_that_sets_seeds_between_tasks_is_left_alone():
+    def seeded(directory, stop_after=3):
+        L.seed_everything(0, verbose=False)
+        module, merge = Classifier(dropout=0.5), ContinualMergeCallback(dirpath=directory)
+        for done, task in enumerate(merge.remaining(tasks())):
+            if done == stop_after:
+                break
+            L.seed_everything(17, verbose=False)
+            fit(module, task, merge)
+        return everything(module)
+
+    whole = seeded("whole")
+    seeded("parts", stop_after=2)
+    assert same(seeded("parts"), whole)
+
+
+def test_a_new_callback_shows_and_serves_the_stream_without_a_fit():
+    module, merge = process("run")
+    other = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    assert other.table(width=100) == merge.table(width=100)
+    assert other.last_merged_path == merge.last_merged_path
+    served = Classifier(dropout=0.2, batch_norm=True)
+    other.load_task(served, "task_1")
+    assert same(everything(served), everything(module))
+
+
+def test_a_directory_that_was_moved_goes_on_where_it_is():
+    module, _ = process("whole")
+    process("old", stop_after=2)
+    shutil.move("old", "new")
+    other, merge = process("new")
+    assert same(everything(other), everything(module))
+    assert str(merge.dirpath) == "new"
+    assert not Path("old").exists()
+    shutil.move("new", "newest")
+    again = ContinualMergeCallback(dirpath="newest", calibration_size=12)
+    assert again.last_merged_path == "newest/merged-03-task_3.ckpt"
+    assert Path(again.last_merged_path).exists()
+
+
+def test_another_base_model_is_refused_before_training_with_the_way_out():
+    process("run", stop_after=1)
+    files = sorted(Path("run").rglob("*"))
+    module, merge = Classifier(dropout=0.2, batch_norm=True), ContinualMergeCallback(dirpath="run", calibration_size=12)
+    with torch.no_grad():
+        module.body[0].weight += 0.25
+    before = everything(module)
+    message = (
+        r"run has another base model than Classifier \(1 of \d+ common tensors differs: body.0.weight by up to 0.25"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(module, Task(1), merge)
+    assert same(everything(module), before)
+    assert sorted(Path("run").rglob("*")) == files
+    merge.load_base(module)
+    fit(module, Task(1), merge)
+    assert merge.report.tasks == ["task_1", "task_2"]
+
+
+def test_a_module_with_the_merged_weights_may_go_on():
+    module, _ = process("run", stop_after=2)
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    fit(module, Task(2), merge)
+    assert len(merge.report.tasks) == 3
+
+
+def test_a_base_model_is_not_there_before_the_first_fit():
+    with pytest.raises(ValueError, match="no base model yet"):
+        ContinualMergeCallback().load_base(Classifier())
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so():
+    module, whole = process("run")
+    newest = max(Path("run/stream").glob("*.json"))
+    newest.write_text(newest.read_text().replace("task_3", "task_4"))
+    with pytest.warns(UserWarning, match=rf"damaged: .*{newest.name}.*goes on from generation 2"):
+        other, merge = process("run")
+    assert merge.report.tasks == ["task_1", "task_2", "task_3"]
+    assert same(everything(other), everything(module))
+
+
+def test_a_state_without_any_whole_generation_is_refused():
+    process("run", stop_after=1)
+    for path in Path("run/stream").glob("*.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(StreamStateError, match=r"No state of the stream in run.stream is whole: .*safetensors"):
+        ContinualMergeCallback(dirpath="run")
+
+
+def test_a_newer_format_is_refused():
+    process("run", stop_after=1)
+    store = StreamStore("run/stream")
+    state = store.load()
+    store.save({**state, "version": 2})
+    with pytest.raises(ValueError, match="has version 2; this package reads version 1"):
+        ContinualMergeCallback(dirpath="run")
+
+
+FITTING = """
+    import sys, time
+    sys.path.insert(0, {helpers!r})
+    import lightning as L
+    from toy import Classifier, Task, fit
+    from lightning_odem import ContinualMergeCallback
+
+    class Waiting(L.Callback):
+        def on_train_batch_end(self, *arguments):
+            print("training", flush=True)
+            time.sleep(60)
+
+    fit(Classifier(), Task(0), ContinualMergeCallback(dirpath="run"), Waiting())
+"""
+
+
+@pytest.mark.slow  # imports torch once more
+def test_a_second_process_is_refused_with_the_owner_named_until_the_first_has_ended():
+    code = textwrap.dedent(FITTING.format(helpers=str(Path(__file__).parent / "helpers")))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline().strip() == "training"
+        merge = ContinualMergeCallback(dirpath="run")
+        with pytest.raises(StreamInUseError, match=rf"in use by process {other.pid} on .* since"):
+            fit(Classifier(), Task(0), merge)
+        other.kill()
+        other.wait()
+        fit(Classifier(), Task(0), merge)
+    assert merge.report.tasks == ["task_1"]
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end", "on_train_end"])
+def test_a_fit_that_fails_lets_others_go_on(hook):
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(Classifier(), Task(0), ContinualMergeCallback(dirpath="run"), Failing(hook, RuntimeError("power cut")))
+    fit(Classifier(), Task(1), ContinualMergeCallback(dirpath="run"))
+
+
+def test_a_stream_that_another_process_took_further_is_read_again():
+    module, first = process("run", stop_after=1)
+    second = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    first_data = Task(0)
+    second.evaluation_data["task_1"] = first_data
+    fit(module, Task(1), second)
+    fit(module, Task(2), first)
+    assert first.report.tasks == ["task_1", "task_2", "task_3"]
+    assert first.report.accuracy[1][0] == second.report.accuracy[1][0]
+    assert first.report.merges[2].calibration.keys() == {"task_1", "task_2", "task_3"}
+
+
+def test_what_remains_is_told_by_name():
+    process("run", stop_after=1)
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    named = [Task(0), Task(1, "letters"), Task(2, "task_1")]
+    assert list(merge.remaining(named)) == [named[1]]
+
+
+def test_merged_tasks_are_measured_on_the_data_of_their_datamodules():
+    process("run", stop_after=1)
+    module, merge = Classifier(dropout=0.2, batch_norm=True), ContinualMergeCallback(dirpath="run", calibration_size=12)
+    merge.evaluation_data["task_1"] = Task(0)
+    fit(module, Task(1), merge)
+    assert merge.report.accuracy[1] == [accuracy(module, Task(number).test_set) for number in range(2)]
+
+
+def test_a_datamodule_given_for_measuring_is_set_up_once_and_draws_no_numbers():
+    class Drawing(Task):
+        setups = 0
+
+        def setup(self, stage):
+            self.setups += 1
+            torch.rand(3)
+
+    whole, _ = process("whole")
+    process("run", stop_after=1)
+    L.seed_everything(3, verbose=False)
+    module = Classifier(dropout=0.2, batch_norm=True)
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    first = Drawing(0, "task_1", shuffle=True)
+    for task in merge.remaining([first, *tasks()[1:]]):
+        fit(module, task, merge)
+    assert first.setups == 1
+    assert same(everything(module), everything(whole))
+
+
+def test_a_report_that_is_behind_the_state_is_written_again():
+    _, merge = process("run")
+    report = Path("run/report.json")
+    expected = report.read_text()
+    for damage in ("", "{}", json.dumps({**json.loads(expected), "tasks": []})):
+        report.write_text(damage)
+        list(ContinualMergeCallback(dirpath="run", calibration_size=12).remaining(tasks()))
+        assert report.read_text() == expected
+    assert StreamReport.load(report).tasks == merge.report.tasks
+
+
+def test_a_state_that_cannot_be_written_leaves_the_stream_and_saves_the_fine_tuned_weights():
+    module, merge = process("run", stop_after=1)
+    before, kept = merge.state_dict(), StreamStore("run/stream").load()
+    shutil.rmtree("run/stream/drafts", ignore_errors=True)
+    Path("run/stream/drafts").write_text("in the way of every write")
+    os.chmod("run/stream/drafts", 0o400)
+    with (
+        pytest.raises(OSError, match=r"could not be written to run.stream.*What was saved there before is intact"),
+        pytest.warns(UserWarning, match=r"fine-tuned weights are saved in run.fine-tuned-02-task_2.ckpt"),
+    ):
+        fit(module, Task(1), merge)
+    assert merge.report.tasks == ["task_1"]
+    assert same(merge.state_dict()["merged"], before["merged"])
+    assert same(torch.load("run/fine-tuned-02-task_2.ckpt")["state_dict"], everything(module))
+    Path("run/stream/drafts").unlink()
+    assert same(StreamStore("run/stream").load()["merged"], kept["merged"])
+    fit(module, Task(1), merge)
+    assert merge.report.tasks == ["task_1", "task_2"]
+
+
+def test_another_size_of_the_calibration_buffer_is_told_and_not_used():
+    process("run", stop_after=1)
+    with pytest.warns(UserWarning, match="keeps 12 calibration samples.*calibration_size=64 is not used"):
+        ContinualMergeCallback(dirpath="run", calibration_size=64)
+
+
+def test_an_unknown_offload_is_refused():
+    with pytest.raises(ValueError, match="offload is one of cpu, disk, got 'gpu'"):
+        ContinualMergeCallback(offload="gpu")
+
+
+def test_fast_dev_run_leaves_the_directory_alone():
+    process("run", stop_after=1)
+    files = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    trainer = make_trainer(merge, fast_dev_run=True)
+    trainer.fit(Classifier(dropout=0.2, batch_norm=True), datamodule=Task(1))
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == files

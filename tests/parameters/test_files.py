@@ -1,0 +1,69 @@
+import json
+import math
+import os
+
+import pytest
+
+from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, remove_drafts, replacing
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    path = tmp_path / "made" / "file.txt"
+    with replacing(path) as draft:
+        draft.write_text("old")
+    with replacing(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as draft:
+            draft.write_text("half")
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_json_has_not_go_there_and_back():
+    data = {"values": [1.0, math.nan, {"deep": math.inf}], "checkpoint": None, "name": "a"}
+    text = json.dumps(map_values(data, nan_to_none), allow_nan=False)
+    back = map_values(json.loads(text), none_to_nan)
+    assert math.isnan(back["values"][1])
+    assert math.isnan(back["values"][2]["deep"])
+    assert (back["checkpoint"], back["name"], back["values"][0]) == (None, "a", 1.0)
+
+
+def test_content_and_name_are_on_the_disk_at_the_end_of_the_block(tmp_path, monkeypatch):
+    steps = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        steps.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def replaced(source, target):
+        steps.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    with replacing(tmp_path / "file.txt") as draft:
+        draft.write_text("new")
+    assert steps == [str(draft), "renamed", str(tmp_path)]
+
+
+def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    kept = [".hidden", "report.json", ".report.json.old", "notes.123"]
+    for name in (*kept, ".report.json.123", ".table.txt.7"):
+        (tmp_path / name).write_text("")
+    remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -1,8 +1,0 @@
-import pytest
-
-from lightning_odem.classification import ClassificationSteps
-
-
-def test_steps_without_logits_are_no_module():  # or the command line would offer them as one
-    with pytest.raises(TypeError, match="abstract"):
-        ClassificationSteps()

@@ -1,0 +1,93 @@
+"""The package's rooms: imports point one way, old paths lead to the new ones, and little comes with the callback."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import lightning_odem
+from lightning_odem.moved import MOVED
+
+PACKAGE = Path(lightning_odem.__file__).parent
+# Each may import what stands before it.
+ORDER = [
+    "version",
+    "metrics",
+    "flow",
+    "parameters",
+    "calibration",
+    "report",
+    "methods",
+    "tasks",
+    "classifiers",
+    "stream",
+    "callback",
+    "studies",
+    "cli",
+]
+
+
+def imported_rooms(file):
+    """Rooms of the package that a file imports, also for types and within functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lightning_odem":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "lightning_odem"]
+        yield from (name.split(".")[1] for name in names)
+
+
+def test_there_are_at_most_twelve_rooms():
+    assert sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()) == sorted(ORDER[1:])
+    assert len(ORDER[1:]) <= 12
+
+
+@pytest.mark.parametrize("room", ORDER[1:])
+def test_imports_point_one_way(room):
+    found = {other for file in (PACKAGE / room).rglob("*.py") for other in imported_rooms(file)} - {room}
+    if room == "stream":
+        found -= {"tasks"}  # names that were there, for a while
+    assert found <= set(ORDER[: ORDER.index(room)])
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_leads_to_the_new_one(old):
+    with pytest.warns(DeprecationWarning, match="is now lightning_odem"):
+        sys.modules.pop(f"lightning_odem.{old}", None)
+        module = import_module(f"lightning_odem.{old}")
+    assert module is import_module(f"lightning_odem.{MOVED[old]}")
+
+
+def test_modules_of_an_old_package_are_found_under_the_new_one():
+    with pytest.warns(DeprecationWarning):
+        sys.modules.pop("lightning_odem.durable.lock", None)
+        module = import_module("lightning_odem.durable.lock")
+    assert module is import_module("lightning_odem.stream.store.lock")
+
+
+def test_tasks_are_found_where_they_were():
+    with pytest.warns(DeprecationWarning, match=r"lightning_odem\.tasks\.NpzStream"):
+        stream = import_module("lightning_odem.stream").NpzStream
+    assert stream is import_module("lightning_odem.tasks").NpzStream
+
+
+def test_a_path_that_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"lightning_odem\.nothing"):
+        import_module("lightning_odem.nothing")
+
+
+@pytest.mark.slow
+def test_the_callback_brings_nothing_that_lightning_does_not():
+    heavy = "{'timm', 'torchvision', 'matplotlib', 'sklearn', 'transformers', 'peft'}"
+    show = f"import sys; print(sorted({heavy} & set(sys.modules)))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", f"{line}; {show}"], capture_output=True, text=True, check=True
+        ).stdout
+        for line in ("import lightning", "from lightning_odem import ContinualMergeCallback")
+    ]
+    assert found[0] == found[1]
