@@ -11,6 +11,7 @@ The default method looks at calibration samples; its time is for 64 of them, ran
 import argparse
 import resource
 import time
+from pathlib import Path
 
 import lightning as L
 import timm
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, multiprocessing, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_odem.methods import DOPMerge, MergeMethod, NUFILTMerge, resolve_method
+from lightning_odem.methods import DOPMerge, MergeMethod, resolve_method
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.folding import Folding
 
@@ -33,7 +35,6 @@ METHODS = {
     "MagMax": "magmax",
     "OPCM": "opcm",
     "NUFILT": "nufilt",
-    "NUFILT, null space only": NUFILTMerge("null_space"),
     "DOP, closed form": DOPMerge(solver="sylvester"),
     "isotropic": "isotropic",
     "closed form": "closed_form",
@@ -80,37 +81,24 @@ class Merges(L.Callback):
             folding.fold(incoming, task, samples=samples)
             self.seconds = time.process_time() - started
         self.peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size
-        self.kept = sum(tensor.nbytes for tensor in tensors(self.method.state_dict())) / size
+        self.kept = (
+            sum(leaf.nbytes for leaf in tree_leaves(self.method.state_dict()) if isinstance(leaf, Tensor)) / size
+        )
 
 
 def measure(model: str, label: str) -> tuple[float, float, float]:
     """CPU seconds of the third merge, vectors kept after it and vectors held at most in it."""
     torch.manual_seed(0)
     merges = Merges(resolve_method(METHODS[label]))
-    trainer = L.Trainer(
-        max_steps=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[merges],
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    trainer = L.Trainer(max_steps=0, accelerator="cpu", callbacks=[merges], **quiet)
     trainer.fit(Classifier(model), DataLoader([(torch.zeros(1), 0)]))
     return merges.seconds, merges.kept, merges.peak
 
 
 def resident() -> int:
     """Bytes of memory that the process holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def tensors(state: object) -> list[Tensor]:
-    """The tensors in plain containers."""
-    if isinstance(state, Tensor):
-        return [state]
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [tensor for entry in inner for tensor in tensors(entry)]
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:

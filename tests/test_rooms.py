@@ -56,15 +56,15 @@ def test_imports_point_one_way(room):
 
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_path_leads_to_the_new_one(old):
+    sys.modules.pop(f"lightning_odem.{old}", None)
     with pytest.warns(DeprecationWarning, match="is now lightning_odem"):
-        sys.modules.pop(f"lightning_odem.{old}", None)
         module = import_module(f"lightning_odem.{old}")
     assert module is import_module(f"lightning_odem.{MOVED[old]}")
 
 
 def test_modules_of_an_old_package_are_found_under_the_new_one():
-    with pytest.warns(DeprecationWarning):
-        sys.modules.pop("lightning_odem.durable.lock", None)
+    sys.modules.pop("lightning_odem.durable.lock", None)
+    with pytest.warns(DeprecationWarning, match="is now lightning_odem"):
         module = import_module("lightning_odem.durable.lock")
     assert module is import_module("lightning_odem.stream.store.lock")
 

@@ -275,7 +275,7 @@ FITTING = """
 
 @pytest.mark.slow  # imports torch once more
 def test_a_second_process_is_refused_with_the_owner_named_until_the_first_has_ended():
-    code = textwrap.dedent(FITTING.format(helpers=str(Path(__file__).parent / "helpers")))
+    code = textwrap.dedent(FITTING.format(helpers=str(Path(__file__).parents[1] / "helpers")))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline().strip() == "training"
         merge = ContinualMergeCallback(dirpath="run")

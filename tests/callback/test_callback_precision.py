@@ -111,7 +111,7 @@ def test_compiled_modules_are_merged_under_their_own_names(what):
 def two_processes(tmp_path_factory):
     """What two processes made of streams of two tasks, and where."""
     directory = tmp_path_factory.mktemp("two_processes")
-    script = Path(__file__).parent / "helpers" / "two_processes.py"
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     paths = os.pathsep.join([str(script.parent), str(script.parents[2])])
     done = subprocess.run(
         [sys.executable, str(script), str(directory)],

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
     [("calibration", "ArithmeticError: a cosmic ray"), ("disk", "The state of the stream could not be written")],
 )
 def test_an_error_in_one_process_ends_all_with_it_and_leaves_the_stream(tmp_path, what, message):
-    script = Path(__file__).parent / "helpers" / "failing_process.py"
+    script = Path(__file__).parents[1] / "helpers" / "failing_process.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run(

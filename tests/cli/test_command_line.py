@@ -13,7 +13,7 @@ from lightning_odem.methods import method_name, resolve_method
 from lightning_odem.studies import Comparison
 from lightning_odem.tasks import SUITE_8, SUITE_14, SUITE_20, DigitsStream
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 BACKBONES = ["clip_vit_b32.yaml", "clip_vit_b16.yaml", "clip_vit_l14.yaml"]
 TABLES = ["clip_table1_b32.yaml", "clip_table1_b16.yaml", "clip_table1_l14.yaml"]
@@ -41,11 +41,18 @@ def merge_callback(cli):
 
 def test_every_config_is_covered_here():
     streams = {"quickstart.yaml", "eight_tasks.yaml", "hcmm.yaml", "text.yaml"}
-    assert {path.name for path in CONFIGS.iterdir()} == {*streams, *BACKBONES, *SUITES, *COMPARISONS, *TABLES}
+    assert {path.name for path in CONFIGS.iterdir()} == {
+        *streams,
+        *BACKBONES,
+        *SUITES,
+        *COMPARISONS,
+        *TABLES,
+        "compare_recursion.yaml",
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", COMPARISONS)
+@pytest.mark.parametrize("config", [*COMPARISONS, "compare_recursion.yaml"])
 def test_comparisons_run_on_a_stream(config, tmp_path):
     limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", "--orders=1"]
     limits += ["--trainer.limit_test_batches=1", "--calibration_sizes=[16]", "--dirpath=here", *QUIET]

@@ -188,7 +188,7 @@ def test_folders_become_a_folder():
 
 
 def test_one_incoming_model_is_in_memory_at_a_time(monkeypatch):
-    from lightning_odem.cli import model_files
+    from lightning_odem.parameters import model_files
 
     read, alive, most = model_files.read_checkpoint, [], []
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_odem import linear_layers as module_under_test
+from lightning_odem.parameters import linear_layers as module_under_test
 from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, multiplied, number_of_groups
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "saving_process.py"
+SCRIPT = Path(__file__).parents[2] / "helpers" / "saving_process.py"
 
 
 class OtherProcess:
