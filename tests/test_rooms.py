@@ -81,13 +81,14 @@ def test_a_path_that_never_was_is_not_found():
 
 
 @pytest.mark.slow
-def test_the_callback_brings_nothing_that_lightning_does_not():
+@pytest.mark.parametrize("line", ["from lightning_odem import ContinualMergeCallback", "import lightning_odem.cli"])
+def test_an_import_brings_nothing_heavy_that_lightning_does_not(line):
     heavy = "{'timm', 'torchvision', 'matplotlib', 'sklearn', 'transformers', 'peft'}"
     show = f"import sys; print(sorted({heavy} & set(sys.modules)))"
     found = [
         subprocess.run(
             [sys.executable, "-W", "ignore", "-c", f"{line}; {show}"], capture_output=True, text=True, check=True
         ).stdout
-        for line in ("import lightning", "from lightning_odem import ContinualMergeCallback")
+        for line in ("import lightning.pytorch.cli", line)
     ]
     assert found[0] == found[1]

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +62,8 @@ def build_backbone(backbone: str | nn.Module, args: dict[str, Any] | None, pretr
                 "Give its arguments to the module itself and its weights as checkpoint."
             )
         return backbone
+    import timm  # here, since it takes longer to import than the rest of the package
+
     if ":" not in backbone and not timm.is_model(backbone):  # "hf-hub:..." and "local-dir:..." name no registered model
         close = difflib.get_close_matches(backbone, timm.list_models(), n=5) or timm.list_models()[:5]
         raise ValueError(f"timm has no model {backbone!r}. Close names: {', '.join(close)}; all: timm.list_models().")

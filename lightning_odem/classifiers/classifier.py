@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -176,6 +175,8 @@ class TaskClassifier(ClassificationSteps):
             raise ValueError(
                 "The one-cycle schedule has to know its length: set the Trainer's max_epochs or max_steps."
             )
+        from timm.optim import param_groups_weight_decay  # here, since timm takes long to import
+
         optimizer = torch.optim.AdamW(param_groups_weight_decay(self, self.weight_decay), lr=self.lr)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

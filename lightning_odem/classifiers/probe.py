@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,6 +51,9 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: flo
         [0, 0, 1, 1]
     """
     _check(features, labels, num_classes, l2)
+    from sklearn.linear_model import LogisticRegression  # here, since it takes long to import
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler()
     scaled = scaler.fit_transform(features.detach().to("cpu", torch.float64).numpy())
     spread = np.sqrt(scaler.var_)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from lightning_odem.tasks import shifts
 from lightning_odem.tasks.base import TaskStream
@@ -67,6 +66,8 @@ def _build(name: str, image_size: int, seed: int, **options: Any) -> Task:
 
 
 def _read(name: str, image_size: int, seed: int) -> Splits:
+    from sklearn.datasets import load_digits  # here, since it takes long to import
+
     digits = load_digits()
     images = shifts.resized((digits.images * 255 / 16).round().astype(np.uint8), image_size, image_size)
     everything = Selection(ArrayDataset(_SHIFTS[name](images), digits.target), digits.target)

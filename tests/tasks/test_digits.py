@@ -27,7 +27,7 @@ def test_the_default_stream_has_five_tasks_of_ten_classes():
 
 
 def test_constructing_a_stream_reads_no_data(monkeypatch):
-    monkeypatch.setattr("lightning_odem.tasks.digits.load_digits", lambda: pytest.fail("read"))
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("read"))
     DigitsStream()
 
 
