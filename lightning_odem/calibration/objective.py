@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -19,6 +19,9 @@ from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
 BatchLoss = Callable[[MicroBatch], Tensor]
+AsTask = Callable[[str], AbstractContextManager[None]]
+"""Puts what a task keeps for itself into the module, see :func:`~lightning_odem.parameters.as_task`."""
+
 _T = TypeVar("_T")
 
 
@@ -41,6 +44,7 @@ class CalibrationObjective:
         loss_scale: Factor on losses before ``backward``, see :class:`~lightning_odem.calibration.scaling.LossScale`.
             No result has it.
         processes: Who shares the evaluations; by default all processes of the job.
+        as_task: Makes the module the one of a micro-batch's task, while it goes through; by default it stays as it is.
 
     Attributes:
         gradient_evaluations: Gradients taken so far, of the whole buffer or a part of it.
@@ -57,6 +61,7 @@ class CalibrationObjective:
         batch_size: int = 128,
         loss_scale: float = 1.0,
         processes: Processes | None = None,
+        as_task: AsTask = lambda task: nullcontext(),
     ) -> None:
         self.vector = vector
         self.buffer = buffer
@@ -64,6 +69,7 @@ class CalibrationObjective:
         self.batch_size = batch_size
         self.loss_scale = LossScale(loss_scale)
         self.processes = processes or Processes.current()
+        self.as_task = as_task
         self.gradient_evaluations = 0
         self.loss_evaluations = 0
         self.sample_gradients = 0
@@ -167,9 +173,10 @@ class CalibrationObjective:
         """Mean loss of each micro-batch, with ``backward`` of its share of the loss times ``scale`` if there is one."""
         losses = []
         for batch in batches:
-            loss = self.batch_loss(batch)
-            if scale is not None and loss.requires_grad:
-                (loss * (batch.share * scale)).backward()
+            with self.as_task(batch.task):  # also backward, which may run parts of the module again
+                loss = self.batch_loss(batch)
+                if scale is not None and loss.requires_grad:
+                    (loss * (batch.share * scale)).backward()
             losses.append(loss.detach())
         # Read from the device once per pass.
         return torch.stack(losses).tolist() if losses else []
