@@ -25,7 +25,7 @@ def rescuing(trainer: L.Trainer, directory: Path | None, name: str) -> Iterator[
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             places = [directory, Path(trainer.default_root_dir), Path(tempfile.gettempdir())]
             saved = _save(trainer, [place / name for place in places if place is not None])

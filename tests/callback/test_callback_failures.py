@@ -1,6 +1,7 @@
 """Fits and merges that fail leave the stream as it was, and the next fit works."""
 
 import math
+import signal
 
 import lightning as L
 import pytest
@@ -98,15 +99,17 @@ def test_a_non_finite_loss_half_way_names_the_step():
     assert same(everything(module), incoming.models[1])
 
 
-def test_a_keyboard_interrupt_in_a_merge_leaves_the_fine_tuned_model():
+def test_a_keyboard_interrupt_in_a_merge_saves_the_fine_tuned_model_and_leaves_it_in_the_module():
     def interrupt(loss, task):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+        return loss
 
     module, merge, incoming = Fragile(), ContinualMergeCallback(), Incoming()
     fit(module, Task(0), incoming, merge)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), pytest.warns(match="KeyboardInterrupt. The fine-tuned weights are saved in"):
         fit(module, Task(1), incoming, Accident(interrupt), merge)
     assert same(everything(module), incoming.models[1])
+    assert same(torch.load(merge.dirpath / "fine-tuned-02-task_2.ckpt")["state_dict"], incoming.models[1])
     assert merge.report.tasks == ["task_1"]
 
 
