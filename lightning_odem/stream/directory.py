@@ -133,7 +133,8 @@ class RunDirectory:
             The state to go on with instead, where another process has taken the stream further since it was read.
 
         Raises:
-            MisconfigurationException: If the directory holds another stream already.
+            MisconfigurationException: If the directory holds another stream already, or has merged the task that is
+                resumed and nothing says that the data is that of this task.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
@@ -164,6 +165,13 @@ class RunDirectory:
                     f"{self._directory} holds another stream already (tasks merged there: {', '.join(held)}; in this "
                     f"stream: {', '.join(known) or 'none'}). Choose another dirpath, or move that one "
                     "away."
+                )
+            if resumed and again and getattr(trainer.datamodule, "task_name", None) is None:  # type: ignore[attr-defined]
+                task = state.started["task"]
+                raise MisconfigurationException(
+                    f"The checkpoint was saved while task {task!r} was trained, and {self._directory} has merged "
+                    f"{task!r} already. Fit the next task without ckpt_path. To merge {task!r} once more, give its "
+                    "datamodule a task_name, which says that the data is that of this task."
                 )
             newer = newer if further and not same else None
             self._number = number

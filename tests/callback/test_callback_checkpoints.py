@@ -146,7 +146,8 @@ def resume(path, **options):
     """The same task in a new process: new module, new callback, new Trainer."""
     module, merge, incoming = Classifier(batch_norm=True), ContinualMergeCallback(dirpath="cut"), Incoming()
     torch.nn.init.zeros_(module.body[0].weight)
-    fit(module, Task(1), incoming, merge, ckpt_path=path, **options)
+    # By its name, since the process before may have merged it.
+    fit(module, Task(1, "task_2"), incoming, merge, ckpt_path=path, **options)
     return module, merge, incoming
 
 
@@ -166,7 +167,7 @@ def test_a_task_resumed_in_its_middle_ends_as_if_it_had_not_been_interrupted(tmp
             return torch.utils.data.DataLoader(torch.utils.data.ConcatDataset([self.train_set] * 3), batch_size=24)
 
     def stream(number, *callbacks, ckpt_path=None):
-        fit(module, OneBatch(number), *callbacks, ckpt_path=ckpt_path, **options)
+        fit(module, OneBatch(number, f"task_{number + 1}"), *callbacks, ckpt_path=ckpt_path, **options)
 
     module, reference, whole = Classifier(batch_norm=True), ContinualMergeCallback(dirpath="whole"), Incoming()
     for number in range(2):
@@ -178,7 +179,7 @@ def test_a_task_resumed_in_its_middle_ends_as_if_it_had_not_been_interrupted(tmp
     saved = ModelCheckpoint(tmp_path / "task", "{step}", save_top_k=-1, every_n_train_steps=1)
     with pytest.raises(RuntimeError, match="power cut"):
         fit(
-            module, OneBatch(1), merge, saved, Failing("on_train_end", RuntimeError("power cut")),
+            module, OneBatch(1, "task_2"), merge, saved, Failing("on_train_end", RuntimeError("power cut")),
             enable_checkpointing=True, **options,
         )  # fmt: skip
     module, merge, incoming = Classifier(batch_norm=True), ContinualMergeCallback(dirpath="cut"), Incoming()
@@ -249,13 +250,30 @@ def test_resuming_after_the_merge_was_done_merges_again_to_the_same_result(tmp_p
     assert other.last_merged_path == merge.last_merged_path
 
 
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_resuming_a_task_that_is_merged_is_refused_where_its_data_has_no_name(tmp_path, same_callback):
+    module, merge = Classifier(), ContinualMergeCallback("average", dirpath="cut")
+    fit(module, Task(0), merge, ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    accuracies, weights_before = merge.report.accuracy, everything(module)
+    if not same_callback:
+        merge = ContinualMergeCallback("average", dirpath="cut")
+    incoming = Incoming()
+    with pytest.raises(MisconfigurationException, match=r"has merged 'task_1' already. Fit the next task without"):
+        fit(module, Task(1), incoming, merge, ckpt_path=tmp_path / "last.ckpt")
+    assert incoming.batches == 0
+    again = ContinualMergeCallback("average", dirpath="cut")
+    assert again.report.accuracy == accuracies
+    fit(module, Task(1), again)
+    assert again.report.tasks == ["task_1", "task_2"]
+
+
 def test_resuming_in_the_same_process_takes_the_stream_back_to_the_checkpoint(tmp_path):
     module, merge, incoming = Classifier(batch_norm=True), ContinualMergeCallback(), Incoming()
     fit(module, Task(0), incoming, merge)
     last = ModelCheckpoint(tmp_path, save_last=True)
     trainer = fit(module, Task(1), incoming, merge, last, enable_checkpointing=True)
     merged = everything(module)
-    trainer.fit(module, datamodule=Task(1), ckpt_path=last.last_model_path)
+    trainer.fit(module, datamodule=Task(1, "task_2"), ckpt_path=last.last_model_path)
     assert merge.report.tasks == ["task_1", "task_2"]
     assert same(everything(module), merged)
     assert incoming.steps == [6, 6]
