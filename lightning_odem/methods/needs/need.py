@@ -61,8 +61,8 @@ class Need(ABC, Generic[T]):
         return type(self).collect is not Need.collect
 
     def is_met(self, offer: Offer) -> bool:
-        """Whether a merge that has these sources can build it; any can unless a need says otherwise."""
-        return True
+        """Whether a merge that has these sources can build it; by default one that has what was collected, if any."""
+        return not self.collects or offer.collected.get(type(self)) is not None
 
     @abstractmethod
     def build(self, sources: Sources) -> T:

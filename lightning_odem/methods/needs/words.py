@@ -30,7 +30,7 @@ def resolve_needs(rule: Any) -> None:
         ValueError: For anything else, such as a misspelt word.
     """
     given = getattr(rule, "needs", ())
-    given = (given,) if isinstance(given, Need | str) else tuple(given)
+    given = (given,) if isinstance(given, Need | str | type) else tuple(given)
     if unknown := [need for need in given if not (need in WORDS if isinstance(need, str) else _is_need(need))]:
         raise ValueError(
             f"{rule!r} needs {', '.join(sorted(map(str, unknown)))}; what a method can need are objects such as "
@@ -45,7 +45,7 @@ def resolve_needs(rule: Any) -> None:
     if words:
         message = f"Words in the needs of {rule!r} go with version 0.8; write: needs = {needs!r}"
         warnings.warn(message, DeprecationWarning, stacklevel=3)
-    if needs != given:
+    if needs != getattr(rule, "needs", ()):
         rule.needs = needs
 
 
