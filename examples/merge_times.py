@@ -23,8 +23,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_odem.methods import DOPMerge, MergeMethod, resolve_method
-from lightning_odem.methods.needs import Calibration
+from lightning_odem.methods import Calibration, DOPMerge, MergeMethod, resolve_method
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.folding import Folding
 
