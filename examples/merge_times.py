@@ -23,7 +23,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_odem.methods import DOPMerge, MergeMethod, resolve_method
+from lightning_odem.methods import Calibration, DOPMerge, MergeMethod, resolve_method
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.folding import Folding
 
@@ -75,7 +75,7 @@ class Merges(L.Callback):
             # Task vectors of full rank, as fine-tuning leaves them.
             incoming = {name: value + 1e-3 * torch.randn(value.shape) for name, value in base.items()}
             samples = None
-            if "calibration" in self.method.needs:
+            if Calibration() in self.method.needs:
                 samples = (torch.randn(SAMPLES, 3, 224, 224), torch.arange(SAMPLES) % 10)
             before, started = resident(), time.process_time()
             folding.fold(incoming, task, samples=samples)

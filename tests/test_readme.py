@@ -5,7 +5,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from toy import Classifier, Task, fit
+import torch
+from toy import Classifier, Task, Watching, fit
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import METHODS
@@ -29,6 +30,19 @@ def test_rules_of_ones_own_merge(text, small_stream):
         assert merge.report.merges[1].sample_gradients == (48 if text.startswith("class") else 0)
     finally:
         METHODS.pop("overshoot", None)
+
+
+def test_the_need_of_the_guide_is_met(small_stream):
+    guide, shown = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8"), {}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "(Need)" in block), shown)
+    seen, method = [], Watching(shown["MeanOfRun"]())
+
+    class Recorded(Classifier):
+        def on_train_batch_end(self, *_):
+            seen.append(torch.nn.utils.parameters_to_vector(self.parameters()).detach())
+
+    fit(Recorded(), Task(0), ContinualMergeCallback(method))
+    torch.testing.assert_close(method.contexts[0][shown["MeanOfRun"]], torch.stack(seen).mean(0))
 
 
 def test_samples_without_labels_do(small_stream):

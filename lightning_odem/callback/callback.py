@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.task_samples import Sampling
@@ -27,7 +28,6 @@ from lightning_odem.callback.publication import publish
 from lightning_odem.callback.rescue import rescuing
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
-from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.metrics import check_weights
@@ -40,7 +40,7 @@ from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 from lightning_odem.stream.naming import file_name, next_task_name, next_task_weight
 from lightning_odem.stream.random_state import RandomStream, load_random_state, take_random_state
 from lightning_odem.stream.removal import Model, fingerprint_to_keep, names_to_keep, remove_task
@@ -498,7 +498,7 @@ class ContinualMergeCallback(L.Callback):
 
     @property
     def _needs_samples(self) -> bool:
-        return bool(SAMPLE_NEEDS & self.method.needs) or self.batch_norm == "recalibrate"
+        return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
 
     def _load_method(self) -> None:
         """Take the method to where the stream is."""
@@ -580,16 +580,15 @@ class ContinualMergeCallback(L.Callback):
         state.started = {"task": task, "weight": weight}
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        method = self.method
         self._collection = Collection(
             trainer,
             module,
-            needs=method.needs,
-            method=method_name(method),
-            capacity=method.snapshots,
+            self.method.needs,
+            method=method_name(self.method),
             select=self.division.shared(module),
             state=self._state.started,
         )
+        self._collection.check()
 
     def _find_data(self, trainer: L.Trainer) -> None:
         """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
@@ -620,9 +619,9 @@ class ContinualMergeCallback(L.Callback):
                 calibration.store_logits(self._state.started["task"])
                 calibration.objective(vector).loss_and_grad(vector.read())
 
-    def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> Calibration:
+    def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> CalibrationSet:
         loss, options = calibration_loss(module, self.calibration.loss), self.calibration
-        return Calibration(buffer, loss, options.batch_size, loss_scale(module.trainer))
+        return CalibrationSet(buffer, loss, options.batch_size, loss_scale(module.trainer))
 
 
 @torch.no_grad()

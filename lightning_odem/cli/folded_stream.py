@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_odem.cli.folded_files import Incoming
 from lightning_odem.methods import MergeMethod
-from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
@@ -89,7 +88,7 @@ class FoldedStream:
         self._folding = Folding(
             model, method, base=self._base, exclude=tuple(exclude), batch_norm=batch_norm, **options
         )
-        self._draws = bool(SAMPLE_NEEDS & method.needs) or batch_norm == "recalibrate"
+        self._draws = any(need.from_samples for need in method.needs) or batch_norm == "recalibrate"
         for task in tasks:  # bad data of the last task is found before the first merge
             task.prepare_data()
             task.setup("fit")

@@ -19,10 +19,10 @@ from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
 from lightning_odem.cli.output import MergeOutput
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
+from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.merging import check_needs
-from lightning_odem.stream.trace import TrainingTrace
 from lightning_odem.tasks import TaskStream
 
 
@@ -187,8 +187,7 @@ def _check_needs(method: MergeMethod, base: str | None, batch_norm: str, model: 
     if batch_norm == "recalibrate" and data is None:
         raise ValueError("batch_norm='recalibrate' runs samples through the model: give model and data.")
     try:
-        trace = TrainingTrace(batches=None if data is None else ())
-        check_needs(method, base=base is not None, calibration=data is not None, trace=trace)
+        check_needs(method, Offer(base=base is not None, calibration=data is not None, batches=data is not None))
     except ValueError as error:
         raise ValueError(
             f"{error} Of finished checkpoints base names the base model, and model and data bring samples and a loss."

@@ -1,7 +1,7 @@
 """Rules for continual model merging, by name."""
 
 from lightning_odem.methods.average import AverageMerge
-from lightning_odem.methods.base import NEEDS, MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.closed_form import ClosedFormMerge
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.dop import DOPMerge
@@ -11,6 +11,15 @@ from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.magmax import MagMaxMerge
+from lightning_odem.methods.needs import (
+    BaseModel,
+    Calibration,
+    InputMoments,
+    Need,
+    SecondMoments,
+    Snapshots,
+    TrainingData,
+)
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
 from lightning_odem.methods.ode_paper import PaperODEMerge
@@ -27,13 +36,15 @@ from lightning_odem.methods.trm_style import TRMStyleMerge
 
 __all__ = [
     "METHODS",
-    "NEEDS",
     "AverageMerge",
+    "BaseModel",
+    "Calibration",
     "ClosedFormMerge",
     "DOPMerge",
     "ExactStream",
     "FunctionMerge",
     "HCMMMerge",
+    "InputMoments",
     "IsotropicMerge",
     "LinearInterpolation",
     "MagMaxMerge",
@@ -41,6 +52,7 @@ __all__ = [
     "MergeMethod",
     "MergeResult",
     "NUFILTMerge",
+    "Need",
     "ODEMerge",
     "OPCMMerge",
     "PaperODEMerge",
@@ -48,10 +60,13 @@ __all__ = [
     "ReplayMerge",
     "RepresentationCorrection",
     "SecondMomentMerge",
+    "SecondMoments",
+    "Snapshots",
     "TRMStyleMerge",
     "TaskArithmeticMerge",
     "TaskSingularVectorsMerge",
     "TiesMerge",
+    "TrainingData",
     "describe_method",
     "method_name",
     "register_method",

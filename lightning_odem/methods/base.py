@@ -2,26 +2,26 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from lightning_odem.flow import Trajectory
+from lightning_odem.methods.needs import Need
+from lightning_odem.methods.needs.words import EarlierFields
 
 if TYPE_CHECKING:
-    from lightning_odem.calibration import CalibrationObjective
-    from lightning_odem.calibration.task_data import TaskData
     from lightning_odem.parameters.shards import Shards
 
-NEEDS = ("base", "calibration", "input_moments", "second_moments", "snapshots", "task_data")
-SAMPLE_NEEDS = frozenset({"calibration", "input_moments"})
-"""Those of :data:`NEEDS` for which calibration samples are drawn."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class MergeContext:
-    """What a method may use besides the two models; only what it declares in ``needs`` is there.
+class MergeContext(EarlierFields):
+    """What a method may use besides the two models.
+
+    What it declares in ``needs`` is read by the need's class, as ``context[BaseModel]``; the rest is always there.
 
     Of a model that several processes share (FSDP2) each vector is this process's part: its shards of all parameters,
     flat and one after the other. Only methods that say they can are given such a model.
@@ -29,40 +29,50 @@ class MergeContext:
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
         shapes: Their shapes, those of the whole parameters.
-        base: The base model theta_base, shape [d] (need ``"base"``).
-        calibration: Losses and gradients on the calibration buffer (need ``"calibration"``), see
-            :class:`~lightning_odem.calibration.CalibrationObjective`.
-        input_moments: Second moments of the inputs of linear layers and convolutions in the incoming model, by name of
-            their weight and in the shape [groups, in, in], see
-            :func:`~lightning_odem.calibration.input_moments` (need ``"input_moments"``). Parameters that are used
-            otherwise have none, and a task without calibration samples has none at all.
-        second_moments: Adam's running mean of squared gradients at the end of the incoming model's training, shape
-            [d]; NaN for parameters that the optimizer never stepped (need ``"second_moments"``).
-        snapshots: Weights [d] at evenly spaced steps of the incoming model's training, the oldest first; neither its
-            start nor its end is among them (need ``"snapshots"``).
-        task_data: The incoming task's own training batches (need ``"task_data"``), see
-            :class:`~lightning_odem.calibration.task_data.TaskData`.
+        needed: What was built for the method's needs, by their class.
         on_step: Told (steps done, steps in all) while a merge goes on.
         shards: How processes share the parameters; None where the vectors are whole.
         groups: In how many groups the weights of grouped convolutions are, by name. Each group is a matrix of its own,
             and they follow each other along the first dimension. Nothing is known of groups without a module.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
         shares: Where a task is taken out, the shares of all tasks in the stream, which sum to 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_odem.methods import BaseModel
+        >>> context = MergeContext(["w"], [(2,)], {BaseModel: torch.zeros(2)})
+        >>> context[BaseModel]
+        tensor([0., 0.])
     """
 
     names: list[str]
     shapes: list[tuple[int, ...]]
-    base: Tensor | None = None
-    calibration: "CalibrationObjective | None" = None
-    input_moments: Mapping[str, Tensor] = field(default_factory=dict)
-    second_moments: Tensor | None = None
-    snapshots: Sequence[Tensor] = ()
-    task_data: "TaskData | None" = None
+    needed: Mapping[type[Need[Any]], Any] = field(default_factory=dict)
     on_step: Callable[[int, int], None] | None = None
     shards: "Shards | None" = None
     groups: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     shares: Sequence[float] = ()
+
+    def __getitem__(self, need: type[Need[T]]) -> T:
+        """What a need has brought.
+
+        Raises:
+            LookupError: If the method did not declare it.
+        """
+        if need not in self.needed:
+            raise LookupError(
+                f"The merge method reads context[{need.__name__}], but does not declare it: needs = "
+                f"({need.__name__}(), ...). Declared are: {', '.join(kind.__name__ for kind in self.needed) or 'none'}."
+            )
+        return self.needed[need]
+
+    def having(self, need: type[Need[T]], value: T) -> "MergeContext":
+        """A context like this one in which a need has brought something else."""
+        return replace(self, needed={**self.needed, need: value})
+
+    def __contains__(self, need: object) -> bool:
+        return need in self.needed
 
     @property
     def local_shapes(self) -> list[tuple[int, ...]]:
@@ -99,10 +109,9 @@ class MergeMethod(ABC):
     saved with the callback if :meth:`state_dict` returns it, as tensors in plain containers.
 
     Attributes:
-        needs: Any of :data:`NEEDS`: what of the context the method uses. Nothing else is collected during training,
-            and what cannot be had is refused before training.
-        snapshots: With the need ``"snapshots"``, how many weights of the training run to keep at most, 2 or more. The
-            length of a run is not known beforehand, so there may be half as many less one.
+        needs: What of the context the method uses, such as ``(BaseModel(), Snapshots(8))``; see
+            :mod:`lightning_odem.methods.needs` for those there are, and :class:`~lightning_odem.methods.Need` for one
+            of your own. Nothing else is collected during training, and what cannot be had is refused before training.
         sharded: Whether the rule can merge shards of the vectors, each process its own: what it does with an entry must
             depend on that entry alone, or on sums over all of them taken with ``context.sum_``. Of its state only dicts
             of tensors by parameter name may be shards; they are saved whole.
@@ -116,8 +125,7 @@ class MergeMethod(ABC):
         tensor([1., 1.])
     """
 
-    needs: frozenset[str] = frozenset()
-    snapshots: int = 8
+    needs: Sequence[Need[Any]] = ()
     sharded: bool = False
 
     @abstractmethod

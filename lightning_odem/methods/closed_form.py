@@ -1,7 +1,6 @@
 """The closed form of layer-wise least squares, from running sums."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from lightning_odem.methods.arguments import check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeResult
 from lightning_odem.methods.exact_stream import ExactStream, Sums
 from lightning_odem.methods.layout import Part, parts, weight_matrices
+from lightning_odem.methods.needs import InputMoments
 
 MOMENTS, CROSS = "moments/", "cross/"
 
@@ -76,14 +76,16 @@ class ClosedFormMerge(ExactStream):
         self.layers = check_patterns("layers", layers)
         self.measured = measured
         if measured:
-            self.needs = self.needs | {"input_moments"}
+            # Measured before the base model takes its place on the device.
+            self.needs = (InputMoments(), *self.needs)
 
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
         """The moments of each layer's inputs, their upper triangle, and the update times the moments [o, i]."""
+        measured = context[InputMoments] if self.measured else {}
         for part, (update,) in self._parts(task_vector, context):
             moments = guessed_moments(update)
-            if part.name in context.input_moments:
-                found = context.input_moments[part.name]
+            if part.name in measured:
+                found = measured[part.name]
                 # The layers of a packed weight have the same inputs.
                 found = trace_one(found[part.number % len(found)].to(update))
                 moments = moments.lerp(found, self.measured)
@@ -99,7 +101,7 @@ class ClosedFormMerge(ExactStream):
 
     def complete(self, merged: Tensor, context: MergeContext) -> None:
         """Take what the sums do not know yet to be as in the merged model [d], its moments to be as guessed."""
-        super().complete(merged, replace(context, input_moments={}))
+        super().complete(merged, context.having(InputMoments, {}))
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
         """Subtract what a task added, and read the merged model of the others.

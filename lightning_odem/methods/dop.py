@@ -10,6 +10,7 @@ from lightning_odem.methods.arguments import check_choice, check_patterns, check
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, others, weight_matrices
 from lightning_odem.methods.linalg import exact, singular
+from lightning_odem.methods.needs import BaseModel
 
 Solver = Literal["adam", "sylvester"]
 Rest = Literal["mean", "average"]
@@ -155,7 +156,7 @@ class DOPMerge(MergeMethod):
         ValueError: For numbers out of range or unknown choices; when merging, for patterns that match nothing.
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
 
     def __init__(
         self,
@@ -187,12 +188,11 @@ class DOPMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Merge matrix by matrix in the memory of ``merged``."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
         alpha = 1 - t if self.alpha is None else self.alpha
         names = weight_matrices(context, self.layers)
-        for base, old, new in matrices(context, names, context.base, merged, incoming):
+        for base, old, new in matrices(context, names, context[BaseModel], merged, incoming):
             old.copy_(self._merge_updates(old - base, new - base, alpha)).add_(base)
         for old, new in others(context, names, merged, incoming):
             old.lerp_(new, 0.5 if self.others == "mean" else t)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.needs import BaseModel, Need
 
 Sums = dict[str, Tensor]
 
@@ -38,7 +39,7 @@ class ExactStream(MergeMethod):
     memory, in fp32 or the higher precision of the vectors.
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs: Sequence[Need[Any]] = (BaseModel(),)
 
     def __init__(self, recursion: bool = False) -> None:
         self.recursion = recursion
@@ -129,21 +130,18 @@ class ExactStream(MergeMethod):
 
     def read(self, context: MergeContext) -> Tensor:
         """The merged model [d], a new vector."""
-        assert context.base is not None, "declared in needs"
-        return self.solve(self.mean(context), self._sums, context).add_(context.base)
+        return self.solve(self.mean(context), self._sums, context).add_(context[BaseModel])
 
     def mean(self, context: MergeContext) -> Tensor:
         """The mean task vector [d], a new vector."""
-        assert context.base is not None, "declared in needs"
-        mean = torch.empty_like(context.base)
+        mean = torch.empty_like(context[BaseModel])
         for name, piece in tensors(mean, context).items():
             piece.copy_(self._mean[name])
         return mean
 
     def model_mean(self, context: MergeContext) -> Tensor:
         """The mean of the tasks' models [d], a new vector."""
-        assert context.base is not None, "declared in needs"
-        return self.mean(context).add_(context.base)
+        return self.mean(context).add_(context[BaseModel])
 
     def state_dict(self) -> dict[str, Any]:
         """The mean task vector, the other sums and the sum of the squared shares; empty before the first task."""
@@ -167,8 +165,7 @@ class ExactStream(MergeMethod):
 
     def _of(self, model: Tensor, context: MergeContext) -> tuple[Sums, Sums]:
         """Task vector by parameter and statistics of one model, on the CPU."""
-        assert context.base is not None, "declared in needs"
-        task_vector = model - context.base
+        task_vector = model - context[BaseModel]
         mean = {name: piece.to("cpu", copy=True) for name, piece in tensors(task_vector, context).items()}
         return mean, {key: tensor.cpu() for key, tensor in self.statistics(task_vector, context)}
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import BaseModel
 
 MergeFunction = Callable[[Tensor, Tensor, float, MergeContext], Tensor]
 
@@ -12,7 +13,7 @@ MergeFunction = Callable[[Tensor, Tensor, float, MergeContext], Tensor]
 class FunctionMerge(MergeMethod):
     """A rule without state, given as a function of merged and incoming model, t and context.
 
-    The function may use ``context.base``, or what its attribute ``needs`` names, which
+    The function may use ``context[BaseModel]``, or what its attribute ``needs`` declares, which
     :func:`~lightning_odem.methods.register_method` sets. It is not called for t = 0, which leaves the merged model
     untouched, nor for the first task. A rule that keeps state is a subclass of
     :class:`~lightning_odem.methods.MergeMethod`.
@@ -29,7 +30,7 @@ class FunctionMerge(MergeMethod):
 
     def __init__(self, function: MergeFunction) -> None:
         self.function = function
-        self.needs = frozenset(getattr(function, "needs", {"base"}))
+        self.needs = getattr(function, "needs", (BaseModel(),))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Call the function.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import BaseModel
 
 
 class MagMaxMerge(MergeMethod):
@@ -26,13 +27,13 @@ class MagMaxMerge(MergeMethod):
         ValueError: For a scale that is not a positive number.
 
     Example:
-        >>> context = MergeContext(["w"], [(3,)], base=torch.zeros(3))
+        >>> context = MergeContext(["w"], [(3,)], {BaseModel: torch.zeros(3)})
         >>> merged = torch.tensor([1.0, -2.0, 0.5])
         >>> MagMaxMerge(1.0).merge(merged, torch.tensor([-1.5, 1.0, 0.0]), 0.5, context).theta
         tensor([-1.5000, -2.0000,  0.5000])
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
     sharded = True
 
     def __init__(self, scale: float = 0.5) -> None:
@@ -41,14 +42,12 @@ class MagMaxMerge(MergeMethod):
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model, its task vector scaled."""
-        assert context.base is not None, "declared in needs"
-        return MergeResult(torch.lerp(context.base, incoming, self.scale))
+        return MergeResult(torch.lerp(context[BaseModel], incoming, self.scale))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Take over the entries in which the incoming task moved further, in the memory of ``merged``."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
-        scaled = torch.lerp(context.base, incoming, self.scale)
-        further = (scaled - context.base).abs_() >= (merged - context.base).abs_()
+        scaled = torch.lerp(context[BaseModel], incoming, self.scale)
+        further = (scaled - context[BaseModel]).abs_() >= (merged - context[BaseModel]).abs_()
         return MergeResult(torch.where(further, scaled, merged, out=merged))

@@ -10,6 +10,7 @@ from lightning_odem.methods.arguments import check_choice, check_patterns, check
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, others, weight_matrices
 from lightning_odem.methods.linalg import singular
+from lightning_odem.methods.needs import BaseModel
 
 Variant = Literal["full", "null_space"]
 Rest = Literal["base", "average"]
@@ -106,7 +107,7 @@ class NUFILTMerge(MergeMethod):
         ValueError: For numbers out of range or unknown choices; when merging, for patterns that match nothing.
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
 
     def __init__(
         self,
@@ -141,23 +142,21 @@ class NUFILTMerge(MergeMethod):
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The targeted matrices of the first task; the others are the base model's (or the task's, averaged)."""
-        assert context.base is not None, "declared in needs"
         names = weight_matrices(context, self.layers)
         if self.others == "average":
             return MergeResult(incoming)
-        first = context.base.clone()
+        first = context[BaseModel].clone()
         for ours, theirs in matrices(context, names, first, incoming):
             ours.copy_(theirs)
         return MergeResult(first)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Filter and add the task vector, matrix by matrix, in the memory of ``merged``."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
         generator = torch.Generator().manual_seed(self.seed)
         names = weight_matrices(context, self.layers)
-        for base, old, new in matrices(context, names, context.base, merged, incoming):
+        for base, old, new in matrices(context, names, context[BaseModel], merged, incoming):
             old += self._filtered(new - base, old - base, generator)
         if self.others == "average":
             for old, new in others(context, names, merged, incoming):

@@ -16,6 +16,7 @@ from lightning_odem.methods.bracket import Bracket
 from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.methods.ode_paper import ODE_STATE, is_earlier_ode_state
 from lightning_odem.methods.sampling import hold_out, minibatch_gradients, minibatches_per_epoch, samples_per_epoch
 
@@ -62,7 +63,7 @@ class ODEMerge(MergeMethod):
         NonFiniteLossError: When merging, if the loss is finite nowhere on the path, or not in the flow.
     """
 
-    needs: frozenset[str] = frozenset({"base", "calibration"})
+    needs = (BaseModel(), Calibration())
     sharded = True
 
     def __init__(self, batch_size: int = 64, descent: float = 0.006, epochs: int = 2, seed: int = 0) -> None:
@@ -83,8 +84,7 @@ class ODEMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Add the task to the sums, choose the operating point and follow the flow from there."""
-        objective = context.calibration
-        assert objective is not None, "declared in needs"
+        objective = context[Calibration]
         path = Trajectory(merged, loss1=_finite(objective.loss(incoming), "the loss of the incoming model"))
         path.end(0.0, _finite(objective.loss(merged), "the loss of the merged model"))
         if t == 0.0:
@@ -168,10 +168,9 @@ class ODEMerge(MergeMethod):
 
     def _path(self, context: MergeContext) -> tuple[Tensor, Tensor]:
         """Where the path begins and, for scale 1, how far it leads: two new vectors [d]."""
-        assert context.base is not None, "declared in needs"
         start = self._sums.read(context)
         direction = torch.zeros_like(start)
-        for begin, along, base in matrices(context, weight_matrices(context), start, direction, context.base):
+        for begin, along, base in matrices(context, weight_matrices(context), start, direction, context[BaseModel]):
             along.copy_(begin).sub_(base)
             begin.copy_(base)
         return start, direction

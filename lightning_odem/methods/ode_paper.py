@@ -1,7 +1,6 @@
 """ODE-M as the paper prints it, and other times, blocks and gradients for its flow."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.became import became_time
 from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.sampling import Gradient, hold_out, minibatch_gradients, minibatches_per_epoch
 
 OPERATING_TIMES = ("utility", "search", "became")
@@ -75,7 +75,7 @@ class PaperODEMerge(MergeMethod):
             outside its range; when merging, if the calibration buffer has too few samples for the operating time.
     """
 
-    needs: frozenset[str] = frozenset({"calibration"})
+    needs = (Calibration(),)
     sharded = True
 
     def __init__(
@@ -119,11 +119,10 @@ class PaperODEMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Integrate towards ``incoming`` up to the operating time, in the memory of ``merged``."""
-        objective, unseen = context.calibration, None
-        assert objective is not None, "declared in needs"
+        objective, unseen = context[Calibration], None
         if self.operating_time == "search":
             objective, unseen = hold_out(objective, self.holdout)
-            context = replace(context, calibration=objective)
+            context = context.having(Calibration, objective)
         end, lowest = self._end(merged, incoming, t, objective, context), None
         if unseen is not None:
             lowest = LowestPoint(unseen.loss, scaled_time(t, 1 / self.search_to), end, self.step_size)

@@ -13,6 +13,7 @@ from lightning_odem.flow.largest import admit, largest
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.refinement import refine
 from lightning_odem.methods.task_losses import TaskLosses
 
@@ -78,7 +79,7 @@ class ReleasedODEMerge(MergeMethod):
         ValueError: For an argument outside its range.
     """
 
-    needs: frozenset[str] = frozenset({"calibration"})
+    needs = (Calibration(),)
 
     def __init__(
         self,
@@ -104,10 +105,9 @@ class ReleasedODEMerge(MergeMethod):
         Raises:
             NonFiniteLossError: If a loss of one of the models or a gradient on the path is not finite.
         """
-        assert context.calibration is not None, "declared in needs"
         if t == 1.0:
             return MergeResult(merged.copy_(incoming))
-        theta, probe = merged, TaskLosses(context.calibration, _PROBE_BATCHES)
+        theta, probe = merged, TaskLosses(context[Calibration], _PROBE_BATCHES)
         losses, losses1 = probe(theta), probe(incoming)
         _check_finite(losses, "merged")
         _check_finite(losses1, "incoming")
@@ -137,9 +137,9 @@ class ReleasedODEMerge(MergeMethod):
             if context.on_step is not None:
                 context.on_step(step + 1, steps)
         if self.refine and steps:
-            path.theta = refine(theta, context.calibration)
+            path.theta = refine(theta, context[Calibration])
             path.loss[-1] = probe.mean(probe(path.theta))
-        path.gradient_evaluations = context.calibration.gradient_evaluations
+        path.gradient_evaluations = context[Calibration].gradient_evaluations
         return MergeResult(path.theta, path)
 
     def _descend(

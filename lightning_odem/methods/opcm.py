@@ -9,6 +9,7 @@ from lightning_odem.methods.arguments import check_choice, check_patterns, check
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import exact, norm, singular
+from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 
 _ROUNDING = 1e-9
@@ -82,7 +83,7 @@ class OPCMMerge(MergeMethod):
         ValueError: For an alpha outside [0, 1] or an unknown recursion; when merging, for patterns that match nothing.
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
 
     def __init__(
         self,
@@ -107,10 +108,9 @@ class OPCMMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Project, accumulate and scale, in the memory of ``merged`` and one more vector."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
-        accumulated, task_vector = merged.sub_(context.base), incoming - context.base
+        accumulated, task_vector = merged.sub_(context[BaseModel]), incoming - context[BaseModel]
         norms = [*(self._norms or [norm(accumulated)]), norm(task_vector)]
         accumulated *= self._scale
         names = weight_matrices(context, self.layers, convolutions=self.convolutions)
@@ -123,7 +123,7 @@ class OPCMMerge(MergeMethod):
         # Two task vectors may cancel: then there is no direction left to scale.
         scale = norm(accumulated) * len(norms) / sum(norms) if any(norms) else 0.0
         self._scale, self._norms = scale or 1.0, norms
-        return MergeResult(accumulated.div_(self._scale).add_(context.base))
+        return MergeResult(accumulated.div_(self._scale).add_(context[BaseModel]))
 
     def state_dict(self) -> dict[str, Any]:
         """The scale of the accumulated update and the norm of each task vector; empty before the second task."""

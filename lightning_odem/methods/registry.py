@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_odem.methods.average import AverageMerge
-from lightning_odem.methods.base import NEEDS, MergeMethod
+from lightning_odem.methods.base import MergeMethod
 from lightning_odem.methods.closed_form import ClosedFormMerge
 from lightning_odem.methods.dop import DOPMerge
 from lightning_odem.methods.function import FunctionMerge, MergeFunction
@@ -13,6 +13,8 @@ from lightning_odem.methods.hcmm import HCMMMerge
 from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.magmax import MagMaxMerge
+from lightning_odem.methods.needs import BaseModel, Need
+from lightning_odem.methods.needs.words import resolve_needs
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
 from lightning_odem.methods.ode_paper import PaperODEMerge
@@ -49,7 +51,7 @@ METHODS: dict[str, type[MergeMethod] | MergeFunction] = {
 Rule = TypeVar("Rule", type[MergeMethod], MergeFunction)
 
 
-def register_method(name: str, needs: Iterable[str] = ()) -> Callable[[Rule], Rule]:
+def register_method(name: str, needs: Iterable[Need[Any]] = ()) -> Callable[[Rule], Rule]:
     """Give a name to a merge method of your own, so that ``ContinualMergeCallback(method=name)`` finds it.
 
     Decorates a subclass of :class:`~lightning_odem.methods.MergeMethod` that can be made without arguments, or a
@@ -57,11 +59,11 @@ def register_method(name: str, needs: Iterable[str] = ()) -> Callable[[Rule], Ru
 
     Args:
         name: The name.
-        needs: What of the context a function uses besides the base model, see
+        needs: What of the context a function uses besides the base model, such as ``[Calibration()]``, see
             :class:`~lightning_odem.methods.MergeMethod`; a subclass declares it itself.
 
     Raises:
-        ValueError: If the name is taken, or a need is unknown.
+        ValueError: If the name is taken, or a need is none.
         TypeError: If what is decorated is neither.
 
     Example:
@@ -81,8 +83,8 @@ def register_method(name: str, needs: Iterable[str] = ()) -> Callable[[Rule], Ru
         if not (issubclass(rule, MergeMethod) if isinstance(rule, type) else callable(rule)):
             raise TypeError(f"A merge method is a subclass of MergeMethod or a function, got {rule!r}.")
         if not isinstance(rule, type):
-            rule.needs = frozenset({"base", *needs})  # type: ignore[attr-defined]
-        check_known_needs(rule)
+            rule.needs = (BaseModel(), *needs)  # type: ignore[attr-defined]
+        resolve_needs(rule)
         METHODS[name] = rule
         return rule
 
@@ -104,23 +106,12 @@ def resolve_method(method: str | MergeMethod) -> MergeMethod:
         'lerp'
     """
     if isinstance(method, MergeMethod):
-        check_known_needs(method)
+        resolve_needs(method)
         return method
     rule = METHODS[method] if method in METHODS else _import(method)
     made = rule() if isinstance(rule, type) else FunctionMerge(rule)
-    check_known_needs(made)
+    resolve_needs(made)
     return made
-
-
-def check_known_needs(rule: object) -> None:
-    """Refuse needs that no merge can meet: most often a misspelt word.
-
-    Raises:
-        ValueError: With the unknown words and those there are.
-    """
-    unknown = sorted(set(getattr(rule, "needs", ())) - set(NEEDS))
-    if unknown:
-        raise ValueError(f"{rule!r} needs {', '.join(unknown)}; what a method can need is {', '.join(NEEDS)}.")
 
 
 def _import(path: str) -> type[MergeMethod] | MergeFunction:

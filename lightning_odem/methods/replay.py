@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import Calibration
 
 
 class ReplayMerge(MergeMethod):
@@ -34,7 +35,7 @@ class ReplayMerge(MergeMethod):
         ValueError: For an argument out of its range.
     """
 
-    needs: frozenset[str] = frozenset({"calibration"})
+    needs = (Calibration(),)
 
     def __init__(self, lr: float = 1e-4, batch_size: int = 64, step_size: float = 0.05, seed: int = 0) -> None:
         check_range("lr", lr, 0, open_low=True)
@@ -51,8 +52,7 @@ class ReplayMerge(MergeMethod):
         Raises:
             NonFiniteLossError: If the loss or a weight becomes infinite or NaN.
         """
-        assert context.calibration is not None, "declared in needs"
-        buffer = context.calibration.buffer
+        buffer = context[Calibration].buffer
         epochs = math.ceil(t / self.step_size * (1.0 - 1e-12))  # the number of steps of Algorithm 1
         steps = epochs * math.ceil(len(buffer) / self.batch_size)
         theta = merged.lerp_(incoming, t)
@@ -62,7 +62,7 @@ class ReplayMerge(MergeMethod):
         for step, minibatch in enumerate(minibatches):
             if context.on_step:
                 context.on_step(step, steps)
-            loss, theta.grad = context.calibration.loss_and_grad(theta, minibatch)
+            loss, theta.grad = context[Calibration].loss_and_grad(theta, minibatch)
             if not math.isfinite(loss):
                 raise NonFiniteLossError(f"the calibration loss is {loss}", step, t)
             optimizer.step()

@@ -14,6 +14,7 @@ from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors, weight_matrices
+from lightning_odem.methods.needs import Calibration, TrainingData, combine
 
 Loss = Literal["l1", "l2"]
 _LOSSES = {"l1": l1_loss, "l2": mse_loss}
@@ -78,8 +79,7 @@ class RepresentationCorrection(MergeMethod):
         check_range("weight_decay", weight_decay, 0)
         check_range("clip", clip, 0, open_low=True)
         self.method = resolve_method(method)
-        self.needs = self.method.needs | {"task_data"}
-        self.snapshots = self.method.snapshots
+        self.needs = combine([*self.method.needs, TrainingData()])
         self.layers = check_patterns("layers", layers)
         self.lr = lr
         self.loss = loss
@@ -100,7 +100,7 @@ class RepresentationCorrection(MergeMethod):
         # The method may have returned the incoming model itself.
         theta, path = self._correct(result.theta.clone(), merged, t, context), result.trajectory
         if path is not None:
-            loss = math.nan if context.calibration is None else context.calibration.loss(theta)
+            loss = context[Calibration].loss(theta) if Calibration in context else math.nan
             path = replace(path, theta=theta, loss=[*path.loss[:-1], loss])
         return replace(result, theta=theta, trajectory=path)
 
@@ -113,8 +113,7 @@ class RepresentationCorrection(MergeMethod):
         self.method.load_state_dict(state)
 
     def _correct(self, theta: Tensor, before: Tensor, t: float, context: MergeContext) -> Tensor:
-        data = context.task_data
-        assert data is not None, "declared in needs"
+        data = context[TrainingData]
         names = weight_matrices(context, self.layers)
         if not names:
             raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import SecondMoments
 
 
 def share_of_new(old: Tensor | None, new: Tensor, coefficient: float) -> Tensor:
@@ -60,7 +61,7 @@ class SecondMomentMerge(MergeMethod):
         ValueError: For a coefficient outside [0, 1]; when merging, if the state belongs to a model of another size.
     """
 
-    needs: frozenset[str] = frozenset({"second_moments"})
+    needs = (SecondMoments(),)
 
     def __init__(self, coefficient: float | None = None) -> None:
         if coefficient is not None:
@@ -70,17 +71,15 @@ class SecondMomentMerge(MergeMethod):
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model as it is; its moments are kept."""
-        assert context.second_moments is not None, "declared in needs"
-        self._moments = context.second_moments.to("cpu", copy=True)
+        self._moments = context[SecondMoments].to("cpu", copy=True)
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Average in the memory of ``merged``, with three more vectors beside the moments."""
-        assert context.second_moments is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
         coefficient = t if self.coefficient is None else self.coefficient
-        new, old = context.second_moments, self._moments
+        new, old = context[SecondMoments], self._moments
         if old is not None and old.shape != new.shape:
             raise ValueError(
                 f"The stream's second moments are those of {len(old)} parameters, but {len(new)} are merged. Merge the "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import BaseModel
 
 Recursion = Literal["utility", "sum"]
 
@@ -39,14 +40,14 @@ class TaskArithmeticMerge(MergeMethod):
         ValueError: For a scale that is not a positive number or an unknown recursion.
 
     Example:
-        >>> context = MergeContext(["w"], [(2,)], base=torch.ones(2))
+        >>> context = MergeContext(["w"], [(2,)], {BaseModel: torch.ones(2)})
         >>> rule = TaskArithmeticMerge(scale=0.5)
         >>> merged = rule.start(torch.tensor([3.0, 1.0]), context).theta
         >>> rule.merge(merged, torch.tensor([1.0, 3.0]), 0.5, context).theta
         tensor([1.5000, 1.5000])
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
     sharded = True
 
     def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
@@ -57,21 +58,20 @@ class TaskArithmeticMerge(MergeMethod):
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model, its task vector scaled."""
-        assert context.base is not None, "declared in needs"
-        return MergeResult(torch.lerp(context.base, incoming, self.scale))
+        return MergeResult(torch.lerp(context[BaseModel], incoming, self.scale))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Add the task vector in the memory of ``merged``."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
         if self.recursion == "utility":
-            return MergeResult(merged.lerp_(torch.lerp(context.base, incoming, self.scale), t))
-        return MergeResult(merged.add_(incoming - context.base, alpha=self.scale))
+            return MergeResult(merged.lerp_(torch.lerp(context[BaseModel], incoming, self.scale), t))
+        return MergeResult(merged.add_(incoming - context[BaseModel], alpha=self.scale))
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
         """Subtract the task vector in the memory of ``merged``."""
-        assert context.base is not None, "declared in needs"
         if self.recursion == "utility":
-            return MergeResult(merged.lerp_(torch.lerp(context.base, withdrawn, self.scale), -share / (1.0 - share)))
-        return MergeResult(merged.sub_(withdrawn - context.base, alpha=self.scale))
+            return MergeResult(
+                merged.lerp_(torch.lerp(context[BaseModel], withdrawn, self.scale), -share / (1.0 - share))
+            )
+        return MergeResult(merged.sub_(withdrawn - context[BaseModel], alpha=self.scale))

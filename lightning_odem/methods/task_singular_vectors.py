@@ -10,6 +10,7 @@ from lightning_odem.methods.arguments import check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import parts, weight_matrices
 from lightning_odem.methods.linalg import exact, singular
+from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.running_average import RunningAverage
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -49,7 +50,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         ValueError: For a scale that is not positive; when merging, for patterns that match nothing.
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
 
     def __init__(self, scale: float = 1.0, layers: Sequence[str] | None = None, recursion: bool = False) -> None:
         check_range("scale", scale, 0, open_low=True)
@@ -69,7 +70,6 @@ class TaskSingularVectorsMerge(MergeMethod):
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Shorten the factors kept, add the task's and put all together."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
         if t == 1.0:  # nothing before it has a weight
@@ -88,7 +88,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         self._average.move(incoming, t, context)
         self._average.write_(theta, context)
         names = weight_matrices(context, self.layers)
-        for part, (matrix, base) in parts(context, names, theta, context.base):
+        for part, (matrix, base) in parts(context, names, theta, context[BaseModel]):
             tasks = zip(self._shares, self._factors, strict=True)
             found = [(share, task[part.key]) for share, task in tasks if part.key in task]
             matrix.copy_(base + self.scale * count * joined(found).to(base))
@@ -118,9 +118,8 @@ class TaskSingularVectorsMerge(MergeMethod):
 
     def _of(self, model: Tensor, count: int, context: MergeContext) -> dict[str, Factors]:
         """The leading factors of a model's update by matrix, on the CPU."""
-        assert context.base is not None, "declared in needs"
         names = weight_matrices(context, self.layers)
-        update = model - context.base
+        update = model - context[BaseModel]
         return {
             part.key: _triple(factor.to("cpu", matrix.dtype) for factor in _leading(singular(matrix), count))
             for part, (matrix,) in parts(context, names, update)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 
 Combine = Literal["sum", "mean"]
@@ -89,13 +90,13 @@ class TiesMerge(MergeMethod):
         ValueError: For numbers out of range or unknown choices.
 
     Example:
-        >>> context = MergeContext(["w"], [(4,)], base=torch.zeros(4))
+        >>> context = MergeContext(["w"], [(4,)], {BaseModel: torch.zeros(4)})
         >>> merged, incoming = torch.tensor([4.0, -2.0, 1.0, 0.0]), torch.tensor([-2.0, -6.0, 0.0, 1.0])
         >>> TiesMerge(scale=1.0, density=0.5).merge(merged, incoming, 0.5, context).theta
         tensor([ 2., -4.,  0.,  0.])
     """
 
-    needs: frozenset[str] = frozenset({"base"})
+    needs = (BaseModel(),)
 
     def __init__(
         self, scale: float = 0.3, density: float = 0.2, combine: Combine = "sum", recursion: Recursion = "utility"
@@ -113,15 +114,13 @@ class TiesMerge(MergeMethod):
         """The first task's model; with ``recursion="sum"`` its task vector is scaled."""
         if self.recursion == "utility":
             return MergeResult(incoming)
-        assert context.base is not None, "declared in needs"
-        return MergeResult(torch.lerp(context.base, incoming, self.scale))
+        return MergeResult(torch.lerp(context[BaseModel], incoming, self.scale))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Merge the accumulated update and the task vector."""
-        assert context.base is not None, "declared in needs"
         if t == 0.0:
             return MergeResult(merged)
-        update, task_vector = merged - context.base, incoming - context.base
+        update, task_vector = merged - context[BaseModel], incoming - context[BaseModel]
         if self.recursion == "utility":
-            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), merged.copy_(context.base)
+            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), merged.copy_(context[BaseModel])
         return MergeResult(merged.add_(ties([update, task_vector], self.density, self.combine), alpha=self.scale))

@@ -14,6 +14,7 @@ from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
+from lightning_odem.methods.needs import BaseModel, Need, Snapshots, TrainingData
 from lightning_odem.methods.subspace import Subspace, orthonormal
 
 
@@ -105,7 +106,7 @@ class TRMStyleMerge(MergeMethod):
             dataloader gives no batch.
     """
 
-    needs: frozenset[str] = frozenset({"base", "snapshots", "task_data"})
+    needs: Sequence[Need[Any]] = (BaseModel(), Snapshots(8), TrainingData())
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class TRMStyleMerge(MergeMethod):
         self.responsiveness = responsiveness
         self.kappa = kappa
         self.snapshots = snapshots
+        self.needs = (BaseModel(), Snapshots(snapshots), TrainingData())
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Optimise the coefficients, from the running average on.
@@ -138,19 +140,18 @@ class TRMStyleMerge(MergeMethod):
         way = norm(incoming - merged)
         if t == 0.0 or way == 0.0:
             return MergeResult(merged)
-        assert context.base is not None, "declared in needs"
-        assert context.task_data is not None, "declared in needs"
+        data = context[TrainingData]
         sizes = [math.prod(shape) for shape in context.shapes]
-        subspace = trajectory_subspace(merged, incoming, t, context.base, context.snapshots, sizes)
+        subspace = trajectory_subspace(merged, incoming, t, context[BaseModel], context[Snapshots], sizes)
         # The usual balance of rounding and truncation in a central difference, at the scale of the merge.
         epsilon = way * torch.finfo(merged.dtype).eps ** (1 / 3)
         coefficients = merged.new_zeros(subspace.dimension)
         optimizer = torch.optim.Adam([coefficients], lr=self.lr)
         theta = subspace.origin
-        for step, batch in enumerate(islice(_endless(context.task_data), self.steps)):
+        for step, batch in enumerate(islice(_endless(data), self.steps)):
             if context.on_step:
                 context.on_step(step, self.steps)
-            loss, gradient = self.loss_and_grad(theta, merged, batch, context.task_data, epsilon)
+            loss, gradient = self.loss_and_grad(theta, merged, batch, data, epsilon)
             if not math.isfinite(loss):
                 raise NonFiniteLossError(f"the loss on the task's data is {loss}", step, t)
             coefficients.grad = subspace.pull_back(gradient)

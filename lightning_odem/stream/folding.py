@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
@@ -13,7 +14,7 @@ from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
 from lightning_odem.report import MergeRecord
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 from lightning_odem.stream.trace import TrainingTrace
 
 
@@ -124,8 +125,8 @@ class Folding:
         room = max(self._buffer.room_for_next(weight), 1)
         return draw_by_index(dataset, room, self._buffer.generator(), balanced=self._buffer.balanced)
 
-    def _measured_on(self, buffer: CalibrationBuffer) -> Calibration | None:
+    def _measured_on(self, buffer: CalibrationBuffer) -> CalibrationSet | None:
         if not len(buffer):
             return None
         loss = calibration_loss(self.module, self._calibration.loss)  # type: ignore[arg-type]
-        return Calibration(buffer, loss, self._calibration.batch_size)
+        return CalibrationSet(buffer, loss, self._calibration.batch_size)

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
-from lightning_odem.calibration.input_moments import input_moments
-from lightning_odem.calibration.objective import BatchLoss
-from lightning_odem.calibration.prediction_loss import LogitsLoss
-from lightning_odem.calibration.task_data import TaskData
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
 from lightning_odem.methods.kept_state import KeptState
+from lightning_odem.methods.needs import Offer, Sources
 from lightning_odem.methods.sharding import check_sharding
 from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, number_of_groups
 from lightning_odem.parameters.processes import Processes
@@ -26,50 +23,6 @@ from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_sna
 from lightning_odem.parameters.vector import ParameterVector, canonical_name, is_excluded
 from lightning_odem.report.record import MergeRecord
 from lightning_odem.stream.trace import TrainingTrace
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a merge measures its loss on.
-
-    Args:
-        buffer: Samples of every task seen, the incoming one included.
-        batch_loss: Mean loss of a micro-batch at the module's current parameters. A
-            :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
-        batch_size: Samples per micro-batch.
-        loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
-            :func:`~lightning_odem.calibration.scaling.loss_scale`.
-    """
-
-    buffer: CalibrationBuffer
-    batch_loss: BatchLoss
-    batch_size: int = 128
-    loss_scale: float = 1.0
-
-    def objective(self, vector: ParameterVector) -> CalibrationObjective:
-        """The calibration loss as a function of the vector."""
-        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
-
-    def batches_of(self, task: str) -> Iterator[MicroBatch]:
-        """The samples of a task, of which the buffer may hold none."""
-        return self.buffer.micro_batches_of(task, self.batch_size) if self.buffer.counts.get(task) else iter(())
-
-    @torch.no_grad()
-    def store_logits(self, task: str) -> None:
-        """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
-
-        The module holds that model and is in eval mode. The buffer is changed at the end, in one step.
-
-        Raises:
-            TypeError: If the module gives no class scores.
-            NonFiniteLossError: If a logit is NaN or infinite, but for classes masked by minus infinity.
-        """
-        if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
-            return
-        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in self.batches_of(task)])
-        if not logits.float().logsumexp(1).isfinite().all():
-            raise NonFiniteLossError("a logit of the incoming model is not finite", 0, 0.0)
-        self.buffer.store_logits(task, logits)
 
 
 @dataclass(frozen=True)
@@ -106,7 +59,7 @@ def merging(
     t: float,
     merged: Mapping[str, Tensor] | None,
     base: Mapping[str, Tensor],
-    calibration: Calibration | None,
+    calibration: CalibrationSet | None,
     exclude: tuple[str, ...] = (),
     batch_norm: str = "average",
     trace: TrainingTrace = TrainingTrace(),
@@ -129,9 +82,9 @@ def merging(
         task: Name of the incoming task.
         t: Operating time in [0, 1]; the record has the method's own where it chose another.
         merged: Parameters and buffers of the merged model by name, see :meth:`Merge.snapshot`; None for the first task.
-        base: Those of the base model, needed by methods that declare ``"base"``.
-        calibration: Samples and loss, needed by methods that declare ``"calibration"``. Where the loss is measured
-            against logits, the incoming model's are put into the buffer, which is therefore a copy of the stream's.
+        base: Those of the base model; may be empty where no need of the method asks for it.
+        calibration: Samples and loss, or None likewise. Where the loss is measured against logits, the incoming
+            model's are put into the buffer, which is therefore a copy of the stream's.
         exclude: Patterns of parameters left alone.
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the incoming model's training left behind, as far as the method needs it.
@@ -147,7 +100,7 @@ def merging(
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
-    check_needs(method, base=bool(base), calibration=calibration is not None, trace=trace)
+    check_needs(method, Offer(bool(base), calibration is not None, trace.batches is not None, trace.collected))
     frozen = _moved_and_frozen(module, merged or {}, exclude)
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -157,11 +110,8 @@ def merging(
     layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     incoming_statistics = statistics.read()
-    objective = calibration.objective(vector) if calibration else None
+    sources = Sources(module, vector, layers, task, base, calibration, trace.batches, trace.collected)
     incoming = vector.read()
-    task_data = None
-    if "task_data" in method.needs:
-        task_data = TaskData(vector, module, task, trace.batches)  # type: ignore[arg-type]
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
     method_state = KeptState(method)
     try:
@@ -169,22 +119,13 @@ def merging(
             with undisturbed(module):
                 if calibration is not None:
                     calibration.store_logits(task)
-                moments = {}
-                if calibration is not None and "input_moments" in method.needs:
-                    moments = input_moments(layers, calibration.batches_of(task), calibration.batch_loss)
+                needed = {type(need): need.build(sources) for need in method.needs}
                 if merged is not None:
                     statistics.interpolate(merged, t)
                 context = MergeContext(
                     names=vector.names,
                     shapes=[tuple(shape) for shape in vector.shapes],
-                    base=vector.gather(base) if "base" in method.needs else None,
-                    calibration=objective if "calibration" in method.needs else None,
-                    input_moments=moments,
-                    second_moments=_second_moments(vector, trace) if "second_moments" in method.needs else None,
-                    snapshots=[vector.gather(snapshot) for snapshot in trace.snapshots]
-                    if "snapshots" in method.needs
-                    else (),
-                    task_data=task_data,
+                    needed=needed,
                     on_step=on_step,
                     shards=vector.shards,
                     groups=number_of_groups(layers),
@@ -207,7 +148,11 @@ def merging(
             if merged is not None and t == 0.0:
                 load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
             unrounded = vector.unrounded(vector.gather(merged) if merged is not None and t == 0.0 else result.theta)
-            record = _record(result, objective, task_data, task=task, t=t, method=method_name(method))
+            record = _record(result, task=task, t=t, method=method_name(method))
+            if calibration is not None:
+                record.calibration = calibration.buffer.counts
+            for need in method.needs:
+                need.account(needed[type(need)], record)
             del result
             record.merge_seconds = time.perf_counter() - started
             yield Merge(record, module, exclude, unrounded)
@@ -248,21 +193,13 @@ def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: 
     return [tensor for tensor, processes in zip(frozen.values(), moved.tolist(), strict=True) if processes]
 
 
-def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: TrainingTrace) -> None:
+def check_needs(method: MergeMethod, offer: Offer) -> None:
     """Refuse a method that would not get what it needs.
 
     Raises:
         ValueError: With what is missing and where it would come from.
     """
-    sources = {
-        "base": (base, "the base model"),
-        "calibration": (calibration, "calibration samples and a module with a loss"),
-        "input_moments": (calibration, "calibration samples and a module with a loss"),
-        "second_moments": (trace.second_moments, "the optimizer's second moments at the end of the training"),
-        "snapshots": (trace.snapshots, "weights from the training run (which a run of one step does not have)"),
-        "task_data": (trace.batches is not None, "the task's training data and a module with a loss"),
-    }
-    missing = dict.fromkeys(what for need, (there, what) in sources.items() if need in method.needs and not there)
+    missing = dict.fromkeys(need.source or repr(need) for need in method.needs if not need.is_met(offer))
     if missing:
         raise ValueError(
             f"Merge method {method_name(method)!r} needs {' and '.join(missing)}, which this merge does not have. "
@@ -270,28 +207,8 @@ def check_needs(method: MergeMethod, *, base: bool, calibration: bool, trace: Tr
         )
 
 
-def _second_moments(vector: ParameterVector, trace: TrainingTrace) -> Tensor:
-    found = trace.second_moments or {}
-    unstepped = {
-        name: torch.full(shape, torch.nan)
-        for name, shape in zip(vector.names, vector.shapes, strict=True)
-        if name not in found
-    }
-    return vector.gather({**found, **unstepped})
-
-
-def _record(
-    result: MergeResult, objective: CalibrationObjective | None, task_data: TaskData | None, **known: Any
-) -> MergeRecord:
+def _record(result: MergeResult, **known: Any) -> MergeRecord:
     record = MergeRecord(**known)
-    if task_data is not None:
-        record.sample_gradients = task_data.sample_gradients
-    if objective is not None:
-        record.calibration = objective.buffer.counts
-        record.gradient_evaluations = objective.gradient_evaluations
-        record.loss_evaluations = objective.loss_evaluations
-        record.sample_gradients += objective.sample_gradients
-        record.gradient_seconds = objective.seconds
     path = result.trajectory
     if path is not None:
         record.path, record.steps = path.as_dict(), len(path.t) - 1

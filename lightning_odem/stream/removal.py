@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
-from lightning_odem.methods import MergeContext, MergeMethod, method_name
+from lightning_odem.methods import BaseModel, MergeContext, MergeMethod, method_name
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.methods.layout import tensors
 from lightning_odem.parameters.checkpoint import read_checkpoint
@@ -210,7 +210,7 @@ def _subtract(
     context = MergeContext(
         names=moved,
         shapes=[tuple(merged[name].shape) for name in moved],
-        base=flat(base) if "base" in method.needs else None,
+        needed={BaseModel: flat(base)} if BaseModel() in method.needs else {},
         shares=shares,
     )
     method.load_state_dict(copy_containers(state.method))

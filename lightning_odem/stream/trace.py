@@ -1,21 +1,15 @@
 """What a training run leaves behind besides the weights, collected only where a merge method asks for it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import lightning as L
-import torch
-from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.optim import Optimizer
 
-from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
+from lightning_odem.methods.needs import Need, TrainingRun
 from lightning_odem.parameters.vector import canonical_name
-
-SECOND_MOMENT = "exp_avg_sq"
 
 
 @dataclass(frozen=True)
@@ -23,44 +17,12 @@ class TrainingTrace:
     """What of an incoming model's training a merge method may use.
 
     Args:
-        second_moments: Adam's ``exp_avg_sq`` by name of the parameter, at the end of the training.
-        snapshots: Weights by name at evenly spaced steps, the oldest first.
         batches: The task's training batches, one epoch per iteration.
+        collected: What needs collected, by their class: ``{SecondMoments: {"weight": ...}}``.
     """
 
-    second_moments: Snapshot | None = None
-    snapshots: tuple[Snapshot, ...] = ()
     batches: Iterable[Any] | None = None
-
-
-def second_moments(optimizers: Iterable[Optimizer], module: nn.Module) -> Snapshot:
-    """Adam's running mean of squared gradients by name of the parameter, on the CPU; raw, as the optimizer has it."""
-    states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
-    return {
-        canonical_name(name): states[parameter][SECOND_MOMENT].detach().to("cpu", copy=True)
-        for name, parameter in module.named_parameters()
-        if SECOND_MOMENT in states.get(parameter, {})
-    }
-
-
-def check_second_moments(optimizers: Iterable[Optimizer], method: str) -> None:
-    """Refuse optimizers that keep no second moments, before any training.
-
-    Raises:
-        ValueError: With the optimizer found and those that would do.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            raise ValueError(
-                f"Merge method {method!r} needs the optimizer's second moments, but ZeroRedundancyOptimizer leaves "
-                "each process only a part of them. Use the optimizer it wraps."
-            )
-        if not _keeps_second_moments(optimizer):
-            raise ValueError(
-                f"Merge method {method!r} needs the optimizer's second moments ({SECOND_MOMENT!r} in its state), but "
-                f"{type(optimizer).__name__} keeps none. Train with Adam, AdamW or another of that family, or choose "
-                "another method."
-            )
+    collected: Mapping[type[Need[Any]], Any] = field(default_factory=dict)
 
 
 def training_batches(trainer: L.Trainer) -> Iterable[Any]:
@@ -89,109 +51,51 @@ class Epochs:
         return iter(self._loader) if self._limit == math.inf else islice(self._loader, int(self._limit))
 
 
-class Trail:
-    """At most ``capacity`` snapshots of a run of unknown length, always evenly spaced in steps.
-
-    Snapshots are taken every ``stride`` steps; when there are too many, every second one goes and the stride doubles.
-
-    Args:
-        capacity: Snapshots kept, at least 2.
-        state: What an earlier process left in :attr:`state`; empty for a new run.
-
-    Raises:
-        ValueError: For a smaller capacity, with which a short run could end without any.
-
-    Example:
-        >>> trail = Trail(capacity=4)
-        >>> for step in range(1, 20):
-        ...     trail.see(step, lambda: {"weight": torch.tensor(float(step))})
-        >>> [float(snapshot["weight"]) for snapshot in trail.before(20)]
-        [4.0, 8.0, 12.0, 16.0]
-    """
-
-    def __init__(self, capacity: int, state: dict[str, Any] | None = None) -> None:
-        if capacity < 2:
-            raise ValueError(f"A merge method that needs snapshots has to ask for at least 2, got {capacity}.")
-        self.capacity = capacity
-        self.state: dict[str, Any] = state or {"stride": 1, "snapshots": {}}
-
-    def see(self, step: int, take: Callable[[], Snapshot]) -> None:
-        """Take a snapshot of the weights after optimizer step ``step`` if one is due."""
-        snapshots = self.state["snapshots"]
-        if step == 0 or step % self.state["stride"] or step in snapshots:
-            return
-        if len(snapshots) == self.capacity:
-            self.state["stride"] *= 2
-            snapshots = {old: kept for old, kept in snapshots.items() if old % self.state["stride"] == 0}
-        if step % self.state["stride"] == 0:
-            snapshots = {**snapshots, step: take()}
-        # Replaced, not changed: a checkpoint in the making may hold the old one.
-        self.state["snapshots"] = snapshots
-
-    def before(self, step: int) -> tuple[Snapshot, ...]:
-        """The snapshots of earlier steps, the oldest first."""
-        return tuple(kept for at, kept in self.state["snapshots"].items() if at < step)
-
-
 class Collection:
-    """Collects during one fit what a merge method needs of the training run.
+    """Collects during one fit what needs want of the training run.
 
     Args:
         trainer: The Trainer, its optimizers set up.
         module: The module that is trained.
-        needs: What the method needs.
-        method: Its name, for errors.
-        capacity: Snapshots wanted.
+        needs: The needs.
+        method: Name of the method that has them, for errors.
         select: Which parameters are merged, by name.
-        state: Where snapshots are kept, so that they travel in checkpoints; filled under ``"trail"``.
-
-    Raises:
-        ValueError: If the second moments are needed and an optimizer keeps none.
+        state: Where needs keep what they see, so that it travels in checkpoints; filled under ``"collected"``.
     """
 
     def __init__(
         self,
         trainer: L.Trainer,
         module: L.LightningModule,
-        needs: frozenset[str],
+        needs: Sequence[Need[Any]],
         method: str,
-        capacity: int,
         select: Callable[[str], bool],
         state: dict[str, Any],
     ) -> None:
-        self._trainer, self._module, self._needs = trainer, module, needs
         trainable = {canonical_name(name) for name, tensor in module.named_parameters() if tensor.requires_grad}
-        self._select = lambda name: name in trainable and select(name)
-        if "second_moments" in needs:
-            check_second_moments(trainer.optimizers, method)
-        self._trail = None
-        if "snapshots" in needs:
-            self._trail = Trail(capacity, state.get("trail"))
-            state["trail"] = self._trail.state
+        self._run = TrainingRun(trainer, module, method, lambda name: name in trainable and select(name))
+        self._needs = needs
+        collecting = [need for need in needs if need.collects]
+        # Checkpoints of version 0.5 have the snapshots alone.
+        before = {"Snapshots": state.pop("trail")} if "trail" in state else {}
+        kept = state.setdefault("collected", before) if collecting else {}
+        self._kept = [(need, kept.setdefault(type(need).__name__, {})) for need in collecting]
+
+    def check(self) -> None:
+        """Before the training: refuse it if it cannot leave what is needed.
+
+        Raises:
+            ValueError: If a need says so, as of an optimizer without second moments.
+        """
+        for need in self._needs:
+            need.check(self._run)
 
     def see(self) -> None:
         """Called after every training batch."""
-        if self._trail is not None:
-            self._trail.see(self._trainer.global_step, lambda: take_snapshot(self._module, self._select))
+        for need, kept in self._kept:
+            need.see(self._run, kept)
 
     def trace(self) -> TrainingTrace:
         """What was collected, at the end of the training."""
-        return TrainingTrace(
-            second_moments=second_moments(self._trainer.optimizers, self._module)
-            if "second_moments" in self._needs
-            else None,
-            snapshots=self._trail.before(self._trainer.global_step) if self._trail is not None else (),
-            batches=training_batches(self._trainer) if "task_data" in self._needs else None,
-        )
-
-
-def _keeps_second_moments(optimizer: Optimizer) -> bool:
-    # What an optimizer keeps shows only after a step, so one of its kind takes one on a parameter of no importance.
-    parameter = nn.Parameter(torch.ones(2, 2))
-    parameter.grad = torch.ones_like(parameter)
-    try:
-        trial = type(optimizer)([parameter], **optimizer.defaults)
-        trial.step()
-    except Exception:  # an optimizer that cannot be tried is judged by what it has kept in the end
-        return True
-    return SECOND_MOMENT in trial.state.get(parameter, {})
+        collected = {type(need): need.collect(self._run, kept) for need, kept in self._kept}
+        return TrainingTrace(training_batches(self._run.trainer), collected)

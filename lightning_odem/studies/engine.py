@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from lightning_odem.methods import MergeMethod
-from lightning_odem.methods.base import SAMPLE_NEEDS
 from lightning_odem.methods.describe import describe_method
+from lightning_odem.methods.needs import Offer
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.evaluation import accuracy
@@ -57,7 +57,7 @@ def run_comparison(
         for task in bench.stream:
             model = bench.fine_tuned(seed, task.task_name)
             for method in methods.values():
-                check_needs(method, base=True, calibration=True, trace=_trace(model, task))
+                check_needs(method, Offer(True, True, True, model.collected))
     comparison = Comparison([], {seed: bench.joint(seed, split) for seed in seeds} if joint else {})
     todo = [(plan, label, method) for plan in plans for label, method in methods.items()]
     with Display(len(todo), show_progress) as display:
@@ -99,7 +99,7 @@ def run_cell(
             own[name] = model.own
             load_task_parameters(module, model.own)
             samples = None
-            if SAMPLE_NEEDS & method.needs or bench.settings.batch_norm == "recalibrate":
+            if any(need.from_samples for need in method.needs) or bench.settings.batch_norm == "recalibrate":
                 samples = folding.draw(tasks[name].calibration_dataset(), weight)
             with peak_memory(trainer.strategy.root_device) as peak:
                 record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))
@@ -121,4 +121,4 @@ def run_cell(
 
 
 def _trace(model: FineTuned, task: Task) -> TrainingTrace:
-    return TrainingTrace(model.second_moments, model.snapshots, Epochs(task.train_dataloader()))
+    return TrainingTrace(Epochs(task.train_dataloader()), model.collected)

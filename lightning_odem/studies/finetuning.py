@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_odem.callback.guards import FreshStart
+from lightning_odem.methods.needs import Need, combine
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.files import replacing
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.stream.evaluation import accuracy
-from lightning_odem.stream.trace import Collection, second_moments
+from lightning_odem.stream.store import decode, encode
+from lightning_odem.stream.trace import Collection
 from lightning_odem.studies.training_fingerprint import fingerprint
 from lightning_odem.tasks import Task
 
@@ -32,16 +34,14 @@ class FineTuned:
     Args:
         weights: Parameters and buffers that are merged, by name.
         own: What belongs to the task alone, such as its head.
-        second_moments: Adam's second moments; empty where the optimizer has none.
-        snapshots: Weights from the training run, where they were wanted.
+        collected: What needs collected during the training, by their class; None where there was no training.
         pretrained: Accuracy of the base model on the task, by split.
         fine_tuned: Accuracy of this model on it, by split.
     """
 
     weights: Snapshot
     own: Snapshot
-    second_moments: Snapshot = field(default_factory=dict)
-    snapshots: tuple[Snapshot, ...] = ()
+    collected: Mapping[type[Need[Any]], Any] = field(default_factory=dict)
     pretrained: dict[str, float] = field(default_factory=dict)
     fine_tuned: dict[str, float] = field(default_factory=dict)
 
@@ -60,34 +60,35 @@ class FineTunedCache:
         """The model's ``.safetensors``, which need not exist."""
         return self.directory / f"{task}-{fingerprint(description)}.safetensors"
 
-    def load(self, task: str, description: Any, snapshots: bool) -> FineTuned | None:
-        """The model made as described, or None; also None if its training snapshots are wanted and were not kept."""
+    def load(self, task: str, description: Any, needs: Iterable[Need[Any]] = ()) -> FineTuned | None:
+        """The model made as described, or None; also None if one of the needs did not collect while it was trained."""
         path = self.path(task, description)
         if not path.with_suffix(".json").exists():
             return None
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if snapshots and not facts["snapshots"]:
-            return None
         parts = _split(load_file(path))
+        collected = _collected(facts, parts)
+        wanted = {type(need) for need in needs if need.collects}
+        if any(kind.__name__ not in collected for kind in wanted):
+            return None
         return FineTuned(
             weights=parts["weights"],
             own=parts.get("own", {}),
-            second_moments=parts.get("second_moments", {}),
-            snapshots=tuple(parts[f"snapshot{number}"] for number in range(facts["snapshots"])),
+            collected={kind: collected[kind.__name__] for kind in wanted},
             pretrained=facts["pretrained"],
             fine_tuned=facts["fine_tuned"],
         )
 
     def save(self, task: str, description: Any, model: FineTuned) -> None:
         """Write a model; it is there when its JSON is, so a write broken off leaves nothing that could be loaded."""
-        parts = {"weights": model.weights, "own": model.own, "second_moments": model.second_moments}
-        parts |= {f"snapshot{number}": snapshot for number, snapshot in enumerate(model.snapshots)}
+        structure, collected = encode({kind.__name__: found for kind, found in model.collected.items()}, "collected")
+        parts = {"weights": model.weights, "own": model.own, "collected": collected}
         tensors = {
             f"{part}/{name}": tensor.contiguous() for part, held in parts.items() for name, tensor in held.items()
         }
         facts = {
             "task": task,
-            "snapshots": len(model.snapshots),
+            "collected": structure,
             "pretrained": model.pretrained,
             "fine_tuned": model.fine_tuned,
             "made_by": description,
@@ -107,7 +108,7 @@ def fine_tune(
     *,
     seed: int,
     fresh_start: FreshStart,
-    snapshots: int = 0,
+    needs: Iterable[Need[Any]] = (),
     given: Mapping[str, Tensor] | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of the base model on one task with the Trainer's settings.
@@ -119,11 +120,11 @@ def fine_tune(
         division: Which parameters are merged.
         seed: Governs every random choice of the training.
         fresh_start: Rewinds the Trainer; one for all fits of a Trainer.
-        snapshots: Weights of the training run to keep at most.
+        needs: What is to collect during the training.
         given: Weights of a model fine-tuned elsewhere. Nothing is trained then; only what the task needs besides
             (probes fitted on the base model) is made, and accuracies are measured.
     """
-    harvest = _Harvest(task, division, fresh_start, snapshots, given)
+    harvest = _Harvest(task, division, fresh_start, combine(needs), given)
     trainer.callbacks.append(harvest)  # type: ignore[attr-defined]
     try:
         with isolate_rng():
@@ -149,12 +150,12 @@ class _Harvest(L.Callback):
         task: Task,
         division: Division,
         fresh_start: FreshStart,
-        snapshots: int,
+        needs: Sequence[Need[Any]],
         given: Mapping[str, Tensor] | None,
     ) -> None:
         self.result: FineTuned | None = None
         self._fresh_start = fresh_start
-        self._task, self._division, self._snapshots, self._given = task, division, snapshots, given
+        self._task, self._division, self._needs, self._given = task, division, needs, given
         self._collection: Collection | None = None
         self._pretrained: dict[str, float] = {}
 
@@ -162,9 +163,8 @@ class _Harvest(L.Callback):
         self._fresh_start.prepare(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._snapshots:
-            is_shared, needs = self._division.shared(pl_module), frozenset({"snapshots"})
-            self._collection = Collection(trainer, pl_module, needs, "snapshots", self._snapshots, is_shared, {})
+        is_shared = self._division.shared(pl_module)
+        self._collection = Collection(trainer, pl_module, self._needs, "comparison", is_shared, {})
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Heads are ready now, and no step was taken yet.
@@ -182,15 +182,15 @@ class _Harvest(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = self._take(pl_module)
-        model.second_moments = second_moments(trainer.optimizers, pl_module)
-        if self._collection is not None:
-            model.snapshots = self._collection.trace().snapshots
+        assert self._collection is not None, "set up when the training started"
+        model.collected = self._collection.trace().collected
 
     def _take(self, module: L.LightningModule) -> FineTuned:
         is_shared = self._division.shared(module)
         self.result = FineTuned(
             weights=take_snapshot(module, is_shared),
             own=take_snapshot(module, lambda name: not is_shared(name)),
+            collected={type(need): None for need in self._needs if need.collects},
             pretrained=self._pretrained,
             fine_tuned=self._accuracies(module),
         )
@@ -215,6 +215,15 @@ def load_own(module: L.LightningModule, own: Snapshot) -> None:
             f"{type(module).__name__} has no place for {', '.join(found.unexpected_keys)}, which belong to a task. "
             "Create them in on_load_checkpoint, as for Lightning's checkpoints."
         )
+
+
+def _collected(facts: Mapping[str, Any], parts: Mapping[str, Snapshot]) -> dict[str, Any]:
+    """What needs collected, by the name of their class."""
+    if "collected" in facts:
+        return decode(facts["collected"], parts.get("collected", {}))
+    # A file of version 0.5 has the second moments, and snapshots where they were wanted.
+    snapshots = tuple(parts[f"snapshot{number}"] for number in range(facts["snapshots"]))
+    return {"SecondMoments": parts.get("second_moments", {}), **({"Snapshots": snapshots} if snapshots else {})}
 
 
 def _split(tensors: Mapping[str, Tensor]) -> dict[str, Snapshot]:

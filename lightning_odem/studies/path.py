@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import Trajectory
-from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, PaperODEMerge
+from lightning_odem.methods import Calibration, MergeContext, MergeMethod, MergeResult, PaperODEMerge
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.measurement import load_task_parameters
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 from lightning_odem.studies.finetuning import FineTuned
 
 Visit = Callable[[float, Callable[[], Snapshot]], None]
@@ -34,22 +35,21 @@ class StraightLine(MergeMethod):
         step_size: Distance in time between the points where the loss is measured; 1 is a multiple of it.
     """
 
-    needs: frozenset[str] = frozenset({"calibration"})
+    needs = (Calibration(),)
 
     def __init__(self, step_size: float = 0.05) -> None:
         self.step_size = step_size
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Move from ``merged`` towards ``incoming`` up to time ``t``, in the memory of ``merged``."""
-        assert context.calibration is not None, "declared in needs"
         start, steps = merged.clone(), round(t / self.step_size)
-        trajectory = Trajectory(merged, loss1=context.calibration.loss(incoming))
+        trajectory = Trajectory(merged, loss1=context[Calibration].loss(incoming))
         for done in range(steps + 1):
             time = t * done / max(steps, 1)
             torch.lerp(start, incoming, time, out=merged)
             if context.on_step is not None:
                 context.on_step(done, steps)
-            trajectory.end(time, context.calibration.loss(merged))
+            trajectory.end(time, context[Calibration].loss(merged))
         return MergeResult(merged, trajectory)
 
 
@@ -60,7 +60,7 @@ def follow_path(
     incoming: Snapshot,
     *,
     task: str,
-    calibration: Calibration,
+    calibration: CalibrationSet,
     points: int,
     visit: Visit,
     division: Division,
@@ -119,7 +119,7 @@ def follow_path(
 
 
 def store_logits_of(
-    model: FineTuned, module: LightningModule, *, task: str, calibration: Calibration, division: Division
+    model: FineTuned, module: LightningModule, *, task: str, calibration: CalibrationSet, division: Division
 ) -> None:
     """Keep what the model where a first path starts gives for its task's samples, if the loss compares with it.
 
@@ -178,7 +178,7 @@ def check_points(flow: MergeMethod, points: int) -> None:
 class _Stops(MergeMethod):
     """A flow with stops."""
 
-    needs = frozenset({"calibration"})
+    needs = (Calibration(),)
 
     def __init__(
         self,
@@ -193,8 +193,7 @@ class _Stops(MergeMethod):
         self._statistics, self._incoming = statistics, statistics.read()
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        objective = context.calibration
-        assert objective is not None, "declared in needs"
+        objective = context[Calibration]
 
         def arrive(done: int, steps: int) -> None:
             self._interpolate(done / steps)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.flow.largest import first_largest
 from lightning_odem.methods import MergeMethod
@@ -19,7 +20,6 @@ from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.measurement import Measurement, load_task_parameters
-from lightning_odem.stream.merging import Calibration
 from lightning_odem.studies.cells import Cell, run_cells
 from lightning_odem.studies.finetuning import loader
 from lightning_odem.studies.path import SAME_ACCURACY, check_points, follow_path, store_logits_of
@@ -164,7 +164,7 @@ def _run_order(
             calibration=options,
         )
         buffer = options.buffer(plan.calibration_size)
-        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.batch_size)
+        calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
 
         def mean_accuracy(on: Measurement) -> float:
             return fmean(on.every_task(trainer, module, own))

@@ -146,8 +146,8 @@ class ContinualTrainer(L.Trainer):
         self._save_config(dirpath, "compare")
         self._prepare(model, datamodule, pretrain_epochs)
         kept = models or dirpath
-        snapshots = max((method.snapshots for method in resolved.values() if "snapshots" in method.needs), default=0)
-        bench = Workbench(self, model, datamodule, kept, checkpoints, snapshots)
+        needs = [need for method in resolved.values() for need in method.needs]
+        bench = Workbench(self, model, datamodule, kept, checkpoints, needs)
         comparison = run_comparison(
             bench,
             resolved,

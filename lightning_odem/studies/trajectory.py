@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow.largest import first_largest
@@ -15,7 +16,6 @@ from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.registry import method_name
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.measurement import Measurement, load_task_parameters
-from lightning_odem.stream.merging import Calibration
 from lightning_odem.studies.cells import Cell, run_cells
 from lightning_odem.studies.finetuning import loader
 from lightning_odem.studies.path import SAME_ACCURACY, StraightLine, check_points, follow_path, store_logits_of
@@ -138,7 +138,7 @@ def _run_pair(
     module, own = bench.module(seed), {name: model.own for name, model in models.items()}
     paths = []
     with attached(module, bench.trainer) as trainer:
-        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.batch_size)
+        calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
         store_logits_of(start, module, task=pair[0], calibration=calibration, division=bench.division)
         for label, flow in {method_name(method): method, LINE: StraightLine(1 / (points - 1))}.items():
             rows: list[list[float]] = []

@@ -1,6 +1,6 @@
 """The fine-tuned models of a stream and a module to merge them in, made once and used by every comparison."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_odem import version
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.callback.guards import FreshStart
+from lightning_odem.methods.needs import Need, SecondMoments, combine
 from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream.attach import attached
@@ -37,7 +38,7 @@ class Workbench:
         checkpoints: Models fine-tuned elsewhere, by name of the task, or one path for all with ``{task}`` in it; other
             tasks are fine-tuned here. Read by the model's ``read_checkpoint(path)`` if it has one, else by
             :func:`~lightning_odem.parameters.read_checkpoint`.
-        snapshots: Weights of each training run to keep, for methods that need them.
+        needs: What the methods need; what they collect of each training run is kept with its model.
 
     Raises:
         ValueError: If the Trainer has several processes, or a checkpoint is given for an unknown task.
@@ -50,7 +51,7 @@ class Workbench:
         stream: TaskStream,
         directory: str | Path,
         checkpoints: Mapping[str, str] | str | None = None,
-        snapshots: int = 0,
+        needs: Iterable[Need[Any]] = (),
     ) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"Comparisons run in one process, but the Trainer has {trainer.world_size}.")
@@ -68,7 +69,8 @@ class Workbench:
         self.division.check(model)
         self.base: Snapshot = take_snapshot(model, self.division.shared(model))
         self._checkpoints = dict(checkpoints or {})
-        self._snapshots = snapshots
+        # Second moments cost no more than their place, and a method that needs them may be compared later.
+        self._needs = combine([SecondMoments(), *needs])
         self._cache = FineTunedCache(self._directory / "fine_tuned")
         self._fresh_start = FreshStart()
         self._descriptions: dict[tuple[int, str], Any] = {}
@@ -88,7 +90,7 @@ class Workbench:
     def fine_tuned(self, seed: int, task: str) -> FineTuned:
         """The fine-tuned model of a task, from its file if there is one."""
         description = self.describe(seed, task)
-        model = self._cache.load(task, description, snapshots=self._snapshots > 0)
+        model = self._cache.load(task, description, self._needs)
         if model is None:
             number = self.stream.names.index(task) + 1
             rank_zero_info(f"Fine-tuning task {number} of {len(self.stream)}: {task} (seed {seed})")
@@ -99,7 +101,7 @@ class Workbench:
                 self.division,
                 seed=seed,
                 fresh_start=self._fresh_start,
-                snapshots=self._snapshots,
+                needs=self._needs,
                 given=self._given(task),
             )
             self._cache.save(task, description, model)
@@ -118,7 +120,7 @@ class Workbench:
         """Accuracy on each task of the base model trained on all of them at once."""
         tasks = [self._task(seed, name) for name in self.stream.names]
         description = {"joint": [self.describe(seed, task.task_name) for task in tasks]}
-        found = self._cache.load("joint", description, snapshots=False)
+        found = self._cache.load("joint", description)
         if found is None:
             rank_zero_info(f"Training jointly on all {len(tasks)} tasks (seed {seed})")
             module = deepcopy(self.module(seed))

@@ -7,6 +7,7 @@ from toy import Classifier, Failing, Incoming, Streamed, Task, everything, fit, 
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.methods import MergeMethod, ReleasedODEMerge
+from lightning_odem.methods.needs import Calibration
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -161,10 +162,10 @@ def test_methods_that_draw_from_the_samples_get_the_logits_along(method):
 
 
 class Breaking(MergeMethod):
-    needs = frozenset({"calibration"})
+    needs = (Calibration(),)
 
     def merge(self, merged, incoming, t, context):
-        context.calibration.loss_and_grad(merged)
+        context[Calibration].loss_and_grad(merged)
         raise RuntimeError("in the method")
 
     def load_state_dict(self, state):

@@ -8,6 +8,7 @@ from toy import Classifier, Incoming, Streamed, Task, accuracy, close, everythin
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.methods import METHODS
+from lightning_odem.methods.needs import Calibration
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -196,7 +197,7 @@ def as_dict(pair):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("container", [list, tuple, as_dict])
-@pytest.mark.parametrize("method", [name for name, rule in METHODS.items() if "calibration" in rule.needs])
+@pytest.mark.parametrize("method", [name for name, rule in METHODS.items() if Calibration() in rule.needs])
 def test_a_merge_gives_training_step_batches_as_the_dataloader_does(method, container, transposed):
     module, merge = Seeing(), ContinualMergeCallback(method, calibration_size=30)
     for number in range(3):

@@ -17,7 +17,7 @@ from toy import Classifier, Task, close, fit, make_trainer, same
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli.command_line import main
 from lightning_odem.cli.merge import merge_checkpoints, task_names
-from lightning_odem.methods import ClosedFormMerge, MergeMethod, MergeResult, OPCMMerge
+from lightning_odem.methods import ClosedFormMerge, MergeMethod, MergeResult, OPCMMerge, SecondMoments, Snapshots
 from lightning_odem.tasks import DigitsStream
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -261,10 +261,10 @@ def test_refused_before_work_starts(arguments, error, message):
     assert {path.name: path.read_bytes() for path in pathlib.Path().iterdir()} == before
 
 
-@pytest.mark.parametrize("need", ["second_moments", "snapshots"])
+@pytest.mark.parametrize("need", [SecondMoments(), Snapshots(4)])
 def test_what_only_a_training_leaves_behind_is_refused(need):
     method = Never()
-    method.needs = frozenset({need})
+    method.needs = (need,)
     with pytest.raises(ValueError, match="which this merge does not have"):
         merge_checkpoints(three("a.pt"), "merged.safetensors", method)
 

@@ -29,6 +29,7 @@ from lightning_odem.methods import (
     PaperODEMerge,
     TaskArithmeticMerge,
 )
+from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import cut_snapshot, gather_snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.parameters.vector import ParameterVector
@@ -138,7 +139,9 @@ def merge(names=tuple(METHODS), dtype=FP64):
         incoming = vector.read()
         merged, base = (vector.gather(dict(Net(seed, dtype).named_parameters())) for seed in (0, 2))
         shapes = [tuple(shape) for shape in vector.shapes]
-        context = MergeContext(vector.names, shapes, base=base, calibration=objective, shards=vector.shards)
+        context = MergeContext(
+            vector.names, shapes, needed={BaseModel: base, Calibration: objective}, shards=vector.shards
+        )
         with undisturbed(net), counted_sums() as sums, longest_tensor(objective) as longest:
             result = deepcopy(METHODS[name]).merge(merged, incoming, 0.4, context)
             vector.write_(result.theta)

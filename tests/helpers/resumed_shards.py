@@ -16,6 +16,7 @@ from toy import Classifier, Failing, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import AverageMerge, MergeResult, ODEMerge
+from lightning_odem.methods.needs import Snapshots
 from lightning_odem.parameters.snapshot import gather_snapshot, take_snapshot
 
 TASKS = 3
@@ -38,11 +39,11 @@ class Sharded(Classifier):
 class MeanOfRun(AverageMerge):
     """Averages the weights of a training run, of which each process has its shards, into the merged model."""
 
-    needs = frozenset({"snapshots"})
+    needs = (Snapshots(),)
     sharded = True
 
     def merge(self, merged, incoming, t, context):
-        return MergeResult(merged.lerp_(torch.stack([*context.snapshots, incoming]).mean(0), t))
+        return MergeResult(merged.lerp_(torch.stack([*context[Snapshots], incoming]).mean(0), t))
 
 
 def start(*callbacks, **options):

@@ -10,12 +10,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import FunctionMerge, ODEMerge, PaperODEMerge, ReleasedODEMerge, ReplayMerge
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.parameters.vector import ParameterVector
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 
 SIZES = {"old": 13, "new": 8}
 METHODS = {
@@ -52,7 +54,7 @@ def make_calibration(net, sizes, dtype=torch.float64, batch_size=4):
     for number, (task, size) in enumerate(sizes.items(), start=1):
         inputs = torch.randn(size, 3, generator=generator, dtype=torch.float64).to(dtype)
         buffer.add(task, (inputs, torch.arange(size) % 4), weight=float(number))
-    return Calibration(buffer, lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1]), batch_size)
+    return CalibrationSet(buffer, lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1]), batch_size)
 
 
 def evaluate(cases):
@@ -143,7 +145,7 @@ def scale_losses():
             loss = cross_entropy(net(batch.samples[0]).float(), batch.samples[1])
         return loss * 64.0
 
-    objective = Calibration(calibration.buffer, batch_loss, 4, loss_scale=2.0**16).objective(ParameterVector(net))
+    objective = CalibrationSet(calibration.buffer, batch_loss, 4, loss_scale=2.0**16).objective(ParameterVector(net))
     theta = objective.vector.read()
     _, grad = objective.loss_and_grad(theta)
     _, expected = make_calibration(net, SIZES, torch.float32).objective(objective.vector).loss_and_grad(theta)
@@ -176,7 +178,7 @@ def merge_and_fail(where):
             raise Rare("before the first evaluation", 0)
         return PaperODEMerge().merge(merged, incoming, t, context).theta
 
-    rule.needs = frozenset({"calibration"})
+    rule.needs = (Calibration(),)
     started = time.monotonic()
     try:
         with merging(
@@ -186,7 +188,7 @@ def merge_and_fail(where):
             t=0.4,
             merged=take_snapshot(make_net(0)),
             base={},
-            calibration=Calibration(calibration.buffer, failing_loss, 4),
+            calibration=CalibrationSet(calibration.buffer, failing_loss, 4),
             on_step=on_step,
         ):
             if where == "after" and rank == 1:

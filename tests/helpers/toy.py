@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lightning_odem import MergeMethod, MergeResult
+
 FEATURES, CLASSES = 4, 3
 
 
@@ -160,3 +162,18 @@ class Failing(L.Callback):
 
     def _fail(self, *arguments):
         raise self._error
+
+
+class Watching(MergeMethod):
+    """Keeps what it is given and averages."""
+
+    def __init__(self, *needs):
+        self.needs, self.contexts = needs, []
+
+    def start(self, incoming, context):
+        self.contexts.append(context)
+        return MergeResult(incoming)
+
+    def merge(self, merged, incoming, t, context):
+        self.contexts.append(context)
+        return MergeResult(merged.lerp_(incoming, t))

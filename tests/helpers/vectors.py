@@ -6,6 +6,7 @@ import torch
 
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeContext
+from lightning_odem.methods.needs import BaseModel
 
 SHAPES = {
     "conv.weight": (6, 3, 2, 2),
@@ -30,8 +31,8 @@ def make_models(number=4, dtype=torch.float64, seed=0, shapes=SHAPES):
     return base.to(dtype), [model.to(dtype) for model in models]
 
 
-def make_context(base, shapes=SHAPES, **settings):
-    return MergeContext(list(shapes), list(shapes.values()), base=base, **settings)
+def make_context(base, shapes=SHAPES, needed=None, **settings):
+    return MergeContext(list(shapes), list(shapes.values()), needed={BaseModel: base, **(needed or {})}, **settings)
 
 
 def merge_stream(method, base, models, weights=None, shapes=SHAPES, **settings):

@@ -7,10 +7,14 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods import (
     METHODS,
     AverageMerge,
+    BaseModel,
+    Calibration,
     MagMaxMerge,
     MergeContext,
     MergeMethod,
     MergeResult,
+    SecondMoments,
+    Snapshots,
     resolve_method,
 )
 from lightning_odem.parameters.vector import ParameterVector
@@ -38,7 +42,7 @@ def test_a_rule_is_all_a_method_must_have():
     with pytest.raises(TypeError, match="merge"):
         Nothing()
     method = Counting()
-    assert method.needs == frozenset()
+    assert method.needs == ()
     incoming = torch.ones(3)
     assert method.start(incoming, MergeContext([], [])).theta is incoming
 
@@ -68,12 +72,14 @@ def merge(name, t):
     context = MergeContext(
         vector.names,
         [tuple(shape) for shape in vector.shapes],
-        base=base,
-        calibration=CalibrationObjective(
-            vector, buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1])
-        ),
-        second_moments=moments.square(),
-        snapshots=[halfway],
+        {
+            BaseModel: base,
+            Calibration: CalibrationObjective(
+                vector, buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1])
+            ),
+            SecondMoments: moments.square(),
+            Snapshots: [halfway],
+        },
     )
     return resolve_method(name).merge(merged, incoming, t, context).theta, before, incoming
 

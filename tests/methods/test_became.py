@@ -9,6 +9,7 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, PaperODEMerge
 from lightning_odem.methods.became import became_time, laplace_time
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.parameters.vector import ParameterVector
 
 FP64 = torch.float64
@@ -102,7 +103,7 @@ def test_an_infinite_gradient_is_an_error_that_names_the_task():
 def test_the_merge_is_the_flow_to_that_time():
     merged, incoming = models()
     objective = make_objective()
-    context = MergeContext(["theta"], [(D,)], calibration=objective)
+    context = MergeContext(["theta"], [(D,)], needed={Calibration: objective})
     time = became_time(objective, merged, incoming, T)
     expected = PaperODEMerge(batch_size=64).merge(merged.clone(), incoming, time, context)
     result = PaperODEMerge(batch_size=64, operating_time="became").merge(merged.clone(), incoming, T, context)

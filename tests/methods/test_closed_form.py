@@ -11,6 +11,7 @@ from vectors import make_context, make_models
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import ClosedFormMerge
+from lightning_odem.methods.needs import BaseModel, InputMoments
 
 SHAPES = {"linear.weight": (5, 4), "conv.weight": (6, 2, 3), "attn.qkv.weight": (6, 3), "used by itself": (3, 4)}
 INPUTS = {"linear.weight": (1, 4), "conv.weight": (2, 6), "attn.qkv.weight": (1, 3)}
@@ -38,7 +39,7 @@ def stream(method, base, models, shares, inputs):
     """The merged model after each task, which comes with its own moments."""
     merged = None
     for k, (model, found) in enumerate(zip(models, inputs, strict=True)):
-        context = make_context(base, SHAPES, groups=GROUPS, input_moments=moments_of(found))
+        context = make_context(base, SHAPES, groups=GROUPS, needed={InputMoments: moments_of(found)})
         if merged is None:
             merged = [method.start(model.clone(), context).theta.clone()]
         else:
@@ -137,7 +138,7 @@ def test_a_layer_of_nothing_but_zeros_as_inputs_has_no_say():
 def test_a_merged_model_taken_over_has_guessed_moments():
     base, models = make_models(2, shapes=SHAPES)
     inputs = make_inputs(2)
-    context = make_context(base, SHAPES, groups=GROUPS, input_moments=moments_of(inputs[1]))
+    context = make_context(base, SHAPES, groups=GROUPS, needed={InputMoments: moments_of(inputs[1])})
     merged = ClosedFormMerge(measured=0.5).merge(models[0].clone(), models[1], 0.5, context).theta
     torch.testing.assert_close(merged, stream(ClosedFormMerge(measured=0.5), base, models, [1, 1], [{}, inputs[1]])[-1])
 
@@ -151,8 +152,8 @@ def test_a_task_whose_moments_were_measured_cannot_be_taken_out():
 
 
 def test_samples_are_needed_where_moments_are_measured():
-    assert ClosedFormMerge().needs == {"base"}
-    assert ClosedFormMerge(measured=0.1).needs == {"base", "input_moments"}
+    assert set(ClosedFormMerge().needs) == {BaseModel()}
+    assert set(ClosedFormMerge(measured=0.1).needs) == {BaseModel(), InputMoments()}
 
 
 @pytest.mark.parametrize("measured", [-0.1, 1.1, float("nan")])

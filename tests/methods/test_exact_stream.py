@@ -6,6 +6,7 @@ import torch
 from vectors import MATRICES, SHAPES, flatten, make_context, make_models, merge_stream, unflatten
 
 from lightning_odem.methods import ClosedFormMerge, IsotropicMerge, MergeContext, MergeResult, TaskSingularVectorsMerge
+from lightning_odem.methods.needs import BaseModel
 
 WEIGHTS = [1.0, 3.0, 0.5, 2.0]
 
@@ -225,7 +226,9 @@ def test_a_parameter_new_to_the_stream_is_taken_to_be_as_in_the_merged_model():
     method = IsotropicMerge(1.0)
     parts = [unflatten(model) for model in (base, *models)]
     start = flatten({name: parts[1][name] for name in few})
-    method.start(start, MergeContext(list(few), list(few.values()), base=flatten({n: parts[0][n] for n in few})))
+    method.start(
+        start, MergeContext(list(few), list(few.values()), needed={BaseModel: flatten({n: parts[0][n] for n in few})})
+    )
     merged = method.merge(models[0].clone(), models[1], 0.5, make_context(base)).theta
     torch.testing.assert_close(merged, merge_stream(IsotropicMerge(1.0), base, models)[-1])
 

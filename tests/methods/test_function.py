@@ -16,6 +16,7 @@ from lightning_odem.methods import (
     register_method,
     resolve_method,
 )
+from lightning_odem.methods.needs import BaseModel
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +28,11 @@ def registry(monkeypatch):
 
 
 def towards_base(merged, incoming, t, context):
-    return merged.lerp_(incoming, t).add_(context.base)
+    return merged.lerp_(incoming, t).add_(context[BaseModel])
 
 
 def context(size=2):
-    return MergeContext(["w"], [(size,)], base=torch.ones(size))
+    return MergeContext(["w"], [(size,)], needed={BaseModel: torch.ones(size)})
 
 
 def test_a_function_becomes_a_method_under_its_name():

@@ -4,6 +4,7 @@ from toy import Classifier, Incoming, Task, fit
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods.hcmm import HCMMMerge
+from lightning_odem.methods.needs import SecondMoments, TrainingData
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -93,7 +94,7 @@ def test_the_released_defaults():
     method = HCMMMerge()
     assert method.method.coefficient == 0.4
     assert (method.lr, method.loss, method.weight_decay, method.clip) == (2e-8, "l1", 0.01, 1.0)
-    assert method.needs == {"second_moments", "task_data"}
+    assert set(method.needs) == {SecondMoments(), TrainingData()}
 
 
 def test_a_stream_goes_on_with_the_moments_in_a_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, 
 from lightning_odem.flow import NonFiniteLossError, operating_time
 from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge
 from lightning_odem.methods.layout import tensors
+from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.methods.ode import falls
 from lightning_odem.parameters.vector import ParameterVector
 
@@ -49,7 +50,7 @@ class Problem:
             self.vector, buffer, lambda batch: loss(self.net(batch.samples[0]), batch.samples[1]), 32
         )
         shapes = [tuple(shape) for shape in self.vector.shapes]
-        return MergeContext(self.vector.names, shapes, base=self.base, calibration=objective, **options)
+        return MergeContext(self.vector.names, shapes, needed={BaseModel: self.base, Calibration: objective}, **options)
 
     def stream(self, method, weights=(1.0, 1.0, 1.0), **options):
         """The result of every merge."""
@@ -99,7 +100,7 @@ def test_no_scale_that_was_tried_has_a_lower_loss(problem):
 
 def test_losses_in_the_record_are_those_of_the_models(problem):
     results = problem.stream(ODEMerge())
-    objective = problem.context(3).calibration
+    objective = problem.context(3)[Calibration]
     path = results[2].trajectory
     assert path.t == [0.0, pytest.approx(1 / 3)]
     assert path.loss == pytest.approx([objective.loss(results[k].theta) for k in (1, 2)])
@@ -130,7 +131,7 @@ def test_a_loss_that_rewards_distance_does_not_choose_the_scale(problem):
     method = ODEMerge(descent=0.0)
     merged = method.start(problem.models[0], problem.context(1)).theta.clone()
     context = problem.context(2)
-    context.calibration.batch_loss = Sure()
+    context[Calibration].batch_loss = Sure()
     path = method.merge(merged, problem.models[1], 0.5, context).trajectory
     assert path.scale == path.scale_taken == [1.0]
 
@@ -166,13 +167,13 @@ def test_with_one_sample_of_each_task_there_is_no_descent(problem):
 def test_what_a_merge_without_use_of_gradients_costs(problem):
     """In passes over the buffer, of which one with gradient counts three."""
     problem = Problem(noise=1.0)
-    method, objective = ODEMerge(descent=0.5, batch_size=4), problem.context(2).calibration
+    method, objective = ODEMerge(descent=0.5, batch_size=4), problem.context(2)[Calibration]
     seen = []
     loss = objective.batch_loss
     objective.batch_loss = lambda batch: seen.append(len(batch.samples[1])) or loss(batch)
     context = problem.context(2)
     merged = method.start(problem.models[0], context).theta.clone()
-    context = MergeContext(context.names, context.shapes, base=problem.base, calibration=objective)
+    context = MergeContext(context.names, context.shapes, needed={BaseModel: problem.base, Calibration: objective})
     method.merge(merged, problem.models[1], 0.5, context)
     passes = (sum(seen) + 2 * objective.sample_gradients) / len(objective.buffer)
     assert passes <= 15
@@ -255,7 +256,7 @@ def taken_out(problem, method, gone, weights):
     """The end of a stream, and what is left of it without a task; no samples are at hand."""
     merged = problem.stream(method, weights)[-1].theta
     shapes = [tuple(shape) for shape in problem.vector.shapes]
-    context = MergeContext(problem.vector.names, shapes, base=problem.base)
+    context = MergeContext(problem.vector.names, shapes, needed={BaseModel: problem.base})
     return merged, method.remove(merged.clone(), problem.models[gone], weights[gone] / sum(weights), context).theta
 
 

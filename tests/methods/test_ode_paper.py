@@ -7,14 +7,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import RectifiedField, StepControl, integrate
 from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge, method_name
 from lightning_odem.methods.describe import describe_method
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.sampling import hold_out
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import StreamReport
 from lightning_odem.report.figures import plot_path
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 
 CURVATURE = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
 
@@ -33,7 +35,7 @@ def endpoints():
 
 def context(on_step=None, **settings):
     objective = SimpleNamespace(**{"loss_and_grad": loss_and_grad, "loss": loss} | settings)
-    return MergeContext(["a"], [(3,)], calibration=objective, on_step=on_step)
+    return MergeContext(["a"], [(3,)], needed={Calibration: objective}, on_step=on_step)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_unusable_settings_are_refused(settings, message):
 
 
 def test_calibration_is_what_it_needs():
-    assert PaperODEMerge.needs == {"calibration"}
+    assert set(PaperODEMerge.needs) == {Calibration()}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_the_granularity_cuts_parameters_into_blocks(granularity, blocks):
     top = incoming + torch.randn(34, generator=generator, dtype=torch.float64)
     objective = SimpleNamespace(loss_and_grad=hill, loss=lambda theta: hill(theta)[0])
     expected = integrate(merged, incoming, hill, 0.5, field=RectifiedField(blocks))
-    context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, calibration=objective)
+    context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, needed={Calibration: objective})
     result = PaperODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)
     assert torch.equal(result.theta, expected.theta)
     assert result.trajectory.as_dict() == expected.as_dict()
@@ -171,7 +173,7 @@ def test_a_module_is_rectified_row_by_row():
 
     buffer = CalibrationBuffer(16)
     buffer.add("new", (inputs, targets))
-    calibration = Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
+    calibration = CalibrationSet(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
     method = PaperODEMerge(step_size=0.5, granularity="row")
     with merging(net, method, task="new", t=0.5, merged=start, base={}, calibration=calibration) as made:
         assert made.record.path["gamma"] == pytest.approx([gamma])
@@ -204,7 +206,7 @@ def merge(method, t=0.4):
     merged, incoming = (5 * ParameterVector(make_net(seed)).read() for seed in (1, 2))
     vector = ParameterVector(net := make_net())
     objective = make_objective(net)
-    context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], calibration=objective)
+    context = MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], needed={Calibration: objective})
     return method.merge(merged.clone(), incoming, t, context), merged, incoming, objective
 
 
@@ -333,7 +335,7 @@ def test_record_and_batch_norm_statistics_are_those_of_the_time_reached(options,
         module[1].running_mean.fill_(number)  # 1 in the merged model
     start = {name: tensor.clone() for name, tensor in before.state_dict().items()}
     objective = make_objective(net)
-    calibration = Calibration(objective.buffer, objective.batch_loss)
+    calibration = CalibrationSet(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": start, "base": {}, "calibration": calibration}
     with merging(net, PaperODEMerge(**options), **settings) as made:
         assert (made.record.t, made.record.path["t"][-1]) == (t, t)
@@ -345,7 +347,7 @@ def test_record_and_batch_norm_statistics_are_those_of_the_time_reached(options,
 def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
     net, before = make_net(1), make_net(2)
     objective = make_objective(net)
-    calibration = Calibration(objective.buffer, objective.batch_loss)
+    calibration = CalibrationSet(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
     with merging(net, PaperODEMerge(0.2, operating_time="search", step_control=True), **settings) as made:
         record = made.record

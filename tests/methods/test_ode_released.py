@@ -9,11 +9,13 @@ from torch.nn.functional import mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.buffer import MicroBatch
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.parameters.snapshot import take_snapshot
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 
 FP64 = torch.float64
 D = 6
@@ -72,7 +74,7 @@ def models(seed=0, dtype=FP64):
 
 
 def context(objective, **settings):
-    return MergeContext(["a"], [(D,)], calibration=objective, **settings)
+    return MergeContext(["a"], [(D,)], needed={Calibration: objective}, **settings)
 
 
 def task_losses(tasks, theta):
@@ -347,7 +349,7 @@ class TestModule:
         for scale, (task, size) in enumerate({"old": 20, "new": 8}.items(), start=1):
             inputs = torch.randn(size, 3, generator=generator)
             buffer.add(task, (inputs, scale * inputs.sum(1, keepdim=True)))
-        return Calibration(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
+        return CalibrationSet(buffer, lambda batch: mse_loss(net(batch.samples[0]), batch.samples[1]), batch_size=5)
 
     def merge(self, method, t=0.23):
         net, merged = self.net(1), take_snapshot(self.net(0))

@@ -10,6 +10,7 @@ from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge
+from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.parameters.vector import ParameterVector
 
@@ -35,7 +36,7 @@ def make_context(net, on_step=None, batch_loss=None):
     vector = ParameterVector(net)
     batch_loss = batch_loss or (lambda batch: cross_entropy(net(batch.samples[0]), batch.samples[1]))
     objective = CalibrationObjective(vector, make_buffer(), batch_loss)
-    return MergeContext(vector.names, vector.shapes, calibration=objective, on_step=on_step)
+    return MergeContext(vector.names, vector.shapes, needed={Calibration: objective}, on_step=on_step)
 
 
 def endpoints():
@@ -45,7 +46,7 @@ def endpoints():
 def merge(method, t=0.5, **settings):
     merged, incoming = endpoints()
     context = make_context(make_net(), **settings)
-    return method.merge(merged, incoming, t, context).theta, context.calibration
+    return method.merge(merged, incoming, t, context).theta, context[Calibration]
 
 
 def test_it_is_adam_on_weighted_minibatches_from_the_average_on():

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader
 from toy import Classifier, Task, make_trainer
 
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.loss import ModuleLoss
 from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
@@ -17,12 +18,13 @@ from lightning_odem.methods import (
     MergeResult,
     PaperODEMerge,
 )
+from lightning_odem.methods.needs import SecondMoments, Snapshots, TrainingData
 from lightning_odem.methods.representation import RepresentationCorrection
 from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 from lightning_odem.stream.trace import TrainingTrace
 
 D = 3
@@ -59,7 +61,7 @@ def make_context(module, batches, exclude=("head",), **more):
     module.eval()
     vector = ParameterVector(module, exclude)
     data = TaskData(vector, module, "new", batches)
-    return MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], task_data=data, **more)
+    return MergeContext(vector.names, [tuple(shape) for shape in vector.shapes], needed={TrainingData: data}, **more)
 
 
 def read(module):
@@ -68,7 +70,7 @@ def read(module):
 
 def mean_difference(theta, target, context, power=1):
     """Mean of |z(theta) - z(target)|^power over all training samples and features."""
-    data, total = context.task_data, []
+    data, total = context[TrainingData], []
     for batch in data:
         values = [data.evaluate(point, lambda batch=batch: data.features(batch)) for point in (theta, target)]
         total.append((values[0] - values[1]).abs() ** power)
@@ -157,7 +159,7 @@ def test_learning_rate_0_and_time_0_give_exactly_what_the_wrapped_method_gives()
     )
     method = RepresentationCorrection("average", lr=1e-2)
     assert torch.equal(method.merge(before.clone(), incoming, 0.0, context).theta, before)
-    assert context.task_data.sample_gradients == 0
+    assert context[TrainingData].sample_gradients == 0
     assert torch.equal(method.start(incoming, context).theta, incoming)
 
 
@@ -183,8 +185,8 @@ def merge_two(method, batch_norm=False):
     for name, task in tasks.items():
         buffer.add(name, task.train_set.tensors)
     with attached(module):
-        calibration = Calibration(buffer, ModuleLoss(module))
-        trace = TrainingTrace(batches=list(tasks["new"].train_dataloader()))
+        calibration = CalibrationSet(buffer, ModuleLoss(module))
+        trace = TrainingTrace(list(tasks["new"].train_dataloader()))
         settings = {"merged": before, "base": {}, "calibration": calibration, "trace": trace}
         with merging(module, method, task="new", t=0.5, **settings) as made:
             pass
@@ -222,16 +224,15 @@ def test_nothing_is_corrected_where_the_wrapped_method_stays_at_the_merged_model
 def test_the_pass_is_counted_once_per_sample():
     context = make_context(Net(), make_batches(5, 8))
     RepresentationCorrection("average").merge(read(Net(0)), read(Net(1)), 0.5, context)
-    assert context.task_data.sample_gradients == 40
+    assert context[TrainingData].sample_gradients == 40
 
 
 def test_needs_state_and_snapshots_are_those_of_the_wrapped_method():
     wrapped = SecondMomentMerge()
-    wrapped.snapshots = 3
+    wrapped.needs = (SecondMoments(), Snapshots(3))
     method = RepresentationCorrection(wrapped)
-    assert method.needs == {"second_moments", "task_data"}
-    assert method.snapshots == 3
-    method.start(torch.zeros(2), MergeContext(["w"], [(2,)], second_moments=torch.ones(2)))
+    assert method.needs == (SecondMoments(), Snapshots(3), TrainingData())
+    method.start(torch.zeros(2), MergeContext(["w"], [(2,)], needed={SecondMoments: torch.ones(2)}))
     assert method.state_dict().keys() == {"moments"}
     method.load_state_dict({})
     assert wrapped.state_dict() == {}

@@ -4,6 +4,7 @@ from vectors import make_context, make_models
 
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import AverageMerge
+from lightning_odem.methods.needs import SecondMoments
 from lightning_odem.methods.second_moment import SecondMomentMerge
 
 NAN = float("nan")
@@ -17,9 +18,9 @@ def make_moments(number, size, seed=5):
 def merge_stream(method, models, moments, weights=None):
     """The merged model after each task."""
     weights = weights or [1.0] * len(models)
-    merged = [method.start(models[0].clone(), make_context(None, second_moments=moments[0])).theta.clone()]
+    merged = [method.start(models[0].clone(), make_context(None, needed={SecondMoments: moments[0]})).theta.clone()]
     for k in range(1, len(models)):
-        context, t = make_context(None, second_moments=moments[k]), operating_time(weights[: k + 1])
+        context, t = make_context(None, needed={SecondMoments: moments[k]}), operating_time(weights[: k + 1])
         merged.append(method.merge(merged[-1].clone(), models[k], t, context).theta.clone())
     return merged
 
@@ -78,8 +79,8 @@ def test_with_equal_moments_it_is_the_running_average(weights):
 
 @pytest.mark.parametrize(("old", "new"), [(NAN, 1.0), (1.0, NAN), (NAN, NAN), (0.0, 0.0)])
 def test_entries_without_a_moment_or_with_two_zeros_are_interpolated(old, new):
-    method, context = SecondMomentMerge(), make_context(None, second_moments=torch.tensor([new]))
-    method.start(torch.zeros(1), make_context(None, second_moments=torch.tensor([old])))
+    method, context = SecondMomentMerge(), make_context(None, needed={SecondMoments: torch.tensor([new])})
+    method.start(torch.zeros(1), make_context(None, needed={SecondMoments: torch.tensor([old])}))
     assert float(method.merge(torch.tensor([1.0]), torch.tensor([5.0]), 0.25, context).theta) == 2.0
 
 
@@ -95,8 +96,10 @@ def test_an_entry_that_only_one_task_moved_is_taken_from_that_task():
 def test_smallest_moments_of_fp32_do_not_break_the_fraction():
     smallest = torch.tensor([1e-45, 1e-38, 1e38])
     method = SecondMomentMerge(0.5)
-    method.start(torch.zeros(3), make_context(None, second_moments=smallest))
-    merged = method.merge(torch.zeros(3), torch.ones(3), 0.5, make_context(None, second_moments=smallest)).theta
+    method.start(torch.zeros(3), make_context(None, needed={SecondMoments: smallest}))
+    merged = method.merge(
+        torch.zeros(3), torch.ones(3), 0.5, make_context(None, needed={SecondMoments: smallest})
+    ).theta
     assert torch.isfinite(merged).all()
     torch.testing.assert_close(merged[1:], torch.full((2,), 0.5))
 
@@ -105,8 +108,8 @@ def test_time_0_leaves_merged_model_and_moments_and_time_1_gives_the_incoming_mo
     _, (first, second) = make_models(2, dtype=torch.float32)
     moments = [moment.float() for moment in make_moments(2, len(first))]
     method = SecondMomentMerge()
-    method.start(first, make_context(None, second_moments=moments[0]))
-    context = make_context(None, second_moments=moments[1])
+    method.start(first, make_context(None, needed={SecondMoments: moments[0]}))
+    context = make_context(None, needed={SecondMoments: moments[1]})
     assert torch.equal(method.merge(first.clone(), second, 0.0, context).theta, first)
     assert torch.equal(method.state_dict()["moments"], moments[0])
     moments[1][:3] = 0.0
@@ -120,7 +123,7 @@ def test_a_saved_stream_goes_on_as_if_it_had_not_stopped():
     merged = merge_stream(method, models[:2], moments[:2])[-1]
     state = method.state_dict()
     before = state["moments"].clone()
-    context = make_context(None, second_moments=moments[2])
+    context = make_context(None, needed={SecondMoments: moments[2]})
     expected = method.merge(merged.clone(), models[2], 0.3, context).theta
     assert torch.equal(state["moments"], before)
     resumed.load_state_dict(state)
@@ -132,7 +135,7 @@ def test_a_stream_begun_by_another_method_is_interpolated_first_and_then_weighte
     _, models = make_models(3)
     moments = make_moments(3, len(models[0]))
     method = SecondMomentMerge()
-    context = make_context(None, second_moments=moments[1])
+    context = make_context(None, needed={SecondMoments: moments[1]})
     merged = method.merge(models[0].clone(), models[1], 0.5, context).theta
     torch.testing.assert_close(merged, (models[0] + models[1]) / 2)
     assert torch.equal(method.state_dict()["moments"], moments[1])
@@ -140,7 +143,7 @@ def test_a_stream_begun_by_another_method_is_interpolated_first_and_then_weighte
 
 def test_an_empty_state_begins_a_new_stream():
     method = SecondMomentMerge()
-    method.start(torch.zeros(2), make_context(None, second_moments=torch.ones(2)))
+    method.start(torch.zeros(2), make_context(None, needed={SecondMoments: torch.ones(2)}))
     method.load_state_dict({})
     assert method.state_dict() == {}
 
@@ -152,9 +155,9 @@ def test_a_state_of_another_method_is_refused():
 
 def test_moments_of_another_number_of_parameters_are_refused():
     method = SecondMomentMerge()
-    method.start(torch.zeros(2), make_context(None, second_moments=torch.ones(2)))
+    method.start(torch.zeros(2), make_context(None, needed={SecondMoments: torch.ones(2)}))
     with pytest.raises(ValueError, match="those of 2 parameters, but 3 are merged"):
-        method.merge(torch.zeros(3), torch.ones(3), 0.5, make_context(None, second_moments=torch.ones(3)))
+        method.merge(torch.zeros(3), torch.ones(3), 0.5, make_context(None, needed={SecondMoments: torch.ones(3)}))
 
 
 @pytest.mark.parametrize("coefficient", [-0.1, 1.1, NAN])

@@ -16,6 +16,7 @@ from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import AverageMerge, MergeContext
+from lightning_odem.methods.needs import BaseModel, Snapshots, TrainingData
 from lightning_odem.methods.trm_style import TRMStyleMerge, norm_gradient, trajectory_subspace
 from lightning_odem.parameters.vector import ParameterVector
 
@@ -57,12 +58,17 @@ def make_context(batches=None, module=None, on_step=None):
     snapshots = [base + 0.3 * step * moves[0] + 0.1 * step * moves[step] for step in (1, 2, 3)]
     data = TaskData(vector, module, "new", make_batches() if batches is None else batches)
     shapes = [tuple(shape) for shape in vector.shapes]
-    return MergeContext(vector.names, shapes, base=base, snapshots=snapshots, task_data=data, on_step=on_step)
+    return MergeContext(
+        vector.names, shapes, needed={BaseModel: base, Snapshots: snapshots, TrainingData: data}, on_step=on_step
+    )
 
 
 def endpoints(context):
     generator = torch.Generator().manual_seed(4)
-    return [context.base + 0.6 * torch.randn(len(context.base), generator=generator, dtype=FP64) for _ in range(2)]
+    return [
+        context[BaseModel] + 0.6 * torch.randn(len(context[BaseModel]), generator=generator, dtype=FP64)
+        for _ in range(2)
+    ]
 
 
 def merge(method, t=0.4, **settings):
@@ -84,7 +90,7 @@ def scores(theta, inputs, context):
         name: piece.view(shape)
         for (name, piece), shape in zip(pieces(theta, context).items(), context.shapes, strict=True)
     }
-    return functional_call(context.task_data.module, named, (inputs,))
+    return functional_call(context[TrainingData].module, named, (inputs,))
 
 
 def gradient_norm(theta, batch, context):
@@ -113,7 +119,7 @@ def test_loss_and_gradient_are_those_of_one_graph_with_double_backward(kappa):
     point = theta.clone().requires_grad_()
     expected = reference_loss(point, merged, batch, context, method)
     (expected_gradient,) = torch.autograd.grad(expected, point)
-    loss, gradient = method.loss_and_grad(theta, merged, batch, context.task_data, 1e-5)
+    loss, gradient = method.loss_and_grad(theta, merged, batch, context[TrainingData], 1e-5)
     assert loss == pytest.approx(expected.item(), rel=1e-10)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-8)
 
@@ -132,8 +138,8 @@ def test_the_gradient_of_a_gradients_norm_is_that_of_double_backward():
     (expected,) = torch.autograd.grad(gradient_norm(theta, batch, context), theta)
 
     def gradient(point):
-        return context.task_data.value_and_grad(
-            point, batch, lambda: cross_entropy(*context.task_data.predictions(batch))
+        return context[TrainingData].value_and_grad(
+            point, batch, lambda: cross_entropy(*context[TrainingData].predictions(batch))
         )[1]
 
     found = norm_gradient(gradient, theta.detach(), gradient(theta.detach()), 1e-5)
@@ -143,7 +149,7 @@ def test_the_gradient_of_a_gradients_norm_is_that_of_double_backward():
 def test_the_merge_is_adam_on_the_coefficients_of_that_graph():
     context, method = make_context(), TRMStyleMerge(steps=7, lr=0.05, consistency=0.7, responsiveness=1.3, kappa=2.0)
     merged, incoming = endpoints(context)
-    subspace = trajectory_subspace(merged, incoming, 0.4, context.base, context.snapshots, sizes(context))
+    subspace = trajectory_subspace(merged, incoming, 0.4, context[BaseModel], context[Snapshots], sizes(context))
     coefficients = torch.zeros(subspace.dimension, dtype=FP64, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=0.05)
     for step in range(7):
@@ -158,9 +164,9 @@ def test_the_merge_is_adam_on_the_coefficients_of_that_graph():
 def test_the_subspace_holds_all_the_models_and_starts_from_the_average():
     context = make_context()
     merged, incoming = endpoints(context)
-    subspace = trajectory_subspace(merged, incoming, 0.4, context.base, context.snapshots, sizes(context))
+    subspace = trajectory_subspace(merged, incoming, 0.4, context[BaseModel], context[Snapshots], sizes(context))
     assert torch.equal(subspace.origin, torch.lerp(merged, incoming, 0.4))
-    for model in (merged, incoming, context.base, *context.snapshots):
+    for model in (merged, incoming, context[BaseModel], *context[Snapshots]):
         assert_in_subspace(model, subspace, context)
 
 
@@ -173,7 +179,7 @@ def assert_in_subspace(theta, subspace, context):
 def test_each_tensor_has_a_basis_of_its_own_in_units_of_its_way():
     context = make_context()
     merged, incoming = endpoints(context)
-    subspace = trajectory_subspace(merged, incoming, 0.4, context.base, context.snapshots, sizes(context))
+    subspace = trajectory_subspace(merged, incoming, 0.4, context[BaseModel], context[Snapshots], sizes(context))
     assert [basis.shape for basis in subspace.bases] == [(5, 15), (5, 5), (5, 20), (4, 4)]
     for basis, way in zip(subspace.bases, (incoming - merged).split(sizes(context)), strict=True):
         torch.testing.assert_close(basis @ basis.T, way.norm() ** 2 * torch.eye(len(basis), dtype=FP64))
@@ -185,7 +191,9 @@ def test_the_result_lies_in_the_span_of_the_directions():
     merged, incoming = endpoints(context)
     theta = merge(TRMStyleMerge(steps=10, lr=0.1))
     assert not torch.allclose(theta, torch.lerp(merged, incoming, 0.4), atol=0.01)
-    models = [pieces(model, context) for model in (theta, incoming, *context.snapshots, 2 * merged - context.base)]
+    models = [
+        pieces(model, context) for model in (theta, incoming, *context[Snapshots], 2 * merged - context[BaseModel])
+    ]
     for name, before in pieces(merged, context).items():
         found, *directions = (model[name] - before for model in models)
         columns = torch.stack(directions, 1)
@@ -260,7 +268,7 @@ def test_it_tells_how_far_it_is_and_counts_its_samples():
     merged, incoming = endpoints(context)
     TRMStyleMerge(steps=4, kappa=0.0).merge(merged, incoming, 0.5, context)
     assert steps == [(done, 4) for done in range(5)]
-    assert context.task_data.sample_gradients == 4 * 3 * 6
+    assert context[TrainingData].sample_gradients == 4 * 3 * 6
 
 
 def test_data_that_has_run_dry_is_an_error():

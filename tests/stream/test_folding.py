@@ -7,6 +7,7 @@ from toy import Classifier, Incoming, Task, close, fit, same, weights
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.methods import METHODS, AverageMerge, resolve_method
+from lightning_odem.methods.needs import BaseModel, Calibration, SecondMoments
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.folding import Folding
@@ -34,7 +35,7 @@ def fitted(small_stream):
     return fit_with
 
 
-DATA_FREE = [name for name in sorted(METHODS) if resolve_method(name).needs <= {"base"}]
+DATA_FREE = [name for name in sorted(METHODS) if set(resolve_method(name).needs) <= {BaseModel()}]
 
 
 @pytest.mark.parametrize("method", [*DATA_FREE, "ode", "ode_paper", "average_replay"])
@@ -44,7 +45,7 @@ def test_folding_makes_of_the_models_what_the_callback_made(fitted, method):
     with attached(module):
         folding = Folding(module, method, base=merge._state.base, calibration_size=12)
         for number, (model, weight) in enumerate(zip(models, WEIGHTS, strict=True)):
-            samples = folding.draw(Task(number).train_set, weight) if "calibration" in folding.method.needs else None
+            samples = folding.draw(Task(number).train_set, weight) if Calibration() in folding.method.needs else None
             record = folding.fold(model, f"task_{number + 1}", weight, samples)
     assert close(folding.merged, merge._state.merged, rtol=1e-5, atol=1e-6)
     assert record.t == merge.report.merges[-1].t
@@ -162,7 +163,7 @@ def test_a_trace_serves_methods_that_need_the_training():
     moments = [{name: torch.full_like(value, size) for name, value in first.items()} for size in (1.0, 3.0)]
     folding = Folding(module, "second_moment")
     for model, moment in zip((first, second), moments, strict=True):
-        folding.fold(model, str(id(model)), trace=TrainingTrace(second_moments=moment))
+        folding.fold(model, str(id(model)), trace=TrainingTrace(collected={SecondMoments: moment}))
     torch.testing.assert_close(folding.merged["head.bias"], first["head.bias"] + 3.0)  # 4 x 3 / (1 + 3)
 
 

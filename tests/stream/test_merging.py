@@ -9,6 +9,7 @@ from torch.nn.functional import mse_loss
 from toy import Classifier
 
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.prediction_loss import EntropyLoss, LogitsLoss
 from lightning_odem.flow import NonFiniteLossError, integrate
 from lightning_odem.methods import (
@@ -21,10 +22,11 @@ from lightning_odem.methods import (
     PaperODEMerge,
     TaskSingularVectorsMerge,
 )
+from lightning_odem.methods.needs import BaseModel, Calibration, InputMoments
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.merging import Calibration, merging
+from lightning_odem.stream.merging import merging
 
 BF16, FP64 = torch.bfloat16, torch.float64
 SIZES = {"old": 20, "new": 8}
@@ -48,7 +50,7 @@ def make_calibration(predict, dtype=torch.float32, batch_size=5, columns=3):
     for scale, (task, size) in enumerate(SIZES.items(), start=1):
         inputs = torch.randn(size, columns, generator=generator).to(dtype)
         buffer.add(task, (inputs, scale * inputs.sum(1, keepdim=True)))
-    return Calibration(buffer, lambda batch: mse_loss(predict(batch.samples[0]), batch.samples[1]), batch_size)
+    return CalibrationSet(buffer, lambda batch: mse_loss(predict(batch.samples[0]), batch.samples[1]), batch_size)
 
 
 def make_base(net):
@@ -80,12 +82,12 @@ def training_flags(module):
 
 
 class Breaking(MergeMethod):
-    needs = frozenset({"calibration"})
+    needs = (Calibration(),)
     merges = 0
 
     def merge(self, merged, incoming, t, context):
         self.merges += 1
-        context.calibration.loss_and_grad(torch.full_like(incoming, 7.0))
+        context[Calibration].loss_and_grad(torch.full_like(incoming, 7.0))
         raise RuntimeError("in the method")
 
     def state_dict(self):
@@ -248,7 +250,7 @@ def test_a_merge_that_fails_leaves_the_incoming_model_bit_by_bit(failure, batch_
         method, error, message = Breaking(), RuntimeError, "in the method"
     elif failure == "loss":
         whole = calibration.batch_loss
-        calibration = Calibration(calibration.buffer, lambda batch: whole(batch) * float("nan"))
+        calibration = CalibrationSet(calibration.buffer, lambda batch: whole(batch) * float("nan"))
         error, message = NonFiniteLossError, r"^Merging task 'new': the loss .* is nan at step 0"
     elif failure in ("names", "statistics"):
         name = "body.weight" if failure == "names" else "norm.running_var"
@@ -283,7 +285,7 @@ def test_a_gradient_that_is_not_finite_stops_the_merge():
     def batch_loss(batch):
         return calibration.batch_loss(batch) + (0 * net["body"].bias).sqrt().sum()
 
-    steep = Calibration(calibration.buffer, batch_loss)
+    steep = CalibrationSet(calibration.buffer, batch_loss)
     with pytest.raises(NonFiniteLossError, match="gradient"):
         merge(net, ODEMerge(), merged=take_snapshot(make_net(0)), calibration=steep)
     assert same(bits(net), before)
@@ -334,20 +336,20 @@ def test_the_loss_sees_batch_norm_statistics_between_the_models_and_no_dropout()
         return calibration.batch_loss(batch)
 
     expected = before["norm"].running_mean.lerp(net["norm"].running_mean, 0.5)
-    merge(net, ODEMerge(), merged=take_snapshot(before), calibration=Calibration(calibration.buffer, batch_loss))
+    merge(net, ODEMerge(), merged=take_snapshot(before), calibration=CalibrationSet(calibration.buffer, batch_loss))
     assert not any(training for training, _ in seen)
     assert all(torch.equal(mean, expected) for _, mean in seen)
 
 
 def test_the_base_model_is_there_for_methods_that_need_it():
     class Task(MergeMethod):
-        needs = frozenset({"base"})
+        needs = (BaseModel(),)
 
         def merge(self, merged, incoming, t, context):
-            assert context.calibration is None
+            assert Calibration not in context
             assert context.names == ["body.weight", "body.bias"]
             assert context.shapes == [(4, 3), (4,)]
-            return MergeResult(merged + t * (incoming - context.base))
+            return MergeResult(merged + t * (incoming - context[BaseModel]))
 
     net, before, base = make_net(1), make_net(0), make_net(5)
     incoming = net["body"].weight.clone()
@@ -434,7 +436,7 @@ def test_a_gradient_takes_two_vectors_besides_the_models_and_with_descent_adams_
             counts.append(len(float_storages(d) - others))
         return loss
 
-    merge(net, method, merged=merged, base=base, calibration=Calibration(buffer, batch_loss, 2))
+    merge(net, method, merged=merged, base=base, calibration=CalibrationSet(buffer, batch_loss, 2))
     assert counts == vectors  # two steps of two micro-batches each
 
 
@@ -472,7 +474,7 @@ def test_the_incoming_models_logits_are_those_of_a_direct_pass_before_anything_m
     with attached(module), torch.no_grad():
         expected = module.eval()(held_logits(buffer, "new")[0])
         module.train()
-        calibration = Calibration(buffer, LogitsLoss(module), batch_size=3)
+        calibration = CalibrationSet(buffer, LogitsLoss(module), batch_size=3)
         merged = None if first else take_snapshot(make_classifier(0))
         t = 1.0 if first else 0.5
         merge(module, ODEMerge(), t=t, merged=merged, calibration=calibration, batch_norm=batch_norm)
@@ -487,7 +489,7 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
     with attached(old), torch.no_grad():
         buffer.store_logits("old", old(held_logits(buffer, "old")[0]))
     with attached(module):
-        calibration = Calibration(buffer, LogitsLoss(module))
+        calibration = CalibrationSet(buffer, LogitsLoss(module))
         record = merge(module, ODEMerge(), merged=take_snapshot(old), calibration=calibration)
         assert record.gradient_evaluations in (1, 2)  # a second piece only if the first helps
         (inputs, own), (others, kept) = (held_logits(buffer, task) for task in ("new", "old"))
@@ -502,14 +504,14 @@ def test_along_the_path_the_loss_is_the_divergence_from_every_tasks_own_model():
 def test_other_losses_store_no_logits():
     module, buffer = make_classifier(1), make_samples("new")
     with attached(module):
-        merge(module, ODEMerge(), t=1.0, calibration=Calibration(buffer, EntropyLoss(module)))
+        merge(module, ODEMerge(), t=1.0, calibration=CalibrationSet(buffer, EntropyLoss(module)))
     assert held_logits(buffer, "new")[1] is None
 
 
 def test_a_task_without_samples_has_no_logits_to_store():
     module, buffer = make_classifier(1), make_samples("other")
     with attached(module):
-        merge(module, ODEMerge(), t=1.0, calibration=Calibration(buffer, LogitsLoss(module)))
+        merge(module, ODEMerge(), t=1.0, calibration=CalibrationSet(buffer, LogitsLoss(module)))
     assert buffer.without_logits() == ["other"]
 
 
@@ -529,7 +531,7 @@ def test_logits_that_cannot_be_had_leave_module_and_samples_as_they_were(failure
     before, flags = bits(module), training_flags(module)
     with attached(module):
         module.train()
-        calibration = Calibration(buffer, LogitsLoss(module), batch_size=4)
+        calibration = CalibrationSet(buffer, LogitsLoss(module), batch_size=4)
         with pytest.raises(error, match="floating point|Merging task 'new': a logit .* not finite|second micro-batch"):
             merge(module, ODEMerge(), merged=take_snapshot(make_classifier(0)), calibration=calibration)
     assert same(bits(module), before)
@@ -541,7 +543,7 @@ class Looking(MergeMethod):
     """Keeps the contexts it is given."""
 
     def __init__(self, *needs):
-        self.needs, self.contexts = frozenset(needs), []
+        self.needs, self.contexts = needs, []
 
     def start(self, incoming, context):
         return self.merge(incoming, incoming, 1.0, context)
@@ -552,51 +554,51 @@ class Looking(MergeMethod):
 
 
 def test_input_moments_are_those_of_the_incoming_model_on_its_own_samples():
-    method = Looking("input_moments")
+    method = Looking(InputMoments())
     for merged in (None, take_snapshot(make_net(0))):
         net = make_net(1).train()
         calibration = make_calibration(net.predict)
         merge(net, method, merged=merged, calibration=calibration, exclude=("head",))
         net = make_net(1).eval()
         [samples] = calibration.buffer.micro_batches_of("new", 100)
-        found = method.contexts[-1].input_moments
+        found = method.contexts[-1][InputMoments]
         assert found.keys() == {"body.weight"}
         inputs = samples.samples[0]
         torch.testing.assert_close(found["body.weight"][0], inputs.T @ inputs / len(inputs))
-        assert method.contexts[-1].calibration is None
+        assert Calibration not in method.contexts[-1]
 
 
 def test_input_moments_see_the_incoming_models_statistics():
-    method, net, before = Looking("input_moments"), make_net(1), make_net(0)
+    method, net, before = Looking(InputMoments()), make_net(1), make_net(0)
     calibration = make_calibration(net.predict)
     merge(net, method, merged=take_snapshot(before), calibration=calibration)
     net = make_net(1).eval()
     [samples] = calibration.buffer.micro_batches_of("new", 100)
     hidden = net["norm"](net["body"](samples.samples[0])).tanh().detach()
-    torch.testing.assert_close(method.contexts[-1].input_moments["head.weight"][0], hidden.T @ hidden / len(hidden))
+    torch.testing.assert_close(method.contexts[-1][InputMoments]["head.weight"][0], hidden.T @ hidden / len(hidden))
 
 
 def test_input_moments_are_collected_only_for_methods_that_need_them():
-    net, method = make_net(1), Looking("calibration")
+    net, method = make_net(1), Looking(Calibration())
     merge(net, method, merged=take_snapshot(make_net(0)), calibration=make_calibration(net.predict))
-    assert method.contexts[-1].input_moments == {}
+    assert InputMoments not in method.contexts[-1]
 
 
 def test_a_task_without_samples_has_no_input_moments():
-    net, method = make_net(1), Looking("input_moments")
+    net, method = make_net(1), Looking(InputMoments())
     calibration = make_calibration(net.predict)
     buffer = CalibrationBuffer(10)
     buffer.add("old", (torch.ones(3, 3), torch.ones(3, 1)))
-    calibration = Calibration(buffer, calibration.batch_loss)
+    calibration = CalibrationSet(buffer, calibration.batch_loss)
     merge(net, method, merged=take_snapshot(make_net(0)), calibration=calibration)
-    assert method.contexts[-1].input_moments == {}
+    assert method.contexts[-1][InputMoments] == {}
 
 
 def test_moments_cannot_be_measured_without_samples():
     with pytest.raises(ValueError, match="'closed_form' needs calibration samples and a module with a loss, which"):
         merge(make_net(1), ClosedFormMerge(measured=0.5), merged=take_snapshot(make_net(0)))
     with pytest.raises(ValueError, match="needs calibration samples and a module with a loss, which"):
-        merge(make_net(1), Looking("input_moments", "calibration"), merged=take_snapshot(make_net(0)))
+        merge(make_net(1), Looking(InputMoments(), Calibration()), merged=take_snapshot(make_net(0)))
 
 
 def test_a_pass_that_fails_while_moments_are_measured_leaves_the_incoming_model():

@@ -8,6 +8,7 @@ from images import make_backbone, make_model, make_stream, make_trainer
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.methods import AverageMerge, ClosedFormMerge, MergeMethod, ODEMerge
+from lightning_odem.methods.needs import SecondMoments
 from lightning_odem.studies import Comparison
 
 OPTIONS = {"methods": ["average", "ode"], "orders": 2, "weighting": ["uniform", "dirichlet"]}
@@ -104,7 +105,7 @@ def test_only_what_the_final_metrics_need_is_evaluated_where_that_is_asked_for(t
 @pytest.mark.slow
 def test_methods_that_cannot_have_what_they_need_are_refused_before_any_merge(tmp_path):
     class Moments(MergeMethod):
-        needs = frozenset({"second_moments"})
+        needs = (SecondMoments(),)
         merge = AverageMerge.merge
 
     class WithSGD(TaskClassifier):

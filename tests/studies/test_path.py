@@ -3,6 +3,7 @@ import torch
 from toy import Classifier, Task, close, everything, make_trainer, same
 
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.calibration.loss import ModuleLoss
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import AverageMerge, ODEMerge, PaperODEMerge
@@ -10,7 +11,6 @@ from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.folding import Folding
-from lightning_odem.stream.merging import Calibration
 from lightning_odem.studies.path import StraightLine, check_points, follow_path
 
 
@@ -45,7 +45,7 @@ def follow(pair, flow, visit=None, points=11, **options):
             merged,
             incoming,
             task="b",
-            calibration=Calibration(buffer, ModuleLoss(module)),
+            calibration=CalibrationSet(buffer, ModuleLoss(module)),
             points=points,
             visit=keep,
             division=Division(()),
@@ -175,7 +175,7 @@ def test_snapshots_at_stops_are_not_rounded_to_half_precision():
             merged,
             {name: value.bfloat16() for name, value in models[1].items()},
             task="b",
-            calibration=Calibration(buffer, ModuleLoss(module)),
+            calibration=CalibrationSet(buffer, ModuleLoss(module)),
             points=3,
             visit=lambda t, take: stops.update({t: (take(), take_snapshot(module))}),
             division=Division(()),

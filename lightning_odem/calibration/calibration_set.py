@@ -1,0 +1,57 @@
+"""The samples of all tasks, and the loss that is measured on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective
+from lightning_odem.calibration.prediction_loss import LogitsLoss
+from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.flow import NonFiniteLossError
+from lightning_odem.parameters.vector import ParameterVector
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What a merge measures its loss on.
+
+    Args:
+        buffer: Samples of every task seen, the incoming one included.
+        batch_loss: Mean loss of a micro-batch at the module's current parameters. A
+            :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
+        batch_size: Samples per micro-batch.
+        loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
+            :func:`~lightning_odem.calibration.scaling.loss_scale`.
+    """
+
+    buffer: CalibrationBuffer
+    batch_loss: BatchLoss
+    batch_size: int = 128
+    loss_scale: float = 1.0
+
+    def objective(self, vector: ParameterVector) -> CalibrationObjective:
+        """The calibration loss as a function of the vector."""
+        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
+
+    def batches_of(self, task: str) -> Iterator[MicroBatch]:
+        """The samples of a task, of which the buffer may hold none."""
+        return self.buffer.micro_batches_of(task, self.batch_size) if self.buffer.counts.get(task) else iter(())
+
+    @torch.no_grad()
+    def store_logits(self, task: str) -> None:
+        """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
+
+        The module holds that model and is in eval mode. The buffer is changed at the end, in one step.
+
+        Raises:
+            TypeError: If the module gives no class scores.
+            NonFiniteLossError: If a logit is NaN or infinite, but for classes masked by minus infinity.
+        """
+        if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
+            return
+        logits = torch.cat([self.batch_loss.scores(batch).cpu() for batch in self.batches_of(task)])
+        if not logits.float().logsumexp(1).isfinite().all():
+            raise NonFiniteLossError("a logit of the incoming model is not finite", 0, 0.0)
+        self.buffer.store_logits(task, logits)

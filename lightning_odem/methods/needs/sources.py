@@ -1,0 +1,58 @@
+"""What there is when a merge starts."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_odem.calibration.calibration_set import CalibrationSet
+from lightning_odem.parameters.vector import ParameterVector
+
+if TYPE_CHECKING:
+    from lightning_odem.methods.needs.need import Need
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Which sources a merge has, known before it starts.
+
+    Args:
+        base: Whether there is a base model.
+        calibration: Whether there are calibration samples and a loss.
+        batches: Whether there are the incoming task's training batches.
+        collected: What needs collected during the incoming model's training, by their class.
+    """
+
+    base: bool = False
+    calibration: bool = False
+    batches: bool = False
+    collected: "Mapping[type[Need[Any]], Any]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a need is built from.
+
+    The module holds the incoming model, its batch-norm statistics too. It is in eval mode, and left alone in the end.
+
+    Args:
+        module: The module; attached to a Trainer, where there are losses.
+        vector: Its merged parameters.
+        layers: Linear layers and convolutions with the name of their weight, see
+            :func:`~lightning_odem.parameters.linear_layers`.
+        task: Name of the incoming task.
+        base: Parameters and buffers of the base model by name.
+        calibration: Samples and loss, or None.
+        batches: The incoming task's training batches, one epoch per iteration, or None.
+        collected: What needs collected during the incoming model's training, by their class.
+    """
+
+    module: nn.Module
+    vector: ParameterVector
+    layers: Mapping[nn.Module, str]
+    task: str
+    base: Mapping[str, Tensor]
+    calibration: CalibrationSet | None
+    batches: Iterable[Any] | None
+    collected: "Mapping[type[Need[Any]], Any]"

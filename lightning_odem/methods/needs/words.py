@@ -1,0 +1,68 @@
+"""Needs as they were declared and read until version 0.5: by words. To be removed with version 0.8."""
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_odem.methods.needs.base_model import BaseModel
+from lightning_odem.methods.needs.calibration import Calibration
+from lightning_odem.methods.needs.input_moments import InputMoments
+from lightning_odem.methods.needs.need import Need, combine
+from lightning_odem.methods.needs.second_moments import SecondMoments
+from lightning_odem.methods.needs.snapshots import Snapshots
+from lightning_odem.methods.needs.training_data import TrainingData
+
+WORDS: dict[str, type[Need[Any]]] = {
+    "base": BaseModel,
+    "calibration": Calibration,
+    "input_moments": InputMoments,
+    "second_moments": SecondMoments,
+    "snapshots": Snapshots,
+    "task_data": TrainingData,
+}
+_MISSING: dict[str, Any] = {"input_moments": {}, "snapshots": ()}
+
+
+def resolve_needs(rule: Any) -> None:
+    """See that a method's or function's ``needs`` are objects: words and classes are replaced by them.
+
+    Raises:
+        ValueError: For anything else, such as a misspelt word.
+    """
+    given = getattr(rule, "needs", ())
+    given = (given,) if isinstance(given, Need | str | type) else tuple(given)
+    if unknown := [need for need in given if not (need in WORDS if isinstance(need, str) else _is_need(need))]:
+        raise ValueError(
+            f"{rule!r} needs {', '.join(sorted(map(str, unknown)))}; what a method can need are objects such as "
+            f"{', '.join(f'{need.__name__}()' for need in WORDS.values())}, or another subclass of Need."
+        )
+    # A set of words has no order.
+    words = [word for word in WORDS if word in given]
+    options = {"snapshots": (getattr(rule, "snapshots", 8),)}
+    named = [WORDS[word](*options.get(word, ())) for word in words]
+    others = [need() if isinstance(need, type) else need for need in given if not isinstance(need, str)]
+    needs = combine([*others, *named])
+    if words:
+        message = f"Words in the needs of {rule!r} go with version 0.8; write: needs = {needs!r}"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+    if needs != getattr(rule, "needs", ()):
+        rule.needs = needs
+
+
+def _is_need(value: object) -> bool:
+    return issubclass(value, Need) if isinstance(value, type) else isinstance(value, Need)
+
+
+class EarlierFields:
+    """Fields of the context that are needs now: ``context.base`` is ``context[BaseModel]``."""
+
+    needed: Mapping[type[Need[Any]], Any]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in WORDS:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            message = f"context.{name} goes with version 0.8; write: context[{WORDS[name].__name__}]"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return self.needed.get(WORDS[name], _MISSING.get(name))

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toy import Classifier, Task, Watching, fit, weights
+
+from lightning_odem import ContinualMergeCallback
+from lightning_odem.methods.needs import Snapshots
+
+pytestmark = pytest.mark.usefixtures("small_stream")
+
+
+def flat(named):
+    return torch.cat([tensor.flatten() for tensor in named.values()])
+
+
+def test_a_method_gets_the_weights_of_the_training_run():
+    method, seen = Watching(Snapshots(5)), []
+
+    class Recorded(Classifier):
+        def on_train_batch_end(self, *_):
+            seen.append(flat(weights(self)))
+
+    fit(Recorded(), Task(0), ContinualMergeCallback(method=method))
+    assert len(seen) == 6
+    # After the fifth step every second one goes; the sixth is the incoming model.
+    torch.testing.assert_close(torch.stack(list(method.contexts[0][Snapshots])), torch.stack([seen[1], seen[3]]))
+
+
+def test_snapshots_survive_an_interruption(tmp_path):
+    whole, resumed = Watching(Snapshots(20)), Watching(Snapshots(20))
+    fit(Classifier(), Task(0), ContinualMergeCallback(method=whole))
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1)
+    broken = ContinualMergeCallback(method=Watching(Snapshots(20)))
+    fit(Classifier(), Task(0), broken, checkpoint, max_epochs=1, enable_checkpointing=True)
+    merge = ContinualMergeCallback(method=resumed)
+    fit(Classifier(), Task(0), merge, ckpt_path=checkpoint.best_model_path)
+    assert len(whole.contexts[0][Snapshots]) == 5
+    torch.testing.assert_close(
+        torch.stack(list(resumed.contexts[0][Snapshots])), torch.stack(list(whole.contexts[0][Snapshots]))
+    )
+
+
+def test_a_method_that_asks_for_fewer_than_two_snapshots_is_refused():
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        fit(Classifier(), Task(0), ContinualMergeCallback(method=Watching(Snapshots(1))))
+
+
+def test_a_run_too_short_for_snapshots_is_refused_and_not_merged():
+    merge = ContinualMergeCallback(method=Watching(Snapshots()))
+    with pytest.raises(ValueError, match="needs weights from the training run"):
+        fit(Classifier(), Task(0), merge, max_steps=1, max_epochs=-1)
+    assert merge.report.tasks == []
