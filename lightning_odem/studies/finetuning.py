@@ -17,7 +17,7 @@ from lightning_odem.callback.guards import FreshStart
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.files import replacing
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
-from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.evaluation import Score, score
 from lightning_odem.stream.trace import Collection, second_moments
 from lightning_odem.studies.training_fingerprint import fingerprint
 from lightning_odem.tasks import Task
@@ -34,8 +34,8 @@ class FineTuned:
         own: What belongs to the task alone, such as its head.
         second_moments: Adam's second moments; empty where the optimizer has none.
         snapshots: Weights from the training run, where they were wanted.
-        pretrained: Accuracy of the base model on the task, by split.
-        fine_tuned: Accuracy of this model on it, by split.
+        pretrained: Score of the base model on the task, by split.
+        fine_tuned: Score of this model on it, by split.
     """
 
     weights: Snapshot
@@ -121,7 +121,7 @@ def fine_tune(
         fresh_start: Rewinds the Trainer; one for all fits of a Trainer.
         snapshots: Weights of the training run to keep at most.
         given: Weights of a model fine-tuned elsewhere. Nothing is trained then; only what the task needs besides
-            (probes fitted on the base model) is made, and accuracies are measured.
+            (probes fitted on the base model) is made, and scores are measured.
     """
     harvest = _Harvest(task, division, fresh_start, snapshots, given)
     trainer.callbacks.append(harvest)  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ class _Harvest(L.Callback):
         # Heads are ready now, and no step was taken yet.
         if self._pretrained:
             return
-        self._pretrained = self._accuracies(pl_module)
+        self._pretrained = self._scores(pl_module)
         if self._given is not None:
             load_snapshot(pl_module, dict(self._given), lambda name: name in self._given)  # type: ignore[operator]
             self._take(pl_module)
@@ -192,17 +192,22 @@ class _Harvest(L.Callback):
             weights=take_snapshot(module, is_shared),
             own=take_snapshot(module, lambda name: not is_shared(name)),
             pretrained=self._pretrained,
-            fine_tuned=self._accuracies(module),
+            fine_tuned=self._scores(module),
         )
         return self.result
 
-    def _accuracies(self, module: L.LightningModule) -> dict[str, float]:
+    def _scores(self, module: L.LightningModule) -> dict[str, float]:
         with undisturbed(module):
-            return {split: accuracy(module, loader(self._task, split), self._task.task_name) for split in SPLITS}
+            return {split: measure(module, self._task, split).value for split in SPLITS}
+
+
+def measure(module: L.LightningModule, task: Task, split: str) -> Score:
+    """Score of a module, which has a Trainer and is in eval mode, on a task."""
+    return score(module, loader(task, split), task.task_name, task)
 
 
 def loader(task: Task, split: str) -> Any:
-    """The task's batches to measure accuracies on."""
+    """The task's batches to measure scores on."""
     return task.test_dataloader() if split == "test" else task.val_dataloader()
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_odem.stream.evaluation import accuracy, evaluation_data
+from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.evaluation_data import evaluation_data
 
 
 def loader(seed=0, size=20, batch_size=6):
