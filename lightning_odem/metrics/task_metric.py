@@ -93,12 +93,14 @@ def find_metric(task: str, *owners: Any) -> Metric | MetricCollection:
     Raises:
         ValueError: If what is given is no metric.
     """
+    kinds = (Metric, MetricCollection)
     for owner in owners:
-        given = getattr(owner, "task_metric", None)
-        metric = given(task) if callable(given) else None
+        metric = getattr(owner, "task_metric", None)
+        if callable(metric) and not isinstance(metric, kinds):
+            metric = metric(task)
         if metric is None:
             continue
-        if not isinstance(metric, (Metric, MetricCollection)) or (isinstance(metric, MetricCollection) and not metric):
+        if not isinstance(metric, kinds) or (isinstance(metric, MetricCollection) and not metric):
             raise ValueError(
                 f"task_metric({task!r}) of {type(owner).__name__} gives a torchmetrics.Metric, or a MetricCollection "
                 f"whose first entry is the score, or None for the default; got {metric!r}."

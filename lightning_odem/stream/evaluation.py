@@ -68,14 +68,6 @@ def check_score(module: L.LightningModule, data: Iterable, task: str, datamodule
         meter.compute()
 
 
-def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
-    """Fraction of a task's samples classified correctly, in [0, 1], as :func:`score` without a ``task_metric``."""
-    meter = _Meter(module, task, find_metric(task))
-    for batch in limited(data, module.trainer.limit_test_batches):
-        meter.update(batch)
-    return meter.compute().value
-
-
 class _Undefined(ValueError):
     """A metric gave no result."""
 
