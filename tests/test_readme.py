@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from measured import Data, Net, total
 from toy import Classifier, Task, Watching, fit
 
 from lightning_odem import ContinualMergeCallback
@@ -55,6 +56,14 @@ def test_samples_without_labels_do(small_stream):
     held = merge.state_dict()["buffer"]["tasks"]
     assert held["digits"]["samples"].shape == (24, 4)
     assert [samples["logits"].shape for samples in held.values()] == [(24, 3), (24, 3)]
+
+
+def test_a_regression_is_measured_by_the_metric_it_brings(small_stream):
+    shown = {"Regression": Net}
+    exec(block_with("R2Score()"), shown)
+    merge = ContinualMergeCallback("average")
+    fit(shown["Prices"](), Data(0, total), merge)
+    assert merge.table(80).startswith("R2Score\n")
 
 
 def test_the_flow_runs_by_itself():

@@ -7,7 +7,7 @@ from images import make_model, make_stream, make_trainer
 
 from lightning_odem.parameters.snapshot import load_snapshot
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.evaluation import score
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.studies import Workbench
 from lightning_odem.studies.finetuning import loader
@@ -50,7 +50,7 @@ def test_the_ends_are_the_two_fine_tuned_models(comparison, directory):
             rows.append([])
             for name in "ca":
                 load_task_parameters(module, models[name].own)
-                rows[-1].append(accuracy(module, loader(stream[name], "test"), name))
+                rows[-1].append(score(module, loader(stream[name], "test"), name).value)
     assert set(directory.rglob("*.safetensors")) == files
     assert rows[0] != rows[1]
     for method in ("average", "ode"):

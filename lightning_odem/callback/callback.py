@@ -53,6 +53,7 @@ _Data = TypeVar("_Data", bound=L.LightningDataModule)
 
 FINETUNE_FROM = ("base", "merged")
 OFFLOADS = ("cpu", "disk")
+EVALUATE = ("every", False)
 
 
 class ContinualMergeCallback(L.Callback):
@@ -66,13 +67,14 @@ class ContinualMergeCallback(L.Callback):
     is evaluated, the numbers go to the loggers (step = number of the task), to ``report`` and to ``dirpath``.
 
     The module needs nothing but ``training_step`` on batches ``(inputs, targets)`` and ``forward(inputs)`` that gives
-    class scores. It may define
+    predictions. It may define
 
     - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
       switched off;
-    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``: scores [B, C] of two
-      or more classes, or class ids [B], and class ids [B]. Where accuracies are to be measured, anything else, such as
-      a single logit or a regression, is refused before training;
+    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``;
+    - ``task_metric(task)``, the ``torchmetrics.Metric`` of a task, or a collection whose first entry is its score. By
+      default it is the accuracy of class scores [B, C] or ids [B]; what it cannot measure is refused before training.
+      The datamodule may define it too;
     - ``task_specific``, a tuple of patterns like ``exclude``, for parameters such as the heads of single tasks.
 
     The datamodule may define ``task_name``, ``task_weight``, and ``calibration_dataset()`` or
@@ -114,12 +116,13 @@ class ContinualMergeCallback(L.Callback):
         offload: Where the base and the merged model, the buffer and what tasks and method keep are between merges:
             ``"cpu"``, in main memory, or ``"disk"``, mapped from the files of the state, which costs memory only where
             they are used.
+        evaluate: ``"every"`` measures every task seen after each merge, ``False`` nothing: scores are NaN then.
 
     Attributes:
         report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
         calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
             datamodule's.
-        evaluation_data: Dataloaders or datamodules to measure accuracies on, by task name; needed for tasks that
+        evaluation_data: Dataloaders or datamodules to measure scores on, by task name; needed for tasks that
             another process has merged unless :meth:`remaining` was given them, otherwise the datamodule's test or
             validation data.
         last_merged_path: The checkpoint with the merged weights, or None.
@@ -157,6 +160,7 @@ class ContinualMergeCallback(L.Callback):
         batch_norm: Literal["average", "keep", "recalibrate"] = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
         offload: Literal["cpu", "disk"] = "cpu",
+        evaluate: Literal["every", False] = "every",
     ) -> None:
         if finetune_from not in FINETUNE_FROM:
             raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
@@ -164,6 +168,8 @@ class ContinualMergeCallback(L.Callback):
             raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
+        if evaluate not in EVALUATE:
+            raise ValueError(f"evaluate is 'every' (after each merge) or False, got {evaluate!r}.")
         if isinstance(exclude, str):
             raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
         if weights is not None:
@@ -179,7 +185,7 @@ class ContinualMergeCallback(L.Callback):
         self._state = StreamState(calibration.buffer(calibration_size))
         self._directory = RunDirectory(dirpath, mapped=offload == "disk")
         self._fresh_start = FreshStart()
-        self._measurement = Measurement(self.division)
+        self._measurement = Measurement(self.division, enabled=bool(evaluate))
         self.evaluation_data = self._measurement.given
         self._stage: str | None = None
         self._resumed = False
@@ -337,7 +343,7 @@ class ContinualMergeCallback(L.Callback):
                 task = state.started["task"]
                 state.started["before_training"] = measure(pl_module, state.merged, task)
                 state.started["pretrained"] = measure(pl_module, state.base, task)
-            self._measurement.check(pl_module, [*self.report.tasks, state.started["task"]])
+            self._measurement.check(pl_module, [*self.report.tasks, state.started["task"]], self.report.measured())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -419,7 +425,8 @@ class ContinualMergeCallback(L.Callback):
         ):
             record = merge.record
             _copy_from_main_process(trainer, pl_module)
-            row = self._measurement.every_task(trainer, pl_module, task_parameters)
+            scores = self._measurement.every_task(trainer, pl_module, task_parameters)
+            record.further = {name: score.further for name, score in scores.items() if score.further}
             record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
             state = replace(
                 state,
@@ -431,7 +438,8 @@ class ContinualMergeCallback(L.Callback):
                 report=report.with_merge(
                     record,
                     weight=weight,
-                    accuracy=row,
+                    accuracy=[score.value for score in scores.values()],
+                    metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
                     fine_tuned=fine_tuned,
                     pretrained=state.started["pretrained"],
                     before_training=state.started["before_training"],

@@ -1,9 +1,12 @@
 """What a user sees of a merge: a report, numbers in the loggers and one line."""
 
+import math
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
 from lightning_odem.report.scalars import latest_scalars
 from lightning_odem.stream.directory import RunDirectory
@@ -16,10 +19,10 @@ def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=len(report.tasks))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-    rank_zero_info(_summary(report, scalars))
+    rank_zero_info(_summary(report))
 
 
-def _summary(report: StreamReport, scalars: dict[str, float]) -> str:
+def _summary(report: StreamReport) -> str:
     record = report.merges[-1]
     parts = [f"Merged task {len(report.tasks)} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
     if record.path:
@@ -28,7 +31,12 @@ def _summary(report: StreamReport, scalars: dict[str, float]) -> str:
         parts.append(f"scale {scale[0]:.3g}" if scale[0] else "the running average")
     if pieces := record.path.get("descent_taken"):
         parts.append(f"{pieces[0]:.0f} of {len(record.path['descent_loss']) - 1} pieces of descent")
-    headline = {"ACC": "merge/acc", "BWT": "merge/bwt"}
-    parts += [f"{name} {100 * scalars[key]:.1f} %" for name, key in headline.items() if key in scalars]
+    if metric := report.metric():
+        acc = "ACC" if metric == ACCURACY else f"ACC ({metric.name})"
+        unit = f" {metric.unit}" if metric.unit else ""
+        summary = {acc: report.acc(), "BWT": report.bwt()}
+        parts += [f"{name} {metric.text(value)}{unit}" for name, value in summary.items() if math.isfinite(value)]
+    else:
+        parts.append("no ACC and BWT of unlike metrics")
     where = f". Merged weights: {record.checkpoint} (ModelCheckpoint's files hold unmerged ones)"
     return ", ".join(parts) + (where if record.checkpoint else "")

@@ -6,6 +6,8 @@ All of them are weighted means with these rules in common:
 - Weights are relative: multiplying all of them by one positive number changes nothing.
 - An accuracy that is NaN (not measured) makes the mean NaN, unless its task has weight 0 and so does not enter.
 - A mean over no task, or over tasks that all have weight 0 while another task of the stream has not, is undefined: NaN.
+- Scores may be of any metric. Where lower ones are better (``higher_is_better=False``), BWT, forgetting and forward
+  transfer are those of the scores with their sign changed: a negative BWT means forgotten, whatever the metric.
 - Invalid weights (see :func:`check_weights`) and shapes that do not match raise a :class:`ValueError`.
 """
 
@@ -66,7 +68,7 @@ def weighted_accuracy(accuracies: Tensor, weights: Tensor) -> Tensor:
     return _weighted_mean(values, weights).to(accuracies.dtype)
 
 
-def backward_transfer(matrix: Tensor, weights: Tensor) -> Tensor:
+def backward_transfer(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -> Tensor:
     r"""Utility-weighted backward transfer, eq. 3 of `ODE-M <https://arxiv.org/abs/2605.19409>`_.
 
     .. math:: \text{BWT}_w = \frac{\sum_{i<K} w_i \, (a_{K,i} - a_{i,i})}{\sum_{i<K} w_i}
@@ -77,6 +79,7 @@ def backward_transfer(matrix: Tensor, weights: Tensor) -> Tensor:
     Args:
         matrix: Accuracy matrix, shape [K, K]. Entries above the diagonal are ignored.
         weights: Utility weight of each task, shape [K].
+        higher_is_better: Whether that is so of the scores.
 
     Returns:
         NaN for K < 2 and where all earlier tasks have weight 0.
@@ -89,12 +92,14 @@ def backward_transfer(matrix: Tensor, weights: Tensor) -> Tensor:
         >>> matrix = tensor([[0.9, nan, nan], [0.8, 0.7, nan], [0.6, 0.8, 0.9]])
         >>> backward_transfer(matrix, weights=tensor([2.0, 1.0, 1.0]))  # (2 * -0.3 + 1 * 0.1) / 3
         tensor(-0.1667)
+        >>> backward_transfer(tensor([[2.0, nan], [5.0, 1.0]]), tensor([1.0, 1.0]), higher_is_better=False)  # an error
+        tensor(-3.)
     """
-    values, weights = _validate("matrix", matrix, weights, ndim=2)
+    values, weights = _validate("matrix", matrix, weights, ndim=2, sign=_sign(higher_is_better))
     return _weighted_mean((values[-1] - values.diagonal())[:-1], weights[:-1]).to(matrix.dtype)
 
 
-def forgetting(matrix: Tensor, weights: Tensor) -> Tensor:
+def forgetting(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -> Tensor:
     r"""Utility-weighted forgetting of `RWalk <https://arxiv.org/abs/1801.10112>`_ (Chaudhry et al., 2018).
 
     .. math:: \text{F}_w = \frac{\sum_{j<K} w_j \, \big(\max_{j \le l < K} a_{l,j} - a_{K,j}\big)}{\sum_{j<K} w_j}
@@ -105,6 +110,7 @@ def forgetting(matrix: Tensor, weights: Tensor) -> Tensor:
     Args:
         matrix: Accuracy matrix, shape [K, K]. Entries above the diagonal are ignored.
         weights: Utility weight of each task, shape [K].
+        higher_is_better: Whether that is so of the scores.
 
     Returns:
         NaN for K < 2 and where all earlier tasks have weight 0.
@@ -118,7 +124,7 @@ def forgetting(matrix: Tensor, weights: Tensor) -> Tensor:
         >>> forgetting(matrix, weights=tensor([2.0, 1.0, 1.0]))  # (2 * (0.9 - 0.6) + 1 * (0.7 - 0.8)) / 3
         tensor(0.1667)
     """
-    values, weights = _validate("matrix", matrix, weights, ndim=2)
+    values, weights = _validate("matrix", matrix, weights, ndim=2, sign=_sign(higher_is_better))
     earlier = values[:-1, :-1]
     if not len(earlier):
         return matrix.new_tensor(math.nan)
@@ -127,7 +133,9 @@ def forgetting(matrix: Tensor, weights: Tensor) -> Tensor:
     return _weighted_mean(best - values[-1, :-1], weights[:-1]).to(matrix.dtype)
 
 
-def forward_transfer(before_training: Tensor, baseline: Tensor, weights: Tensor) -> Tensor:
+def forward_transfer(
+    before_training: Tensor, baseline: Tensor, weights: Tensor, higher_is_better: bool = True
+) -> Tensor:
     r"""Utility-weighted forward transfer of `GEM <https://arxiv.org/abs/1706.08840>`_ (Lopez-Paz & Ranzato, 2017).
 
     .. math:: \text{FWT}_w = \frac{\sum_{i=2}^{K} w_i \, (a_{i-1,i} - b_i)}{\sum_{i=2}^{K} w_i}
@@ -141,6 +149,7 @@ def forward_transfer(before_training: Tensor, baseline: Tensor, weights: Tensor)
             :math:`a_{i-1,i}`, shape [K]. Element 0 is ignored: there was no merged model before the first task.
         baseline: Accuracy on each task of the base model, shape [K]. Element 0 is ignored.
         weights: Utility weight of each task, shape [K].
+        higher_is_better: Whether that is so of the scores.
 
     Returns:
         NaN for K < 2 and where all tasks but the first have weight 0.
@@ -154,13 +163,19 @@ def forward_transfer(before_training: Tensor, baseline: Tensor, weights: Tensor)
         >>> forward_transfer(before_training, baseline, weights=tensor([1.0, 3.0, 1.0]))  # (3 * 0.2 + 1 * -0.1) / 4
         tensor(0.1250)
     """
-    values, _ = _validate("before_training", before_training, weights)
-    baseline, weights = _validate("baseline", baseline, weights)
+    values, _ = _validate("before_training", before_training, weights, sign=_sign(higher_is_better))
+    baseline, weights = _validate("baseline", baseline, weights, sign=_sign(higher_is_better))
     return _weighted_mean((values - baseline)[1:], weights[1:]).to(before_training.dtype)
 
 
-def _validate(name: str, accuracies: Tensor, weights: Tensor, ndim: int = 1) -> tuple[Tensor, Tensor]:
-    """Both arguments in fp64, once the weights are valid and the accuracies have the shape they ask for."""
+def _sign(higher_is_better: bool) -> float:
+    return 1.0 if higher_is_better else -1.0
+
+
+def _validate(
+    name: str, accuracies: Tensor, weights: Tensor, ndim: int = 1, sign: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Both arguments in fp64, the first with a sign, once the weights are valid and ask for the accuracies' shape."""
     check_weights(weights)
     shape = ndim * (len(weights),)
     if accuracies.shape != shape or not accuracies.is_floating_point():
@@ -168,7 +183,7 @@ def _validate(name: str, accuracies: Tensor, weights: Tensor, ndim: int = 1) -> 
             f"Expected `{name}` to be a floating point tensor of shape {shape} for {len(weights)} utility weights, "
             f"got {accuracies.dtype} of shape {tuple(accuracies.shape)}."
         )
-    return accuracies.double(), torch.as_tensor(weights, dtype=torch.float64, device=accuracies.device)
+    return sign * accuracies.double(), torch.as_tensor(weights, dtype=torch.float64, device=accuracies.device)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

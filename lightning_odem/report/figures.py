@@ -1,6 +1,7 @@
 """Figures of a report; matplotlib's global state stays untouched, so they can be drawn in any thread."""
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from lightning_odem.report.record import MergeRecord, StreamReport
+from lightning_odem.metrics import TaskMetric
+from lightning_odem.report.merge_record import MergeRecord
+from lightning_odem.report.record import StreamReport
 
 # Okabe and Ito's colour-blind-safe palette without its black, which is the mean's, and its yellow, too pale for a line
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
@@ -20,55 +23,80 @@ MARKERS = "osD^vP*Xp<>"
 
 
 def plot_accuracy_matrix(report: StreamReport) -> Figure:
-    """Heat map of the accuracy on each task, in percent: base model and incoming models on top, merged models below.
+    """Heat map of the score on each task, in percent or as it is: base model and incoming models on top, merged below.
 
-    A dash marks an accuracy that was not measured.
+    The brighter the better. Where tasks have unlike metrics, colours go from the worst to the best of each task. A dash
+    marks a score that was not measured.
 
     Args:
         report: A report of at least one merge.
     """
-    references = 100 * np.array([report.pretrained, report.fine_tuned])
-    merged = 100 * report.matrix().numpy()
+    metrics, shared = [report.metric_of(task) for task in report.tasks], report.metric()
+    scale = np.array([metric.scale for metric in metrics])
+    references, merged = np.array([report.pretrained, report.fine_tuned]), report.matrix().numpy()
+    values = scale * np.vstack([references, merged])
     size = len(report.tasks)
-    measured = [value for value in (*references.flat, *merged.flat) if math.isfinite(value)]
-    norm = Normalize(10 * math.floor(min(measured, default=0) / 10), 100)
     cell = 0.75 if size < 10 else 0.48
     figure = new_figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, size])
-    _heat_map(upper, references, ["pretrained", "fine-tuned"], norm)
-    image = _heat_map(lower, merged, [f"after {task}" for task in report.tasks], norm, triangular=True)
+    norm = _norm(values, shared)
+    style = {"norm": norm, "cmap": "viridis" if shared is None or shared.higher_is_better else "viridis_r"}
+    colors = _from_worst_to_best(values, metrics) if shared is None else values
+    image = _heat_map(upper, colors[:2], ["pretrained", "fine-tuned"], _cells(report, references), style)
+    names = [f"after {task}" for task in report.tasks]
+    _heat_map(lower, colors[2:], names, _cells(report, merged, triangular=True), style)
     labels = _task_labels(report)
-    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if 0.09 * max(map(len, labels)) > cell else {}
+    if shared is None:
+        labels = [f"{label}\n{metric.name}" for label, metric in zip(labels, metrics, strict=True)]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if 0.09 * longest > cell else {}
     lower.set_xticks(range(size), labels, **tilt)
     lower.set_xlabel("task")
     lower.set_ylabel("merged model")
-    figure.colorbar(image, ax=[upper, lower], label="accuracy (%)", pad=0.02, aspect=30)
+    bar = figure.colorbar(
+        image,
+        ax=[upper, lower],
+        label=shared.label if shared else "scores of each task",
+        pad=0.02,
+        aspect=30,
+    )
+    if shared is None:
+        bar.set_ticks([0, 1], labels=["worst", "best"])
     return figure
 
 
 def plot_accuracy_over_stream(report: StreamReport) -> Figure:
-    """ACC_w (eq. 2) and the accuracy on each task against the number of merges, in percent.
+    """ACC_w (eq. 2) and the score on each task against the number of merges, in percent or as it is.
+
+    Where tasks have unlike metrics, each metric has axes of its own and there is no mean.
 
     Args:
         report: A report of at least one merge.
     """
     size = len(report.tasks)
     merges = np.arange(1, size + 1)
-    matrix = 100 * report.matrix().numpy()
+    matrix = report.matrix().numpy()
+    shared = report.metric()
+    panels = list(dict.fromkeys(map(report.metric_of, report.tasks)))
     colors = COLORS if size <= len(COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
-    figure = new_figure(7.2, max(4.0, 1.0 + 0.2 * size))
-    axes = figure.subplots()
-    name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
-    mean = [100 * report.acc(merge) for merge in range(size)]
-    axes.plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
-    for index, label in enumerate(_task_labels(report)):
+    figure = new_figure(7.2, max(2.0 + 2.0 * len(panels), 1.0 + 0.2 * size))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    if shared is not None:
+        name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
+        mean = [shared.scale * report.acc(merge) for merge in range(size)]
+        grid[0].plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
+    for index, (task, label) in enumerate(zip(report.tasks, _task_labels(report), strict=True)):
+        metric = report.metric_of(task)
+        axes = grid[panels.index(metric)]
         color, marker = colors[index], MARKERS[index % len(MARKERS)]
-        axes.plot(merges[index:], matrix[index:, index], color=color, marker=marker, lw=1.2, ms=5, label=label)
-    axes.set_xlabel("number of merges")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_xlim(0.5, size + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    open_frame(axes)
+        values = metric.scale * matrix[index:, index]
+        axes.plot(merges[index:], values, color=color, marker=marker, lw=1.2, ms=5, label=label)
+    for axes, metric in zip(grid, panels, strict=True):
+        axes.set_ylabel(metric.label)
+        axes.set_xlim(0.5, size + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        open_frame(axes)
+    grid[-1].set_xlabel("number of merges")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -163,14 +191,43 @@ def _task_labels(report: StreamReport) -> list[str]:
     return [f"{task} (w={weight:.4g})" for task, weight in zip(report.tasks, report.weights, strict=True)]
 
 
-def _heat_map(axes: Axes, values: np.ndarray, rows: list[str], norm: Normalize, triangular: bool = False) -> AxesImage:
-    image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", norm=norm, aspect="auto")
+def _norm(values: np.ndarray, metric: TaskMetric | None) -> Normalize:
+    """Colours of percent up to 100 (of errors from 0), of others as far as they go."""
+    measured = [value for value in values.flat if math.isfinite(value)]
+    if metric is None:
+        return Normalize(0, 1)
+    if metric.unit != "%":
+        return Normalize(min(measured, default=0), max(measured, default=1))
+    if not metric.higher_is_better:
+        return Normalize(0, 10 * math.ceil(max(measured, default=100) / 10))
+    return Normalize(10 * math.floor(min(measured, default=0) / 10), 100)
+
+
+def _from_worst_to_best(values: np.ndarray, metrics: list[TaskMetric]) -> np.ndarray:
+    """Scores [rows, tasks] as places in [0, 1] between the worst and the best of each task."""
+    signed = values * [1 if metric.higher_is_better else -1 for metric in metrics]
+    known = np.ma.masked_invalid(signed)
+    lowest, highest = known.min(axis=0), known.max(axis=0)
+    return ((known - lowest) / np.ma.where(highest == lowest, 1, highest - lowest)).filled(np.nan)
+
+
+def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -> dict[tuple[int, int], str]:
+    """What stands in the cells of a heat map, by row and column."""
+    texts = {}
     for (row, column), value in np.ndenumerate(values):
-        if triangular and column > row:
-            continue
-        number = f"{value:.1f}" if math.isfinite(value) else "—"
-        color = "white" if norm(value) < 0.5 else "black"
-        axes.text(column, row, number, ha="center", va="center", fontsize="small", color=color)
+        if not (triangular and column > row):
+            texts[row, column] = report.metric_of(report.tasks[column]).text(value)
+    return texts
+
+
+def _heat_map(
+    axes: Axes, values: np.ndarray, rows: list[str], cells: dict[tuple[int, int], str], style: dict[str, Any]
+) -> AxesImage:
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", **style)
+    for (row, column), text in cells.items():
+        place = style["norm"](values[row, column])
+        dark = place < 0.5 if style["cmap"] == "viridis" else place > 0.5
+        axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

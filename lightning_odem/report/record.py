@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,90 +11,23 @@ from typing import Any
 from torch import Tensor, float64, tensor
 
 from lightning_odem.metrics import (
+    ACCURACY,
+    TaskMetric,
     backward_transfer,
     forgetting,
     forward_transfer,
     weighted_accuracy,
 )
 from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
-
-
-@dataclass
-class MergeRecord:
-    """One merge: what was asked, what the path did, what it cost.
-
-    Args:
-        task: Name of the task whose fine-tuned model came in.
-        t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper with no earlier utility).
-        method: Registered name of the merge method.
-        path: Per recorded point of the path, lists under ``t`` and ``loss`` (n + 1 points) and under ``alignment``
-            (the inner product of gradient and transport field), ``gamma``, ``alignment_ratio``, ``step_norm`` and
-            ``damped_share`` (n steps). ``gamma``, ``alignment_ratio`` and ``damped_share`` are empty for paths
-            without such a damping; all is empty for methods that follow no path and for the first task. Some methods'
-            options add lists under ``held_out_t`` and ``held_out_loss`` (candidates for the end, which lie beyond it as
-            well, and their losses on held-out samples), ``rejected_t`` and ``rejected_loss`` (steps taken back), or
-            ``scale``, ``scale_loss``, ``scale_taken``, ``average_loss``, ``descent_loss`` and ``descent_taken`` (the
-            search of an operating point and the flow from there, see :class:`~lightning_odem.flow.Trajectory`).
-        steps: Steps of the path.
-        loss_before: Calibration loss of the merged model before this merge, where the path begins (NaN if never
-            measured).
-        loss_after: Calibration loss of the merged model after it.
-        loss_incoming: Calibration loss of the incoming model.
-        barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
-        envelope_excess: By how much the path left the bound of Theorem 3.4; 0 where it held.
-        estimated: Whether the path's losses between its ends are those of minibatches. Barrier and envelope excess are
-            then measured at the ends alone.
-        gradient_evaluations: Gradients taken on the calibration set or a part of it.
-        loss_evaluations: Passes over the calibration set, or a part of it, without a gradient.
-        sample_gradients: Samples that went through a pass with gradient, of the calibration set and of the task's own
-            data.
-        gradient_seconds: Wall time inside those evaluations.
-        merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
-        calibration: Samples kept per task during this merge.
-        checkpoint: Path of the checkpoint with the merged weights, or None where none was written.
-    """
-
-    task: str
-    t: float
-    method: str
-    path: dict[str, list[float]] = field(default_factory=dict)
-    steps: int = 0
-    loss_before: float = math.nan
-    loss_after: float = math.nan
-    loss_incoming: float = math.nan
-    barrier: float = 0.0
-    envelope_excess: float = 0.0
-    estimated: bool = False
-    gradient_evaluations: int = 0
-    loss_evaluations: int = 0
-    sample_gradients: int = 0
-    gradient_seconds: float = 0.0
-    merge_seconds: float = 0.0
-    calibration: dict[str, int] = field(default_factory=dict)
-    checkpoint: str | None = None
-
-
-@dataclass
-class RemovalRecord:
-    """One task that was taken out of a stream again.
-
-    Args:
-        task: Its name.
-        weight: The utility weight that it had.
-        measured_with: Tasks of the stream that were merged after it: what was measured after their merges is of models
-            that it was part of.
-    """
-
-    task: str
-    weight: float
-    measured_with: list[str]
+from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 
 
 @dataclass
 class StreamReport:
     """Everything measured on a stream so far; ``report.json`` is this object.
 
-    Accuracies are fractions in [0, 1]; a value that was not or could not be measured is NaN (``null`` in JSON).
+    Accuracies are fractions in [0, 1]; where a task has brought another metric they are its scores. A value that was
+    not or could not be measured is NaN (``null`` in JSON).
 
     Args:
         tasks: Names in the order they were merged.
@@ -108,6 +41,7 @@ class StreamReport:
         removed: One record per task that was taken out again. Nothing else of it is left in the report, and nothing is
             measured at a removal: the last row of ``accuracy`` is of the model before it, if that task is in its
             ``measured_with``.
+        metrics: What the scores are of tasks that are not measured by accuracy, by task.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -118,9 +52,16 @@ class StreamReport:
     before_training: list[float] = field(default_factory=list)
     merges: list[MergeRecord] = field(default_factory=list)
     removed: list[RemovalRecord] = field(default_factory=list)
+    metrics: dict[str, TaskMetric] = field(default_factory=dict)
 
     def with_merge(
-        self, record: MergeRecord, *, weight: float, accuracy: list[float], **measured: float
+        self,
+        record: MergeRecord,
+        *,
+        weight: float,
+        accuracy: list[float],
+        metrics: Mapping[str, TaskMetric] = {},
+        **measured: float,
     ) -> "StreamReport":
         """A report with one merge more; this one stays as it is.
 
@@ -128,24 +69,41 @@ class StreamReport:
             record: The merge.
             weight: Utility weight of its task.
             accuracy: Accuracy on every task, this one the last.
+            metrics: What was measured of tasks.
             **measured: ``pretrained``, ``fine_tuned`` and ``before_training`` of the task.
         """
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
-        return replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()})
+        others = {task: metric for task, metric in {**self.metrics, **metrics}.items() if metric != ACCURACY}
+        return replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
 
     def without(self, task: str) -> "StreamReport":
         """A report without the row and the column of a task, and with a note of it; this one stays as it is."""
         gone = self.tasks.index(task)
-        names = [entry.name for entry in fields(self) if entry.name != "removed"]
+        names = [entry.name for entry in fields(self) if entry.name not in ("removed", "metrics")]
         left: dict[str, list] = {name: _without(getattr(self, name), gone) for name in names}
         left["accuracy"] = [_without(row, gone) for row in left["accuracy"]]
+        left["merges"] = [replace(record, further=_but(record.further, task)) for record in left["merges"]]
         # Names mean the tasks as they are now: one that comes again is measured anew.
         before = [
             replace(record, measured_with=[name for name in record.measured_with if name != task])
             for record in self.removed
         ]
         note = RemovalRecord(task, self.weights[gone], self.tasks[gone + 1 :])
-        return StreamReport(**left, removed=[*before, note])
+        return StreamReport(**left, removed=[*before, note], metrics=_but(self.metrics, task))
+
+    def metric_of(self, task: str) -> TaskMetric:
+        """What the scores of a task are."""
+        return self.metrics.get(task, ACCURACY)
+
+    def measured(self) -> dict[str, TaskMetric]:
+        """What the scores of each task are of which there is one."""
+        scores = {task: [row[index] for row in self.accuracy[index:]] for index, task in enumerate(self.tasks)}
+        return {task: self.metric_of(task) for task, found in scores.items() if not all(map(math.isnan, found))}
+
+    def metric(self, size: int | None = None) -> TaskMetric | None:
+        """What the scores are of the first tasks, or of all; None if they are unlike, and means over them NaN."""
+        found = {self.metric_of(task) for task in self.tasks[:size]}
+        return found.pop() if len(found) == 1 else None if found else ACCURACY
 
     def matrix(self) -> Tensor:
         """Accuracy matrix a_{k,i} of shape [K, K], fp64, NaN above the diagonal."""
@@ -154,8 +112,8 @@ class StreamReport:
         return tensor(rows, dtype=float64).view(size, size)
 
     def weighted_accuracy(self, accuracies: list[float]) -> float:
-        """Weighted mean of accuracies on the first tasks of the stream; NaN if all of these have weight 0."""
-        return self._summarize(weighted_accuracy, accuracies)
+        """Weighted mean of scores on the first tasks of the stream; NaN if all of these have weight 0."""
+        return self._summarize(lambda values, weights, _: weighted_accuracy(values, weights), accuracies)
 
     def acc(self, merge: int = -1) -> float:
         """ACC_w after a merge (eq. 2; 0-based index, the last one by default)."""
@@ -183,10 +141,11 @@ class StreamReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
         """Rebuild a report from :meth:`as_dict` or from the parsed ``report.json``."""
-        data = {"removed": [], **data}  # which older reports lack
+        data = {"removed": [], "metrics": {}, **data}  # which older reports lack
         values = {entry.name: data[entry.name] for entry in fields(cls)}
         values["merges"] = [MergeRecord(**record) for record in values["merges"]]
         values["removed"] = [RemovalRecord(**record) for record in values["removed"]]
+        values["metrics"] = {task: TaskMetric(**metric) for task, metric in values["metrics"].items()}
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -221,9 +180,15 @@ class StreamReport:
     def _summarize(self, metric: Callable[..., Tensor], *accuracies: list) -> float:
         weights = tensor(self.weights[: len(accuracies[0])], dtype=float64)
         # The metrics refuse such weights, but a stream may start with tasks of weight 0.
-        if not weights.any():
+        kind = self.metric(len(weights))
+        if not weights.any() or kind is None:
             return math.nan
-        return metric(*(tensor(values, dtype=float64) for values in accuracies), weights).item()
+        scores = (tensor(values, dtype=float64) for values in accuracies)
+        return metric(*scores, weights, kind.higher_is_better).item()
+
+
+def _but(values: dict[str, Any], task: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != task}
 
 
 def _without(values: list, index: int) -> list:

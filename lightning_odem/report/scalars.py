@@ -2,14 +2,16 @@
 
 import math
 
+from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.report.record import StreamReport
 
 
 def latest_scalars(report: StreamReport) -> dict[str, float]:
     """Scalars of the last merge, all under ``merge/``; what is undefined (BWT of the first task) is left out.
 
-    Accuracies and their summaries are fractions, times are seconds, evaluations are passes over the calibration set;
-    ``merge/scale`` is the scale that a search has chosen, 0 where it is the running average.
+    Accuracies and their summaries are fractions; the scores of tasks with another metric stand under its name in place
+    of ``acc``, those beside the score as ``merge/<name>/<task>``. Times are seconds, evaluations are passes over the
+    calibration set; ``merge/scale`` is the scale that a search has chosen, 0 where it is the running average.
 
     Example:
         >>> from lightning_odem.report import MergeRecord
@@ -17,14 +19,19 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
         >>> {name: value for name, value in latest_scalars(report).items() if "acc" in name}
         {'merge/acc': 0.5, 'merge/acc/a': 0.5, 'merge/fine_tuned_acc': 0.5}
     """
-    record = report.merges[-1]
+    record, task = report.merges[-1], report.tasks[-1]
+    shared = report.metric()
     scalars = {
-        "acc": report.acc(),
+        **({_key(shared): report.acc()} if shared else {}),
         "bwt": report.bwt(),
         "forgetting": report.forgetting(),
         "fwt": report.fwt(),
-        **{f"acc/{task}": value for task, value in zip(report.tasks, report.accuracy[-1], strict=True)},
-        "fine_tuned_acc": report.fine_tuned[-1],
+        **{
+            f"{_key(report.metric_of(task))}/{task}": value
+            for task, value in zip(report.tasks, report.accuracy[-1], strict=True)
+        },
+        **{f"{name}/{task}": value for task, found in record.further.items() for name, value in found.items()},
+        f"fine_tuned_{_key(report.metric_of(task))}": report.fine_tuned[-1],
         "t": record.t,
         "loss_before": record.loss_before,
         "loss_after": record.loss_after,
@@ -44,3 +51,7 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
             scalars |= {f"{name}_mean": math.fsum(values) / len(values), f"{name}_min": min(values)}
             scalars[f"{name}_max"] = max(values)
     return {f"merge/{name}": float(value) for name, value in scalars.items() if math.isfinite(value)}
+
+
+def _key(metric: TaskMetric) -> str:
+    return "acc" if metric == ACCURACY else metric.name

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_odem.report.figures import BLUE, GREEN, ORANGE, RED, new_figure, open_frame
-from lightning_odem.report.record import MergeRecord
+from lightning_odem.report.merge_record import MergeRecord
 
 
 def plot_search(record: MergeRecord) -> Figure:

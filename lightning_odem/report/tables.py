@@ -10,7 +10,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from lightning_odem.report.record import MergeRecord, StreamReport
+from lightning_odem.metrics import TaskMetric
+from lightning_odem.report.merge_record import MergeRecord
+from lightning_odem.report.record import StreamReport
 
 # rich's own open boxes draw the rule in characters that not every file encoding has
 RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
@@ -18,11 +20,11 @@ _GAP = 2
 
 
 def render_table(report: StreamReport, width: int | None = None) -> str:
-    """Accuracy matrix with ACC_w (eq. 2) and BWT_w (eq. 3) after every merge, in percent.
+    """Accuracy matrix with ACC_w (eq. 2) and BWT_w (eq. 3) after every merge, in percent or in the metric's own unit.
 
     Columns carry the task names where they fit. Otherwise they are numbered, the rows tell which number is which task,
     and columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
-    undefined or was not measured.
+    undefined or was not measured; of unlike metrics ACC and BWT are undefined.
 
     Args:
         report: What to show.
@@ -53,7 +55,9 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
         rows = [[label, *cells] for label, cells in zip(labels, body, strict=False)]
         if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
-    return render("Accuracy (%)", header, rows, width) + _removals(report, width)
+    shared = report.metric()
+    title = "Scores" if shared is None else f"{shared.label[0].upper()}{shared.label[1:]}"
+    return render(title, header, rows, width) + _unlike(report, width) + _removals(report, width)
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
@@ -79,6 +83,14 @@ def render_summary(report: StreamReport, width: int | None = None) -> str:
     return "\n".join(parts)
 
 
+def _unlike(report: StreamReport, width: int) -> str:
+    """Why there is no mean over the tasks, where there is none."""
+    if report.metric() is not None:
+        return ""
+    found = ", ".join(dict.fromkeys(report.metric_of(task).label for task in report.tasks))
+    return f"\n{fill(f'No ACC and BWT: the tasks are measured by unlike metrics, {found}.', width)}\n"
+
+
 def _removals(report: StreamReport, width: int) -> str:
     """A line for each task that was taken out of the stream again."""
     lines = [
@@ -96,20 +108,36 @@ def _accuracy_names(report: StreamReport, numbered: bool) -> tuple[list[str], li
     merged = [f"{k} {task}" for k, task in zip(columns, report.tasks, strict=True)] if numbered else report.tasks
     if weighted:
         columns = [f"{column}\nw={weight:.4g}" for column, weight in zip(columns, report.weights, strict=True)]
+    if report.metric() is None:
+        names = [f"{metric.name} {metric.unit}".strip() for metric in _metrics(report)]
+        columns = [f"{column}\n{name}" for column, name in zip(columns, names, strict=True)]
     summary = ["ACC_w", "BWT_w"] if weighted else ["ACC", "BWT"]
     return ["", *columns, *summary], ["pretrained", "fine-tuned", *(f"after {name}" for name in merged)]
 
 
 def _accuracy_rows(report: StreamReport) -> list[list[str]]:
-    size = len(report.tasks)
+    metrics, shared = _metrics(report), report.metric()
     rows = []
     for reference in (report.pretrained, report.fine_tuned):
-        rows.append([*map(percent, reference), percent(report.weighted_accuracy(reference)), ""])
+        rows.append([*_texts(reference, metrics), _summary(shared, report.weighted_accuracy(reference)), ""])
     for merge, accuracies in enumerate(report.accuracy):
-        unseen = [""] * (size - len(accuracies))
-        summary = [percent(report.acc(merge)), percent(report.bwt(merge), "+")]
-        rows.append([*map(percent, accuracies), *unseen, *summary])
+        unseen = [""] * (len(report.tasks) - len(accuracies))
+        so_far = report.metric(merge + 1)
+        summary = [_summary(so_far, report.acc(merge)), _summary(so_far, report.bwt(merge), "+")]
+        rows.append([*_texts(accuracies, metrics), *unseen, *summary])
     return rows
+
+
+def _metrics(report: StreamReport) -> list[TaskMetric]:
+    return [report.metric_of(task) for task in report.tasks]
+
+
+def _texts(scores: list[float], metrics: list[TaskMetric]) -> list[str]:
+    return [metric.text(score) for score, metric in zip(scores, metrics, strict=False)]
+
+
+def _summary(metric: TaskMetric | None, score: float, sign: str = "") -> str:
+    return "—" if metric is None else metric.text(score, sign)
 
 
 def _cost_row(record: MergeRecord) -> list[str]:
@@ -130,12 +158,6 @@ def _cost_row(record: MergeRecord) -> list[str]:
 def number(value: float, spec: str) -> str:
     """A formatted number, or a dash for NaN."""
     return "—" if math.isnan(value) else format(value, spec)
-
-
-def percent(fraction: float, sign: str = "") -> str:
-    """A fraction in percent with one decimal."""
-    # adding 0.0 turns a rounded -0.0 into 0.0
-    return number(round(100 * fraction, 1) + 0.0, f"{sign}.1f")
 
 
 def column_widths(rows: list[list[str]]) -> list[int]:

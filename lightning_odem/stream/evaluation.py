@@ -1,134 +1,163 @@
-"""The accuracy of a module on a task's data, outside Lightning's own loops."""
+"""The score of a module on a task's data, outside Lightning's own loops."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
 from lightning_odem.calibration.loss import move_to_device
 from lightning_odem.calibration.prediction import predict_with_targets
+from lightning_odem.metrics import ACCURACY, ClassAccuracy, TaskMetric, find_metric
+from lightning_odem.stream.evaluation_data import limited
 
 
-def evaluation_data(trainer: L.Trainer) -> Iterable | None:
-    """The data that accuracies of the current task are measured on.
+@dataclass(frozen=True)
+class Score:
+    """What was measured of a module on a task.
 
-    The test dataloader of the datamodule or module, else its validation dataloader, else the validation dataloaders
-    given to ``fit``; None if there is nothing of the kind.
+    Args:
+        value: The score; NaN where it is undefined.
+        metric: What it is, None where nothing was measured.
+        further: Other numbers that the metric gave, by name.
     """
-    owners = [(trainer.datamodule, L.LightningDataModule), (trainer.lightning_module, L.LightningModule)]  # type: ignore[attr-defined]
-    for owner, parent in owners:
-        if owner is not None and is_overridden("test_dataloader", owner, parent):
-            owner.setup("test")
-            return _chained(owner.test_dataloader())
-    # Read where it comes from: without a validation_step Lightning does not load it.
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    return _chained(source.dataloader()) if source.is_defined() else None
+
+    value: float
+    metric: TaskMetric | None = ACCURACY
+    further: dict[str, float] = field(default_factory=dict)
 
 
-def data_of(datamodule: L.LightningDataModule) -> Iterable | None:
-    """The test data of a datamodule no Trainer has prepared, else its validation data; None if it has neither."""
-    datamodule.prepare_data()
-    for stage, name in (("test", "test_dataloader"), ("validate", "val_dataloader")):
-        if is_overridden(name, datamodule, L.LightningDataModule):
-            datamodule.setup(stage)
-            return _chained(getattr(datamodule, name)())
-    return None
+def score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any = None) -> Score:
+    """Measure a task's metric on its data; the module should be in eval mode.
 
+    The metric is what ``task_metric(task)`` of the module or the datamodule gives, by default accuracy. Predictions and
+    targets come from ``module.prediction_step(batch, task)`` if there is one, otherwise from ``module(inputs)`` on
+    batches ``(inputs, targets)``. The Trainer's ``limit_test_batches`` applies to each loader.
 
-def accuracy(module: L.LightningModule, data: Iterable, task: str) -> float:
-    """Fraction of a task's samples classified correctly, in [0, 1]; the module should be in eval mode.
-
-    Predictions come from ``module.prediction_step(batch, task)`` if there is one, which returns scores [B, C] or class
-    ids [B] and targets [B]; otherwise from ``module(inputs)`` on batches ``(inputs, targets)``. Class ids are integers
-    or booleans. The Trainer's ``limit_test_batches`` applies to each loader.
+    Args:
+        module: The module, with a Trainer.
+        data: Batches.
+        task: Name of the task.
+        datamodule: The task's, if it may know the metric.
 
     Raises:
-        ValueError: If there is no sample, predictions and targets do not fit together, or they are no classes.
+        ValueError: If there is no sample, predictions and targets are nothing for the metric, or what it gives is no
+            single number.
     """
-    correct: list[Tensor] = []
-    total = 0
-    for batch in _limited(data, module.trainer.limit_test_batches):
-        predicted, targets = _classes(module, batch, task)
-        correct.append((predicted == targets).sum())
-        total += len(targets)
-    if not total:
-        raise _no_sample(task)
-    return int(torch.stack(correct).sum()) / total
+    metric = find_metric(task, module, datamodule)
+    meter = _Meter(module, task, metric)
+    for batch in limited(data, module.trainer.limit_test_batches):
+        meter.update(batch)
+    return meter.compute()
 
 
-def check_classes(module: L.LightningModule, data: Iterable, task: str) -> None:
-    """Predict the first batch of a task's data, and refuse what :func:`accuracy` would refuse of it."""
-    for batch in _limited(data, module.trainer.limit_test_batches):
-        _classes(module, batch, task)
-        return
-    raise _no_sample(task)
+def check_score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any = None) -> None:
+    """Refuse on the first batch of a task's data what :func:`score` would refuse of it."""
+    meter = _Meter(module, task, find_metric(task, module, datamodule))
+    for batch in limited(data, module.trainer.limit_test_batches):
+        meter.update(batch)
+        break
+    # Of few samples many a metric is undefined, with a warning or an error.
+    with catch_warnings(), suppress(_Undefined):
+        simplefilter("ignore")
+        meter.compute()
 
 
-def _classes(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """Predicted and true class ids [B] of a batch."""
-    with torch.no_grad():
-        scores, targets = predict_with_targets(module, move_to_device(module, batch), task)
-    # One column of scores is no choice between classes: its argmax is 0 whatever the score.
-    are_classes = (_are_scores(scores) or _are_ids(scores)) and _are_ids(targets)
-    if not are_classes or len(scores) != len(targets):
-        raise ValueError(
-            f"Predictions of {type(module).__name__} on task {task!r} must be scores [B, C] of 2 or more classes, or "
-            f"integer class ids [B], with integer targets [B], got {_describe(scores)} and targets "
-            f"{_describe(targets)}. A method prediction_step(batch, task) -> (predictions, targets) decides what they "
-            "are: of a single logit it can give `logits.flatten() > 0`. A task without classes has no accuracy: "
-            "without test and validation data it is NaN."
+class _Undefined(ValueError):
+    """A metric gave no result."""
+
+
+class _Meter:
+    """A metric at work on a module's predictions."""
+
+    def __init__(self, module: L.LightningModule, task: str, metric: Metric | MetricCollection) -> None:
+        self.module, self.task = module, task
+        self.metric, self.kind = metric.to(module.device), TaskMetric.of(metric)
+        self.samples = 0
+
+    def update(self, batch: Any) -> None:
+        with torch.no_grad():
+            found = predict_with_targets(self.module, move_to_device(self.module, batch), self.task)
+            predictions, targets = _fitted(*found, self.metric)
+            try:
+                self.metric.update(predictions, targets)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise self._unsuited(*found, error) from error
+        self.samples += len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+
+    def compute(self) -> Score:
+        name = "an accuracy" if self.kind == ACCURACY else self.kind.name
+        if not self.samples:
+            raise ValueError(f"Task {self.task!r} has no sample to measure {name} on.")
+        try:
+            result = self.metric.compute()
+        except Exception as error:
+            raise _Undefined(f"{name} of task {self.task!r} cannot be computed: {error}") from error
+        found = dict(result) if isinstance(result, dict) else {self.kind.name: result}
+        first = next(iter(found), None)
+        numbers = {str(key): float(value) for key, value in found.items() if _is_number(value)}
+        if first is None or str(first) not in numbers:
+            shape = list(found[first].shape) if first is not None and isinstance(found[first], Tensor) else result
+            raise ValueError(
+                f"The score of a task is one number, but {first or name} of task {self.task!r} gives {shape}. Let "
+                'task_metric(task) give a metric that averages, as `average="macro"` does over classes, or a '
+                "MetricCollection whose first entry is one number."
+            )
+        value = numbers.pop(str(first))
+        return Score(value, self.kind, numbers)
+
+    def _unsuited(self, predictions: Any, targets: Any, error: Exception) -> ValueError:
+        what = f"Predictions of {type(self.module).__name__} on task {self.task!r}"
+        got = f"got {_describe(predictions)} and targets {_describe(targets)}"
+        if isinstance(self.metric, ClassAccuracy):
+            return ValueError(
+                f"{what} must be {ClassAccuracy.EXPECTED}, {got}. A method prediction_step(batch, task) -> "
+                "(predictions, targets) decides what they are: of a single logit it can give `logits.flatten() > 0`. "
+                "A method task_metric(task) of the module or the datamodule gives another metric than accuracy, a "
+                "torchmetrics.Metric such as R2Score(). ContinualMergeCallback(evaluate=False) measures nothing."
+            )
+        return ValueError(
+            f"{what} cannot be measured by {self.kind.name}, {got}: {error} A method prediction_step(batch, task) -> "
+            "(predictions, targets) decides what they are, task_metric(task) what measures them."
         )
-    # Unsigned integers cannot be compared with others.
-    return (scores.argmax(1) if scores.dim() == 2 else scores.long()), targets.long()
 
 
-def _are_scores(values: Any) -> bool:
-    return isinstance(values, Tensor) and values.dim() == 2 and values.shape[1] > 1
+def _fitted(predictions: Any, targets: Any, metric: Metric | MetricCollection) -> tuple[Any, Any]:
+    """Predictions and targets as metrics want them: of one shape where they differ in a last dimension of one.
+
+    Those of half precision are widened, so that sums are exact, and targets 0.0 and 1.0 of a classification become
+    integers. Class accuracy takes them as they are.
+    """
+    if isinstance(metric, ClassAccuracy) or not (isinstance(predictions, Tensor) and isinstance(targets, Tensor)):
+        return predictions, targets
+    if predictions.shape == (*targets.shape, 1):
+        predictions = predictions.squeeze(-1)
+    elif targets.shape == (*predictions.shape, 1):
+        targets = targets.squeeze(-1)
+    if predictions.dtype in (torch.float16, torch.bfloat16):
+        predictions = predictions.float()
+    if targets.is_floating_point() and _classifies(metric) and torch.equal(targets, targets.round()):
+        targets = targets.long()
+    return predictions, targets
 
 
-def _are_ids(values: Any) -> bool:
-    if not isinstance(values, Tensor) or values.dim() != 1:
-        return False
-    return not (values.is_floating_point() or values.is_complex())
+def _classifies(metric: Metric | MetricCollection) -> bool:
+    kinds = [kind for part in metric.modules() for kind in type(part).__mro__]
+    return any(kind.__module__.startswith("torchmetrics.classification") for kind in kinds)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _describe(values: Any) -> str:
     if not isinstance(values, Tensor):
         return type(values).__name__
     return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
-
-
-def _no_sample(task: str) -> ValueError:
-    return ValueError(f"Task {task!r} has no sample to measure an accuracy on.")
-
-
-def _chained(loaders: Any) -> Iterable | None:
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    if isinstance(loaders, (list, tuple)):
-        return _Chain(loaders) if loaders else None
-    return loaders
-
-
-class _Chain:
-    """Several loaders, one after the other, as often as wanted."""
-
-    def __init__(self, loaders: Iterable) -> None:
-        self.loaders = list(loaders)
-
-    def __iter__(self) -> Iterator:
-        return chain.from_iterable(self.loaders)
-
-
-def _limited(data: Any, limit: int | float) -> Iterable:
-    """At most ``limit`` batches, or that fraction, of each loader."""
-    if limit == 1.0 and isinstance(limit, float):
-        return data
-    loaders = data.loaders if isinstance(data, _Chain) else [data]
-    return chain.from_iterable(
-        islice(loader, int(len(loader) * limit) if isinstance(limit, float) else limit) for loader in loaders
-    )

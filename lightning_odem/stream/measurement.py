@@ -1,42 +1,55 @@
-"""Accuracies of a module with the weights and the task-specific parameters it is to be measured with."""
+"""Scores of a module with the weights and the task-specific parameters it is to be measured with."""
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_odem.metrics import TaskMetric, find_metric
 from lightning_odem.parameters.division import Division
+from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.report.progress import progress
-from lightning_odem.stream.evaluation import accuracy, check_classes, data_of, evaluation_data
+from lightning_odem.stream.evaluation import Score, check_score, score
+from lightning_odem.stream.evaluation_data import data_of, evaluation_data
 
 
 class Measurement:
-    """Measures accuracies, each task with its own data and parameters, and leaves the module as it was.
+    """Measures scores, each task with its own data, metric and parameters, and leaves the module as it was.
 
     Args:
         division: Which parameters all tasks share.
+        enabled: Whether anything is measured; all is NaN otherwise, and no data is looked for.
 
     Attributes:
-        given: Data to measure accuracies on, by name of the task, where the user chose it: batches, or a datamodule
+        given: Data to measure scores on, by name of the task, where the user chose it: batches, or a datamodule
             with them.
     """
 
-    def __init__(self, division: Division) -> None:
+    def __init__(self, division: Division, enabled: bool = True) -> None:
         self.given: dict[str, Iterable | L.LightningDataModule] = {}
         # Loaders of the user, so never part of a checkpoint.
         self._found: dict[str, Iterable | None] = {}
+        self._datamodules: dict[str, L.LightningDataModule] = {}  # those that may know a metric
         self._checked: dict[str, Iterable] = {}
         self._remembered: set[str] = set()
         self._division = division
+        self._enabled = enabled
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
-        """Find out where the accuracy of the task being fitted is measured."""
+        """Find out where the score of the task being fitted is measured, and who may know its metric."""
+        if not self._enabled:
+            return
+        self._ask(trainer.datamodule, task)  # type: ignore[attr-defined]
         self._found[task] = evaluation_data(trainer)
-        if self._data(task) is None:
+        if trainer.limit_test_batches == 0:
+            rank_zero_warn(f"limit_test_batches is 0: all accuracies after task {task!r} will be NaN.")
+        elif self._data(task) is None:
             rank_zero_warn(
                 f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
                 "fit, or give the datamodule a test_dataloader()."
@@ -57,37 +70,45 @@ class Measurement:
     def warn_of_missing(self, tasks: Iterable[str]) -> None:
         """Say so if tasks merged in another process cannot be measured in this one."""
         missing = [task for task in tasks if task not in self._found and task not in self.given]
-        if missing:
+        if missing and self._enabled:
             rank_zero_warn(
                 f"Accuracies of {', '.join(missing)} will be NaN: this process has not seen their data. Give it in the "
                 "callback's evaluation_data, a dataloader by task name."
             )
 
-    def check(self, module: L.LightningModule, tasks: Iterable[str]) -> None:
-        """Refuse predictions that are no classes, on the first batch of each task's data that is new.
+    def check(self, module: L.LightningModule, tasks: Iterable[str], known: Mapping[str, TaskMetric]) -> None:
+        """Refuse what a metric cannot read, on the first batch of each task's data that is new.
+
+        Args:
+            module: The module.
+            tasks: The tasks.
+            known: What tasks were measured by so far.
 
         Raises:
-            ValueError: As :func:`~lightning_odem.stream.evaluation.accuracy`.
+            ValueError: As :func:`~lightning_odem.stream.evaluation.score`, and if a task has another metric now.
         """
         for task in tasks:
-            data = self._data(task)
-            if data is not None and self._checked.get(task) is not data:
-                with undisturbed(module):
-                    check_classes(module, data, task)
-                self._checked[task] = data
+            if module.trainer.limit_test_batches == 0 or (data := self._data(task)) is None:
+                continue
+            with undisturbed(module):
+                now = TaskMetric.of(find_metric(task, module, self._datamodules.get(task)))
+                if known.get(task, now) != now:
+                    raise ValueError(
+                        f"Task {task!r} was measured by {known[task].label} and would now be by {now.label}. Let "
+                        "task_metric(task) of the module give the metric that it had: datamodules of tasks merged in "
+                        "other processes are not asked unless they are in evaluation_data, or remaining() was given "
+                        "them."
+                    )
+                if self._checked.get(task) is not data:
+                    check_score(module, data, task, self._datamodules.get(task))
+            self._checked[task] = data
 
     def current(self, module: L.LightningModule, task: str) -> float:
-        """Accuracy on a task of the module as it is; NaN where there is no data."""
-        data = self._data(task)
-        if data is None:
-            return math.nan
-        with undisturbed(module):
-            measured = accuracy(module, data, task)
-        self._checked[task] = data
-        return measured
+        """Score on a task of the module as it is; NaN where there is no data."""
+        return self._measure(module, task).value
 
     def with_weights(self, module: L.LightningModule, weights: Snapshot | None, task: str) -> float:
-        """Accuracy on a task with other shared weights, which are taken out again; NaN without weights."""
+        """Score on a task with other shared weights, which are taken out again; NaN without weights."""
         if weights is None:
             return math.nan
         is_shared = self._division.shared(module)
@@ -100,23 +121,40 @@ class Measurement:
 
     def every_task(
         self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
-    ) -> list[float]:
-        """Accuracy on every task, each with its own parameters; the last task's are left in place."""
-        row = []
+    ) -> dict[str, Score]:
+        """Score on every task by name, each with its own parameters; the last task's are left in place."""
+        scores = {}
         *_, last = task_parameters.values()
         with progress(trainer, "evaluating") as advance:
             try:
                 for index, (task, own) in enumerate(task_parameters.items()):
                     advance(index, len(task_parameters))
                     load_task_parameters(module, own)
-                    row.append(self.current(module, task))
+                    scores[task] = self._measure(module, task)
             finally:
                 load_task_parameters(module, last)
-        return row
+        return scores
+
+    def _measure(self, module: L.LightningModule, task: str) -> Score:
+        if module.trainer.limit_test_batches == 0 or (data := self._data(task)) is None:
+            return Score(math.nan, None)
+        with undisturbed(module):
+            measured = score(module, data, task, self._datamodules.get(task))
+        self._checked[task] = data
+        return _agreed(measured, module.device)
+
+    def _ask(self, datamodule: L.LightningDataModule | None, task: str) -> None:
+        """Ask this datamodule for the metric of a task from here on."""
+        self._datamodules.pop(task, None)
+        if datamodule is not None and hasattr(datamodule, "task_metric"):
+            self._datamodules[task] = datamodule
 
     def _data(self, task: str) -> Iterable | None:
+        if not self._enabled:
+            return None
         given = self.given.get(task)
         if isinstance(given, L.LightningDataModule):
+            self._ask(given, task)
             # Its loaders from here on: what a datamodule does before it gives them is done once.
             with isolate_rng():
                 given = data_of(given)
@@ -125,6 +163,16 @@ class Measurement:
             else:
                 self.given[task] = given
         return self._found.get(task) if given is None else given
+
+
+def _agreed(measured: Score, device: torch.device) -> Score:
+    """The first process's score in all of them, whose kernels may round differently."""
+    processes = Processes.current()
+    if processes.size == 1:
+        return measured
+    numbers = torch.tensor([measured.value, *measured.further.values()], dtype=torch.float64, device=device)
+    value, *further = processes.broadcast_(numbers).tolist()
+    return replace(measured, value=value, further=dict(zip(measured.further, further, strict=True)))
 
 
 def load_task_parameters(module: nn.Module, own: Snapshot) -> None:

@@ -9,15 +9,15 @@ import torch
 from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.evaluation import accuracy
 from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.stream.trace import Epochs, TrainingTrace
 from lightning_odem.studies.display import Display
-from lightning_odem.studies.finetuning import FineTuned, loader
+from lightning_odem.studies.finetuning import FineTuned, measure
 from lightning_odem.studies.memory import peak_memory
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.results import CellResult, Comparison
@@ -115,7 +115,12 @@ def run_cell(
             for index, seen in enumerate(own):
                 if every or seen == name:
                     load_task_parameters(module, own[seen])
-                    row[index] = accuracy(module, loader(tasks[seen], split), seen)
+                    score = measure(module, tasks[seen], split)
+                    row[index] = score.value
+                    if score.metric not in (None, ACCURACY):
+                        report.metrics[seen] = score.metric
+                    if score.further:
+                        record.further[seen] = score.further
             report.accuracy.append(row)
     return CellResult(label, plan.seed, plan.order, plan.weighting, plan.calibration_size, report, peaks)
 

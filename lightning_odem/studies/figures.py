@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.figures import COLORS, MARKERS, new_figure, open_frame
 from lightning_odem.studies.results import CellResult, Comparison, mean_and_std, one_per_stream
 from lightning_odem.studies.tables import markdown_comparison, render_comparison, render_sizes
@@ -56,10 +57,12 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     for label, (values, style) in curves.items():
         axes.plot(np.append(angles, angles[:1]), np.append(values, values[:1]), label=label, **style)
-    lowest = min((value for values, _ in curves.values() for value in values if math.isfinite(value)), default=0.0)
-    center = max(10 * math.floor(lowest / 10 - 0.5), 0)
-    axes.set_ylim(center, 100)
-    axes.set_yticks([tick for tick in range(0, 100, 20 if center < 60 else 10) if tick > center])
+    metric = comparison.metric
+    if metric is not None and metric.unit == "%":
+        lowest = min((value for values, _ in curves.values() for value in values if math.isfinite(value)), default=0.0)
+        center = max(10 * math.floor(lowest / 10 - 0.5), 0)
+        axes.set_ylim(center, 100)
+        axes.set_yticks([tick for tick in range(0, 100, 20 if center < 60 else 10) if tick > center])
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, tasks)
@@ -71,7 +74,10 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     axes.tick_params(axis="y", labelsize="small", labelcolor="0.35")
     axes.grid(color="0.88")
     axes.spines["polar"].set_color("0.8")
-    axes.set_title("accuracy of the final model (%, outer circle: 100)", fontsize="medium", pad=18)
+    title = "accuracy of the final model (%, outer circle: 100)"
+    if metric is not None and metric != ACCURACY:
+        title = f"{metric.label} of the final model"
+    axes.set_title(title, fontsize="medium", pad=18)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
@@ -94,11 +100,11 @@ def accuracy_over_tasks(
     cells = _largest_size(comparison, weighting)
     figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
-    evaluated = _fully_evaluated(cells)
+    evaluated, scale = _fully_evaluated(cells), _scale(comparison)
     for method, style in _styles(comparison, methods).items():
         if method not in evaluated:
             continue
-        accs = [[100 * cell.report.acc(k) for cell in evaluated[method]] for k in range(len(cells[0].report.tasks))]
+        accs = [[scale * cell.report.acc(k) for cell in evaluated[method]] for k in range(len(cells[0].report.tasks))]
         mean, std = np.array([mean_and_std(values) for values in accs]).T
         tasks = np.arange(1, len(mean) + 1)
         axes.plot(tasks, mean, lw=1.6, ms=5, label=method, **style)
@@ -106,7 +112,7 @@ def accuracy_over_tasks(
     if not axes.lines:
         raise ValueError("No method was evaluated after every merge; nothing to plot.")
     axes.set_xlabel("number of tasks merged")
-    axes.set_ylabel(f"{_ACC[weighting]} (%)")
+    axes.set_ylabel(_acc_label(comparison, weighting))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
@@ -173,14 +179,15 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
         ValueError: If a method or the weighting does not occur.
     """
     _largest_size(comparison, weighting)
-    styles = _styles(comparison, methods)
+    styles, scale = _styles(comparison, methods), _scale(comparison)
     figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
     for index, (method, style) in enumerate(styles.items()):
         cells = comparison.select(method=method, weighting=weighting)
         found = sorted({cell.calibration_size for cell in cells})
         spread = [
-            mean_and_std([100 * cell.report.acc() for cell in cells if cell.calibration_size == size]) for size in found
+            mean_and_std([scale * cell.report.acc() for cell in cells if cell.calibration_size == size])
+            for size in found
         ]
         if found:
             mean, std = np.array(spread).T
@@ -192,7 +199,7 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("calibration samples")
-    axes.set_ylabel(f"{_ACC[weighting]} (%)")
+    axes.set_ylabel(_acc_label(comparison, weighting))
     open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
@@ -212,6 +219,7 @@ def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting
         ValueError: If a method or the weighting does not occur, or no method took a gradient.
     """
     _largest_size(comparison, weighting)
+    scale = _scale(comparison)
     figure = new_figure(7.6, 4.4)
     axes = figure.subplots()
     for method, style in _styles(comparison, methods).items():
@@ -222,7 +230,7 @@ def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting
             continue
         spent = {size: [cell.per_merge()["sample_gradients"] for cell in group] for size, group in groups.items()}
         x = np.array([np.mean(spent[size]) for size in sorted(groups)])
-        spread = [mean_and_std([100 * cell.report.acc() for cell in groups[size]]) for size in sorted(groups)]
+        spread = [mean_and_std([scale * cell.report.acc() for cell in groups[size]]) for size in sorted(groups)]
         mean, std = np.array(spread).T
         if x.max() > 0:
             axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=method, **style)
@@ -232,7 +240,7 @@ def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting
         raise ValueError("No method took a gradient; nothing to plot.")
     axes.set_xscale("log")
     axes.set_xlabel("gradients of single samples per merge")
-    axes.set_ylabel(f"{_ACC[weighting]} (%)")
+    axes.set_ylabel(_acc_label(comparison, weighting))
     open_frame(axes)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
@@ -244,7 +252,7 @@ def save(comparison: Comparison, directory: str | os.PathLike) -> list[Path]:
     Beside the files of :meth:`Comparison.save`: ``comparison.txt``, ``comparison.md`` and, where there is data for
     them, ``radar.png`` (from three tasks), ``accuracy_over_tasks.png``, ``cost.png`` (from one method that takes
     gradients) and ``sizes.png`` (from two calibration sizes), each also as ``..._w.png`` for drawn utility weights,
-    ``path_gamma.png`` and ``path_alignment_ratio.png``.
+    ``path_gamma.png`` and ``path_alignment_ratio.png``. Of unlike metrics there are only the last two.
 
     Args:
         comparison: What to write.
@@ -263,6 +271,8 @@ def save(comparison: Comparison, directory: str | os.PathLike) -> list[Path]:
     for weighting in comparison.weightings:
         suffix = "" if weighting == "uniform" else "_w"
         cells = _largest_size(comparison, weighting)
+        if comparison.metric is None:
+            continue
         if len(cells[0].report.tasks) > 2:
             figures[f"radar{suffix}"] = radar(comparison, weighting=weighting)
         if _fully_evaluated(cells):
@@ -290,6 +300,16 @@ def _largest_size(comparison: Comparison, weighting: str) -> list[CellResult]:
     return [cell for cell in cells if cell.calibration_size == largest]
 
 
+def _scale(comparison: Comparison) -> float:
+    """What ACC is multiplied by to be drawn."""
+    return (comparison.metric or ACCURACY).scale
+
+
+def _acc_label(comparison: Comparison, weighting: str) -> str:
+    metric = comparison.metric or ACCURACY
+    return f"{_ACC[weighting]} (%)" if metric == ACCURACY else f"{_ACC[weighting]}: {metric.label}"
+
+
 def _styles(comparison: Comparison, methods: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """Look of each method to draw, by its place in the comparison: the same in all figures."""
     styles = {
@@ -306,13 +326,13 @@ def _styles(comparison: Comparison, methods: Sequence[str] | None) -> dict[str, 
 
 
 def _task_means(tasks: list[str], cells: list[CellResult], model: str) -> np.ndarray:
-    """Mean accuracy on each task, in percent and shape [K], of the pretrained, fine-tuned or final merged models."""
+    """Mean score on each task, as drawn and of shape [K], of the pretrained, fine-tuned or final merged models."""
     rows = []
     for cell in cells:
         report = cell.report
         values = report.accuracy[-1] if model == "merged" else getattr(report, model)
         accuracies = dict(zip(report.tasks, values, strict=True))
-        rows.append([100 * accuracies[task] for task in tasks])
+        rows.append([report.metric_of(task).scale * accuracies[task] for task in tasks])
     return np.mean(rows, axis=0)
 
 

@@ -18,7 +18,7 @@ from lightning_odem.methods.needs import Need, combine
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.files import replacing
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
-from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.evaluation import Score, score
 from lightning_odem.stream.store import decode, encode
 from lightning_odem.stream.trace import Collection
 from lightning_odem.studies.training_fingerprint import fingerprint
@@ -35,8 +35,8 @@ class FineTuned:
         weights: Parameters and buffers that are merged, by name.
         own: What belongs to the task alone, such as its head.
         collected: What needs collected during the training, by their class; None where there was no training.
-        pretrained: Accuracy of the base model on the task, by split.
-        fine_tuned: Accuracy of this model on it, by split.
+        pretrained: Score of the base model on the task, by split.
+        fine_tuned: Score of this model on it, by split.
     """
 
     weights: Snapshot
@@ -122,7 +122,7 @@ def fine_tune(
         fresh_start: Rewinds the Trainer; one for all fits of a Trainer.
         needs: What is to collect during the training.
         given: Weights of a model fine-tuned elsewhere. Nothing is trained then; only what the task needs besides
-            (probes fitted on the base model) is made, and accuracies are measured.
+            (probes fitted on the base model) is made, and scores are measured.
     """
     harvest = _Harvest(task, division, fresh_start, combine(needs), given)
     trainer.callbacks.append(harvest)  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ class _Harvest(L.Callback):
         # Heads are ready now, and no step was taken yet.
         if self._pretrained:
             return
-        self._pretrained = self._accuracies(pl_module)
+        self._pretrained = self._scores(pl_module)
         if self._given is not None:
             load_snapshot(pl_module, dict(self._given), lambda name: name in self._given)  # type: ignore[operator]
             self._take(pl_module)
@@ -192,17 +192,22 @@ class _Harvest(L.Callback):
             own=take_snapshot(module, lambda name: not is_shared(name)),
             collected={type(need): None for need in self._needs if need.collects},
             pretrained=self._pretrained,
-            fine_tuned=self._accuracies(module),
+            fine_tuned=self._scores(module),
         )
         return self.result
 
-    def _accuracies(self, module: L.LightningModule) -> dict[str, float]:
+    def _scores(self, module: L.LightningModule) -> dict[str, float]:
         with undisturbed(module):
-            return {split: accuracy(module, loader(self._task, split), self._task.task_name) for split in SPLITS}
+            return {split: measure(module, self._task, split).value for split in SPLITS}
+
+
+def measure(module: L.LightningModule, task: Task, split: str) -> Score:
+    """Score of a module, which has a Trainer and is in eval mode, on a task."""
+    return score(module, loader(task, split), task.task_name, task)
 
 
 def loader(task: Task, split: str) -> Any:
-    """The task's batches to measure accuracies on."""
+    """The task's batches to measure scores on."""
     return task.test_dataloader() if split == "test" else task.val_dataloader()
 
 

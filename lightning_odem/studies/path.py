@@ -12,12 +12,14 @@ from lightning_odem.calibration.batch_norm import BatchNormStatistics
 from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import Trajectory
 from lightning_odem.methods import Calibration, MergeContext, MergeMethod, MergeResult, PaperODEMerge
+from lightning_odem.metrics import ACCURACY, TaskMetric, find_metric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import merging
 from lightning_odem.studies.finetuning import FineTuned
+from lightning_odem.studies.workbench import Workbench
 
 Visit = Callable[[float, Callable[[], Snapshot]], None]
 """Told t, and how to take a snapshot of the model there."""
@@ -173,6 +175,21 @@ def check_points(flow: MergeMethod, points: int) -> None:
             f"{points} points from t = 0 to t = 1 lie {1 / (points - 1):.4g} apart, which is no multiple of the step "
             f"size {flow.step_size:g}. Choose a step size of 1 / n and points such that points - 1 divides n."
         )
+
+
+def check_measured_by_accuracy(bench: Workbench) -> None:
+    """Refuse tasks that bring a metric: along a path accuracies are compared.
+
+    Raises:
+        ValueError: If a task has another metric.
+    """
+    for name in bench.stream.names:
+        metric = TaskMetric.of(find_metric(name, bench.model, bench.stream[name]))
+        if metric != ACCURACY:
+            raise ValueError(
+                f"This study compares accuracies; task {name!r} is measured by {metric.name}. Take away its "
+                "task_metric, or use `compare`, which knows other metrics."
+            )
 
 
 class _Stops(MergeMethod):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
 from lightning_odem.report.record import StreamReport
 
@@ -72,7 +73,7 @@ class Comparison:
 
     Args:
         cells: One per method, seed, order, weighting and calibration size.
-        joint: Accuracy of joint training on each task, by seed; empty if there was none.
+        joint: Score of joint training on each task, by seed; empty if there was none.
 
     Example:
         >>> report = StreamReport(["a", "b"], [1.0, 1.0], [[0.9], [0.7, 0.8]], [0.1, 0.2], [0.9, 0.8], [math.nan] * 2)
@@ -102,6 +103,12 @@ class Comparison:
         """Calibration sizes that occur, ascending."""
         return sorted({cell.calibration_size for cell in self.cells})
 
+    @property
+    def metric(self) -> TaskMetric | None:
+        """What the scores of all tasks are; None if they are unlike."""
+        found = {cell.report.metric() for cell in self.cells} or {ACCURACY}
+        return found.pop() if len(found) == 1 else None
+
     def select(self, **values: Any) -> list[CellResult]:
         """Cells with these values, as in ``select(method="odem", seed=0)``."""
         return [cell for cell in self.cells if all(getattr(cell, name) == value for name, value in values.items())]
@@ -112,7 +119,8 @@ class Comparison:
         ``results.json`` holds everything and is what :meth:`load` reads; it is written in one step: a reader sees the
         old file or the new one. ``cells.csv`` has one row per cell, with ``acc`` and ``bwt`` under that cell's utility
         weights and the costs of :meth:`CellResult.per_merge`. ``accuracies.csv`` has one row per cell, merge (counted
-        from 1) and task merged so far. Accuracies are fractions; what was not measured is ``null`` or an empty field.
+        from 1) and task merged so far. Accuracies are fractions, or scores of the task's metric; what was not measured
+        is ``null`` or an empty field.
 
         Args:
             directory: Made if it does not exist.

@@ -22,7 +22,13 @@ from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.measurement import Measurement, load_task_parameters
 from lightning_odem.studies.cells import Cell, run_cells
 from lightning_odem.studies.finetuning import loader
-from lightning_odem.studies.path import SAME_ACCURACY, check_points, follow_path, store_logits_of
+from lightning_odem.studies.path import (
+    SAME_ACCURACY,
+    check_measured_by_accuracy,
+    check_points,
+    follow_path,
+    store_logits_of,
+)
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.workbench import Workbench
 
@@ -129,9 +135,10 @@ def run_schedule(
 
     Raises:
         TypeError: For a method that is no flow.
-        ValueError: If a candidate lies between two steps.
+        ValueError: If a candidate lies between two steps, or a task has another metric than accuracy.
     """
     check_points(method, points)
+    check_measured_by_accuracy(bench)
     for seed in dict.fromkeys(plan.seed for plan in plans):
         bench.module(seed)  # fine-tunes, with a progress display of its own
     cells = []
@@ -167,7 +174,7 @@ def _run_order(
         calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
 
         def mean_accuracy(on: Measurement) -> float:
-            return fmean(on.every_task(trainer, module, own))
+            return fmean(score.value for score in on.every_task(trainer, module, own).values())
 
         for k, name in enumerate(plan.tasks, start=1):
             task, model, merged = bench.stream[name], bench.fine_tuned(plan.seed, name), folding.merged

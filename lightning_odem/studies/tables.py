@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from lightning_odem.report.tables import number, percent, render
+from lightning_odem.metrics import ACCURACY, TaskMetric
+from lightning_odem.report.tables import number, render
 from lightning_odem.studies.results import CellResult, Comparison, mean_and_std, one_per_stream, paired_difference
 
 METRICS = {"uniform": ("ACC", "BWT"), "dirichlet": ("ACC_w", "BWT_w")}
@@ -81,7 +82,7 @@ def markdown_comparison(comparison: Comparison) -> str:
 
 
 def _comparison_table(comparison: Comparison, size: int) -> _Table:
-    cells = comparison.select(calibration_size=size)
+    cells, metric = comparison.select(calibration_size=size), comparison.metric
     weightings = [weighting for weighting in comparison.weightings if any(c.weighting == weighting for c in cells)]
     compared = any(cell.method == BASELINE for cell in cells)
     header = [""]
@@ -102,19 +103,19 @@ def _comparison_table(comparison: Comparison, size: int) -> _Table:
             streams = [cell for cell in one_per_stream(cells) if cell.weighting == weighting]
             if name == "joint":
                 streams = [cell for cell in streams if cell.seed in comparison.joint]
-            row += [_spread([acc_of(cell) for cell in streams]), *[""] * (compared + 1)]
+            row += [_spread([acc_of(cell) for cell in streams], metric=metric), *[""] * (compared + 1)]
         rows.append(row + [""] * 3)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [method]
         for weighting in weightings:
             ours = [cell for cell in cells if (cell.method, cell.weighting) == (method, weighting)]
             both = [cell for cell in cells if cell.weighting == weighting]
-            row.append(_spread([cell.report.acc() for cell in ours]))
-            row += [_difference(both, method) if ours else ""] if compared else []
-            row.append(_spread([cell.report.bwt() for cell in ours], "+"))
+            row.append(_spread([cell.report.acc() for cell in ours], metric=metric))
+            row += [_difference(both, method, metric) if ours else ""] if compared else []
+            row.append(_spread([cell.report.bwt() for cell in ours], "+", metric))
         rows.append(row + _costs([cell for cell in cells if cell.method == method]))
     title = f"{len(cells[0].report.tasks)} tasks, {size} calibration samples"
-    return _Table(title, header, rows, _caption(cells, weightings, compared))
+    return _Table(title, header, rows, _caption(cells, weightings, compared, metric))
 
 
 def _sizes_table(comparison: Comparison, weighting: str) -> _Table:
@@ -123,10 +124,13 @@ def _sizes_table(comparison: Comparison, weighting: str) -> _Table:
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [method]
         for size in comparison.calibration_sizes:
-            row.append(_spread([c.report.acc() for c in cells if (c.method, c.calibration_size) == (method, size)]))
+            ours = [cell for cell in cells if (cell.method, cell.calibration_size) == (method, size)]
+            row.append(_spread([cell.report.acc() for cell in ours], metric=comparison.metric))
         rows.append(row)
     header = ["", *map(str, comparison.calibration_sizes)]
-    return _Table(f"{METRICS[weighting][0]} by calibration samples", header, rows, _spread_caption(cells))
+    return _Table(
+        f"{METRICS[weighting][0]} by calibration samples", header, rows, _spread_caption(cells, comparison.metric)
+    )
 
 
 def _joint_acc(comparison: Comparison, cell: CellResult) -> float:
@@ -134,26 +138,27 @@ def _joint_acc(comparison: Comparison, cell: CellResult) -> float:
     return cell.report.weighted_accuracy([accuracies.get(task, math.nan) for task in cell.report.tasks])
 
 
-def _difference(cells: list[CellResult], method: str) -> str:
+def _difference(cells: list[CellResult], method: str, metric: TaskMetric | None) -> str:
     if method == BASELINE:
         return ""
     mean, error = paired_difference(cells, method, BASELINE)
     if math.isnan(error):
-        return _points(mean, "+")
+        return _points(mean, "+", metric)
     mark = "≈ " if abs(mean) <= 2 * error else ""
-    return f"{mark}{_points(mean, '+')} ± {_points(error)}"
+    return f"{mark}{_points(mean, '+', metric)} ± {_points(error, metric=metric)}"
 
 
-def _points(fraction: float, sign: str = "") -> str:
-    """Percentage points with two decimals: pairing makes differences more exact than the accuracies themselves."""
-    return number(round(100 * fraction, 2) + 0.0, f"{sign}.2f")
+def _points(difference: float, sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
+    """A difference with one decimal more: pairing makes differences more exact than the scores themselves."""
+    return (metric or ACCURACY).text(difference, sign, digits=1)
 
 
-def _spread(values: list[float], sign: str = "") -> str:
+def _spread(values: list[float], sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    return percent(mean, sign) if math.isnan(std) else f"{percent(mean, sign)} ± {percent(std)}"
+    text = (metric or ACCURACY).text
+    return text(mean, sign) if math.isnan(std) else f"{text(mean, sign)} ± {text(std)}"
 
 
 def _costs(cells: list[CellResult]) -> list[str]:
@@ -162,15 +167,16 @@ def _costs(cells: list[CellResult]) -> list[str]:
     return [number(fmean(cost[name] for cost in costs), spec) for name, spec in specs.items()]
 
 
-def _caption(cells: list[CellResult], weightings: list[str], compared: bool) -> str:
-    parts = [_spread_caption(cells)]
+def _caption(cells: list[CellResult], weightings: list[str], compared: bool, metric: TaskMetric | None) -> str:
+    parts = [_spread_caption(cells, metric)]
     if "dirichlet" in weightings:
         parts.append(
             "ACC_w and BWT_w are under each stream's own utility weights, drawn from a Dirichlet distribution."
         )
     if compared:
+        points = ", in percentage points" if metric is not None and metric.unit == "%" else ""
         parts.append(
-            f"vs {BASELINE}: mean ± standard error, in percentage points, of the difference to {BASELINE!r} on the "
+            f"vs {BASELINE}: mean ± standard error{points}, of the difference to {BASELINE!r} on the "
             "same stream (same seed, order, weights and calibration size). A mean marked ≈ is at most two standard "
             "errors from 0, within the noise of these streams; one without a ± is of a single pair, its noise is "
             "unknown."
@@ -182,13 +188,16 @@ def _caption(cells: list[CellResult], weightings: list[str], compared: bool) -> 
     return " ".join(parts)
 
 
-def _spread_caption(cells: list[CellResult]) -> str:
+def _spread_caption(cells: list[CellResult], metric: TaskMetric | None) -> str:
+    if metric is None:
+        return "No ACC and BWT: the tasks are measured by unlike metrics."
+    what = "Accuracies in percent" if metric == ACCURACY else metric.label
     groups = [(cell.method, cell.weighting, cell.calibration_size) for cell in cells]
     counts = {groups.count(group) for group in groups}
     number = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     if counts == {1}:
-        return "Accuracies in percent, of one stream."
-    return f"Accuracies in percent: mean ± sample standard deviation over {number} streams (seeds and task orders)."
+        return f"{what}, of one stream."
+    return f"{what}: mean ± sample standard deviation over {number} streams (seeds and task orders)."
 
 
 def _text(tables: list[_Table], width: int | None) -> str:

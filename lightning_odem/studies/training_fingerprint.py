@@ -84,6 +84,8 @@ def describe_task(task: Task) -> dict[str, Any]:
         "batch_size": task.batch_size,
         "seed": task.seed,
         "train_transform": _stable(task.train_transform),
+        # Scores are kept with a model.
+        **({"metric": _sources(type(task))} if hasattr(task, "task_metric") else {}),
     }
 
 

@@ -15,10 +15,18 @@ from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.registry import method_name
 from lightning_odem.stream.attach import attached
+from lightning_odem.stream.evaluation import Score
 from lightning_odem.stream.measurement import Measurement, load_task_parameters
 from lightning_odem.studies.cells import Cell, run_cells
 from lightning_odem.studies.finetuning import loader
-from lightning_odem.studies.path import SAME_ACCURACY, StraightLine, check_points, follow_path, store_logits_of
+from lightning_odem.studies.path import (
+    SAME_ACCURACY,
+    StraightLine,
+    check_measured_by_accuracy,
+    check_points,
+    follow_path,
+    store_logits_of,
+)
 from lightning_odem.studies.workbench import Workbench
 
 LINE = "straight line"
@@ -93,10 +101,12 @@ def run_trajectory(
 
     Raises:
         TypeError: For a method that is no flow.
-        ValueError: If a point lies between two steps, or a pair is not one of two tasks of the stream.
+        ValueError: If a point lies between two steps, a pair is not one of two tasks of the stream, or a task has
+            another metric than accuracy.
     """
     check_points(method, points)
     check_pairs(pairs, bench.stream.names)
+    check_measured_by_accuracy(bench)
     bench.module(seed)  # fine-tunes, with a progress display of its own
     cells = [
         Cell(
@@ -141,7 +151,7 @@ def _run_pair(
         calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
         store_logits_of(start, module, task=pair[0], calibration=calibration, division=bench.division)
         for label, flow in {method_name(method): method, LINE: StraightLine(1 / (points - 1))}.items():
-            rows: list[list[float]] = []
+            rows: list[dict[str, Score]] = []
             load_task_parameters(module, end.own)
             record = follow_path(
                 module,
@@ -156,7 +166,7 @@ def _run_pair(
                 batch_norm=bench.settings.batch_norm,
             )
             steps = len(record.path["t"]) - 1
-            accuracy = dict(zip(pair, map(list, zip(*rows, strict=True)), strict=True))
+            accuracy = {name: [row[name].value for row in rows] for name in pair}
             t = [index / (points - 1) for index in range(points)]
             paths.append(asdict(PairPath(label, t, record.path["loss"][:: steps // (points - 1)], accuracy)))
     return paths

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.figures import BLUE, new_figure, open_frame
-from lightning_odem.report.tables import RULE_BELOW_HEADER, column_widths, columns_per_block, percent
+from lightning_odem.report.tables import RULE_BELOW_HEADER, column_widths, columns_per_block
 from lightning_odem.studies.results import _write_csv
 from lightning_odem.studies.trajectory import LINE, PairPath
 
@@ -130,9 +131,9 @@ def save_trajectory(paths: Sequence[PairPath], directory: str | os.PathLike) -> 
 
 def _rows(path: PairPath) -> list[list[str]]:
     (start, first), (end, second) = path.accuracy.items()
-    mean = [f"{'*' if index == path.best else ''}{percent(value)}" for index, value in enumerate(path.mean)]
+    mean = [f"{'*' if index == path.best else ''}{ACCURACY.text(value)}" for index, value in enumerate(path.mean)]
     return [
-        [f"{start} → {end}", start, *map(percent, first)],
-        ["", end, *map(percent, second)],
+        [f"{start} → {end}", start, *map(ACCURACY.text, first)],
+        ["", end, *map(ACCURACY.text, second)],
         ["", "mean", *mean],
     ]

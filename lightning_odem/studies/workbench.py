@@ -17,8 +17,7 @@ from lightning_odem.methods.needs import Need, SecondMoments, combine
 from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.evaluation import accuracy
-from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, loader
+from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, measure
 from lightning_odem.studies.joint import JointData, JointTraining
 from lightning_odem.studies.training_fingerprint import describe_training, fingerprint, hash_tensors
 from lightning_odem.tasks import Task, TaskStream
@@ -117,7 +116,7 @@ class Workbench:
         return self._modules[seed]
 
     def joint(self, seed: int, split: str) -> dict[str, float]:
-        """Accuracy on each task of the base model trained on all of them at once."""
+        """Score on each task of the base model trained on all of them at once."""
         tasks = [self._task(seed, name) for name in self.stream.names]
         description = {"joint": [self.describe(seed, task.task_name) for task in tasks]}
         found = self._cache.load("joint", description)
@@ -136,8 +135,7 @@ class Workbench:
             with attached(module, self.trainer):
                 for part in SPLITS:
                     found.fine_tuned |= {
-                        f"{part}/{task.task_name}": accuracy(module, loader(task, part), task.task_name)
-                        for task in tasks
+                        f"{part}/{task.task_name}": measure(module, task, part).value for task in tasks
                     }
             self._cache.save("joint", description, found)
         return {name: found.fine_tuned[f"{split}/{name}"] for name in self.stream.names}

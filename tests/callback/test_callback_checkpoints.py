@@ -254,7 +254,7 @@ def test_resuming_after_the_merge_was_done_merges_again_to_the_same_result(tmp_p
 def test_resuming_a_task_that_is_merged_is_refused_where_its_data_has_no_name(tmp_path, same_callback):
     module, merge = Classifier(), ContinualMergeCallback("average", dirpath="cut")
     fit(module, Task(0), merge, ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
-    accuracies, weights_before = merge.report.accuracy, everything(module)
+    accuracies = merge.report.accuracy
     if not same_callback:
         merge = ContinualMergeCallback("average", dirpath="cut")
     incoming = Incoming()

@@ -1,4 +1,4 @@
-"""Streams of several processes in which one of them fails."""
+"""Streams of several processes: what they measure, and what becomes of them if one fails."""
 
 import os
 import subprocess
@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from measured import Data, Net, total
+from torchmetrics.regression import R2Score
 
 from lightning_odem.stream.store import StreamStore
 
@@ -31,3 +34,21 @@ def test_an_error_in_one_process_ends_all_with_it_and_leaves_the_stream(tmp_path
         assert message in (tmp_path / f"process-{process}.txt").read_text()
     assert (tmp_path / "run" / "fine-tuned-02-task_2.ckpt").exists()
     assert StreamStore(tmp_path / "run" / "stream").load()["report"]["tasks"] == ["task_1"]
+
+
+def test_scores_are_those_of_one_process_in_all_of_them(tmp_path):
+    script = Path(__file__).parents[1] / "helpers" / "measured_processes.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=240, env=environment)
+    first, second = (torch.load(tmp_path / f"{process}.pt") for process in range(2))
+    assert first["accuracy"] == second["accuracy"]
+    assert first["further"] == second["further"]
+    assert first["logged"] == second["logged"]
+    module = Net()
+    module.load_state_dict(first["module"])
+    for number, score in enumerate(first["accuracy"][1]):
+        metric, (inputs, targets) = R2Score(), Data(number, total).test_set.tensors
+        with torch.no_grad():
+            for batch in range(0, 12, 5):
+                metric.update(module(inputs[batch : batch + 5]).squeeze(1), targets[batch : batch + 5])
+        assert score == metric.compute().item()

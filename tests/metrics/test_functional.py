@@ -251,3 +251,11 @@ def test_check_weights_accepts_sequences_and_tensors(weights):
 def test_check_weights_says_what_is_wrong(weights, message):
     with pytest.raises(ValueError, match=message):
         check_weights(weights)
+
+
+def test_where_lower_is_better_transfer_is_that_of_the_scores_with_their_sign_changed():
+    matrix, weights = torch.tensor([[2.0, nan], [5.0, 1.0]]), torch.tensor([3.0, 1.0])
+    assert backward_transfer(matrix, weights, higher_is_better=False) == -3.0
+    assert forgetting(matrix, weights, higher_is_better=False) == 3.0
+    before, base = torch.tensor([nan, 2.0]), torch.tensor([nan, 6.0])
+    assert forward_transfer(before, base, weights, higher_is_better=False) == 4.0

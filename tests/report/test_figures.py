@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from torch import nan
 
+from lightning_odem.metrics import TaskMetric
 from lightning_odem.report import MergeRecord, StreamReport, plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
 
 
@@ -196,3 +197,28 @@ def test_figures_stay_out_of_pyplot(report: StreamReport) -> None:
     plot_accuracy_over_stream(report)
     plot_path(record(loss_incoming=0.6))
     assert plt.get_fignums() == before
+
+
+def test_plain_scores_have_no_ceiling_and_the_better_is_the_brighter(report: StreamReport) -> None:
+    report.metrics = dict.fromkeys("abc", TaskMetric("Perplexity", "", False))
+    report.accuracy = [[9.0], [120.5, 7.0], [nan, 7.5, 9.5]]
+    _, lower, colorbar = plot_accuracy_matrix(report).axes
+    image = lower.images[0]
+    assert (image.norm.vmin, image.norm.vmax, image.cmap.name) == (0.25, 120.5, "viridis_r")
+    assert colorbar.get_ylabel() == "Perplexity (lower is better)"
+    assert {text.get_position(): text.get_text() for text in lower.texts}[0, 1] == "120.5"
+    figure = plot_accuracy_over_stream(report)
+    assert figure.axes[0].get_ylabel() == "Perplexity (lower is better)"
+    assert_allclose(lines(figure)["a (w=2)"][1], [9.0, 120.5, nan])
+
+
+def test_unlike_metrics_are_coloured_by_task_and_have_axes_of_their_own(report: StreamReport) -> None:
+    report.metrics = {"b": TaskMetric("MeanSquaredError", "", False)}
+    upper, lower, colorbar = plot_accuracy_matrix(report).axes
+    assert_allclose(lower.images[0].get_array().filled(nan)[:2], [[1, nan, nan], [0.55 / 0.65, 1, nan]])
+    assert [text.get_text() for text in colorbar.get_yticklabels()] == ["worst", "best"]
+    assert tick_labels(lower.xaxis)[1] == "b (w=1)\nMeanSquaredError"
+    figure = plot_accuracy_over_stream(report)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy (%)", "MeanSquaredError (lower is better)"]
+    assert list(lines(figure)) == ["a (w=2)", "c (w=1)"]
+    assert_allclose(lines(figure, 1)["b (w=1)"][1], [0.7, 0.75])

@@ -5,6 +5,7 @@ import pytest
 from torch import nan, tensor
 from torch.testing import assert_close
 
+from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.report import MergeRecord, RemovalRecord, StreamReport
 
 
@@ -156,3 +157,59 @@ def test_a_report_of_an_earlier_version_has_no_removals(report: StreamReport, tm
     del data["removed"]
     path.write_text(json.dumps(data))
     assert StreamReport.load(path).removed == []
+
+
+PERPLEXITY, R2 = TaskMetric("Perplexity", "", False), TaskMetric("R2Score", "")
+
+
+def test_metrics_and_further_numbers_survive_the_file(report: StreamReport, tmp_path) -> None:
+    report.metrics = {"b": PERPLEXITY}
+    report.merges[1].further = {"b": {"loss": 2.0, "undefined": nan}}
+    loaded = StreamReport.load(report.save(tmp_path / "report.json"))
+    assert repr(loaded) == repr(report)
+    assert loaded.metric_of("b") == PERPLEXITY
+    assert loaded.metric_of("a") == ACCURACY
+
+
+def test_a_report_of_an_earlier_version_is_one_of_accuracies(report: StreamReport, tmp_path) -> None:
+    path = report.save(tmp_path / "report.json")
+    data = json.loads(path.read_text())
+    del data["metrics"]
+    for merge in data["merges"]:
+        del merge["further"]
+    path.write_text(json.dumps(data))
+    assert repr(StreamReport.load(path)) == repr(report)
+    assert report.metric() == ACCURACY
+
+
+def test_where_lower_is_better_negative_bwt_means_forgotten(report: StreamReport) -> None:
+    before = report.acc(), report.bwt(), report.forgetting(), report.fwt()
+    report.metrics = dict.fromkeys("abc", PERPLEXITY)
+    assert report.acc() == before[0]
+    assert report.bwt() == pytest.approx(-before[1])
+    assert report.fwt() == pytest.approx(-before[3])
+    assert report.forgetting() == pytest.approx((2 * (0.6 - 0.8) + (0.75 - 0.7)) / 3)
+
+
+def test_means_over_unlike_metrics_are_nan(report: StreamReport) -> None:
+    report.metrics = {"c": R2}
+    assert report.acc(1) == pytest.approx((2 * 0.8 + 0.7) / 3)
+    assert [math.isnan(value) for value in (report.acc(), report.bwt(), report.forgetting(), report.fwt())] == [
+        True
+    ] * 4
+    assert math.isnan(report.weighted_accuracy(report.pretrained))
+    assert (report.metric(2), report.metric()) == (ACCURACY, None)
+
+
+def test_without_a_task_its_metric_is_gone_too(report: StreamReport) -> None:
+    report.metrics = {"b": R2, "c": R2}
+    report.merges[2].further = {"b": {"error": 1.0}, "c": {"error": 2.0}}
+    left = report.without("b")
+    assert left.metrics == {"c": R2}
+    assert left.merges[1].further == {"c": {"error": 2.0}}
+    assert report.merges[2].further.keys() == {"b", "c"}
+
+
+def test_only_tasks_with_a_score_are_measured(report: StreamReport) -> None:
+    report.accuracy = [[nan], [nan, 0.5], [nan, 0.5, nan]]
+    assert report.measured() == {"b": ACCURACY}

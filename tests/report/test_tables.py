@@ -1,6 +1,7 @@
 import pytest
 from torch import nan
 
+from lightning_odem.metrics import TaskMetric
 from lightning_odem.report import MergeRecord, StreamReport, render_costs, render_summary, render_table
 
 
@@ -149,3 +150,24 @@ def test_tasks_that_were_taken_out_are_named_below() -> None:
     lines = text[text.index("Taken out") :].split("\n\n")
     assert lines[0].replace("\n", " ").startswith("Taken out: task_c. It was in what was measured after task_d, task_e")
     assert lines[1] == "Taken out: task_t.\n"
+
+
+def test_scores_in_a_unit_of_their_own_are_shown_as_they_are() -> None:
+    report = make_report(2)
+    report.metrics = dict.fromkeys(report.tasks, TaskMetric("Perplexity", "", False))
+    report.pretrained, report.fine_tuned, report.accuracy = [150.0, 90.0], [8.0, 9.0], [[8.0], [9.5, 9.25]]
+    text = render_table(report, 80)
+    assert text.startswith("Perplexity (lower is better)\n")
+    assert "%" not in text
+    rows = [line.split() for line in text.splitlines() if line.startswith(("pretrained", "after task_b"))]
+    assert rows == [["pretrained", "150.0", "90.00", "120.0"], ["after", "task_b", "9.500", "9.250", "9.375", "-1.500"]]
+
+
+def test_unlike_metrics_are_named_and_the_missing_means_explained() -> None:
+    report = make_report(2)
+    report.metrics = {"task_b": TaskMetric("R2Score", "")}
+    text = render_table(report, 80)
+    assert text.startswith("Scores\n")
+    assert "accuracy %  R2Score" in text
+    assert "after task_b         2.0    0.021    —    —\n" in text
+    assert "\nNo ACC and BWT: the tasks are measured by unlike metrics, accuracy (%), R2Score.\n" in text

@@ -4,7 +4,7 @@ from toy import Classifier, make_trainer
 
 from lightning_odem.calibration.loss import move_to_device
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.evaluation import accuracy
+from lightning_odem.stream.evaluation import score
 
 
 class Hooked(Classifier):
@@ -30,7 +30,7 @@ def test_precision_and_limits_are_those_of_the_other_trainer():
     seen = []
     module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
     with attached(module, make_trainer(precision="bf16-mixed", limit_test_batches=2)):
-        accuracy(module, batches, "any")
+        score(module, batches, "any")
     assert seen == [torch.bfloat16] * 2
 
 

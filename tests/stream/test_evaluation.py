@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_odem.stream.evaluation import accuracy, evaluation_data
+from lightning_odem.stream.evaluation import score
+from lightning_odem.stream.evaluation_data import evaluation_data
 
 
 def loader(seed=0, size=20, batch_size=6):
@@ -63,7 +64,7 @@ def in_fit(function, module=None, datamodule=None, val=None, **settings):
 
 
 def measure(data, module=None, **settings):
-    return in_fit(lambda trainer, module: accuracy(module.eval(), data, "digits"), module, **settings)
+    return in_fit(lambda trainer, module: score(module.eval(), data, "digits").value, module, **settings)
 
 
 def by_hand(module, batches, shift=0):
@@ -88,7 +89,7 @@ def test_data_without_targets_have_no_accuracy():
 
 def test_accuracy_can_be_measured_again():
     module = Classifier()
-    values = in_fit(lambda trainer, module: [accuracy(module, loader(), "digits") for _ in range(2)], module)
+    values = in_fit(lambda trainer, module: [score(module, loader(), "digits").value for _ in range(2)], module)
     assert values[0] == values[1] == by_hand(module, loader())
 
 
@@ -164,7 +165,7 @@ def test_several_loaders_count_as_one_each_within_the_limit(container, limit, ba
     module = Classifier()
     data = container([loader(1), loader(2)])
     value = in_fit(
-        lambda trainer, module: accuracy(module, evaluation_data(trainer), "digits"),
+        lambda trainer, module: score(module, evaluation_data(trainer), "digits").value,
         module,
         val=data,
         limit_test_batches=limit,

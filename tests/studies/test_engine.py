@@ -5,10 +5,13 @@ import lightning as L
 import pytest
 import torch
 from images import make_backbone, make_model, make_stream, make_trainer
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.methods import AverageMerge, ClosedFormMerge, MergeMethod, ODEMerge
 from lightning_odem.methods.needs import SecondMoments
+from lightning_odem.metrics import TaskMetric
 from lightning_odem.studies import Comparison
 
 OPTIONS = {"methods": ["average", "ode"], "orders": 2, "weighting": ["uniform", "dirichlet"]}
@@ -153,3 +156,22 @@ def test_unknown_methods_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="at least one merge method"):
         compare(tmp_path, methods=[])
     assert not any(tmp_path.iterdir())
+
+
+class ByError(TaskClassifier):
+    """A classifier whose tasks are measured by their calibration error."""
+
+    def task_metric(self, task):
+        return MetricCollection([MulticlassCalibrationError(3), MulticlassF1Score(3)])
+
+
+@pytest.mark.slow
+def test_a_comparison_measures_what_the_module_says(tmp_path):
+    torch.manual_seed(0)
+    model = ByError(make_backbone(), mean=[0.5] * 3, std=[0.25] * 3, lr=0.05)
+    options = OPTIONS | {"orders": 1, "weighting": ["uniform"], "methods": ["average"]}
+    comparison = make_trainer().compare(model, make_stream(), dirpath=str(tmp_path), **options)
+    assert Comparison.load(tmp_path).metric == TaskMetric("MulticlassCalibrationError", "%", False)
+    report = comparison.cells[0].report
+    assert report.merges[-1].further.keys() == {"a", "b", "c"}
+    assert "MulticlassCalibrationError (%, lower is better)" in (tmp_path / "comparison.txt").read_text()

@@ -3,6 +3,7 @@ from statistics import fmean, stdev
 import pytest
 from torch import nan
 
+from lightning_odem.metrics import TaskMetric
 from lightning_odem.report import MergeRecord, StreamReport
 from lightning_odem.studies.results import CellResult, Comparison
 from lightning_odem.studies.tables import markdown_comparison, render_comparison, render_sizes
@@ -205,3 +206,21 @@ def test_labels_do_not_break_the_markdown_table(comparison: Comparison) -> None:
 def test_empty_comparison_says_so() -> None:
     empty = Comparison([])
     assert render_comparison(empty) == render_sizes(empty) == markdown_comparison(empty) == "No cell yet.\n"
+
+
+def test_another_metric_is_named_and_shown_in_its_unit(comparison: Comparison) -> None:
+    for entry in comparison.cells:
+        entry.report.metrics = dict.fromkeys("ab", TaskMetric("Perplexity", "", False))
+    text = markdown_comparison(comparison)
+    assert markdown_rows(text)["average"]["ACC"] == "0.500 ± 0.100"
+    assert markdown_rows(text)["average"]["BWT"] == "+0.400 ± 0.100"
+    assert "Perplexity (lower is better): mean ± sample standard deviation" in text
+    assert "percent" not in text
+
+
+def test_of_unlike_metrics_there_is_no_acc(comparison: Comparison) -> None:
+    for entry in comparison.cells:
+        entry.report.metrics = {"a": TaskMetric("R2Score", "")}
+    text = markdown_comparison(comparison)
+    assert markdown_rows(text)["odem"]["ACC"].startswith("—")
+    assert "No ACC and BWT: the tasks are measured by unlike metrics." in text

@@ -9,6 +9,7 @@ import torch
 import yaml
 from images import make_model, make_stream, make_trainer
 from torch.utils.data import default_collate
+from torchmetrics.classification import MulticlassF1Score
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli.command_line import main
@@ -288,3 +289,10 @@ def test_of_means_that_differ_by_rounding_the_first_is_best():
     path = PairPath("ode", [0.0, 1.0], [1.0] * 2, {"a": [0.7, 0.4], "b": [0.1, 0.4]})
     assert path.mean[0] < path.mean[1]
     assert path.best == 0
+
+
+def test_tasks_with_another_metric_are_refused(tmp_path):
+    model = make_model()
+    model.task_metric = lambda task: MulticlassF1Score(3)
+    with pytest.raises(ValueError, match="compares accuracies; task 'a' is measured by MulticlassF1Score"):
+        make_trainer().trajectory(model, make_stream(), dirpath=str(tmp_path), **OPTIONS)
