@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.flow import NonFiniteLossError
+from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
 from lightning_odem.parameters.vector import ParameterVector
 
 
@@ -24,16 +26,26 @@ class CalibrationSet:
         batch_size: Samples per micro-batch.
         loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
             :func:`~lightning_odem.calibration.scaling.loss_scale`.
+        as_task: Makes the module that of a sample's task, where earlier tasks keep parameters for themselves; see
+            :func:`~lightning_odem.parameters.own_parameters`.
     """
 
     buffer: CalibrationBuffer
     batch_loss: BatchLoss
     batch_size: int = 128
     loss_scale: float = 1.0
+    as_task: AsTask = no_task_parameters
 
     def objective(self, vector: ParameterVector) -> CalibrationObjective:
         """The calibration loss as a function of the vector."""
-        return CalibrationObjective(vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale)
+        return CalibrationObjective(
+            vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale, as_task=self.as_task
+        )
+
+    def loss(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of a micro-batch, by the module of its task."""
+        with self.as_task(batch.task):
+            return self.batch_loss(batch)
 
     def batches_of(self, task: str) -> Iterator[MicroBatch]:
         """The samples of a task, of which the buffer may hold none."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -16,12 +16,10 @@ from lightning_odem.calibration.reduction import read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.parameters.processes import Processes
+from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
 from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
 BatchLoss = Callable[[MicroBatch], Tensor]
-AsTask = Callable[[str], AbstractContextManager[None]]
-"""Puts what a task keeps for itself into the module, see :func:`~lightning_odem.parameters.as_task`."""
-
 _T = TypeVar("_T")
 
 
@@ -61,7 +59,7 @@ class CalibrationObjective:
         batch_size: int = 128,
         loss_scale: float = 1.0,
         processes: Processes | None = None,
-        as_task: AsTask = lambda task: nullcontext(),
+        as_task: AsTask = no_task_parameters,
     ) -> None:
         self.vector = vector
         self.buffer = buffer

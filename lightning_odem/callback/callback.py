@@ -35,6 +35,7 @@ from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import local, reshard
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.report.progress import progress
@@ -629,7 +630,8 @@ class ContinualMergeCallback(L.Callback):
 
     def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> CalibrationSet:
         loss, options = calibration_loss(module, self.calibration.loss), self.calibration
-        return CalibrationSet(buffer, loss, options.batch_size, loss_scale(module.trainer))
+        as_task = own_parameters(module, self._state.task_parameters)
+        return CalibrationSet(buffer, loss, options.batch_size, loss_scale(module.trainer), as_task)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The module as one of its tasks: with what that task keeps for itself in place."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,50 @@ from lightning_odem.parameters.shards import find_shards
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.vector import canonical_name
 
-Slot = tuple[nn.Module, str, Tensor]
-"""Submodule, name of one of its parameters or buffers, and what is there."""
+Place = tuple[nn.Module, str]
+"""A submodule and the name of one of its parameters or buffers."""
+
+AsTask = Callable[[str], AbstractContextManager[None]]
+"""Puts what a task keeps for itself into a module, for a block."""
 
 
-@contextmanager
-def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run a block with a task's own parameters in a module; afterwards the module has those that it had.
+def no_task_parameters(task: str) -> AbstractContextManager[None]:
+    """Leave the module as it is, whatever the task."""
+    return nullcontext()
 
-    Tensors are put in the place of others, not copied into them, so they may have other shapes, as a head with other
-    classes. Nothing is copied where they are on the module's device. They take no gradient. Parameters that processes
-    share are written in place instead, so their shapes have to be the same.
+
+def own_parameters(module: nn.Module, kept: Mapping[str, Mapping[str, Tensor]]) -> AsTask:
+    """As :func:`as_task`, by the name of the task, and fast where it is asked for often.
 
     Args:
         module: The module.
-        own: Parameters and buffers by name; the module has to have all of the names.
+        kept: What tasks keep for themselves. For a task that is not in it the module stays as it is.
+    """
+    found: dict[str, _Swap] = {}
+
+    def swapped(task: str) -> AbstractContextManager[None]:
+        if not kept.get(task):
+            return nullcontext()
+        if task not in found:
+            found[task] = _Swap(module, kept[task])
+        return found[task].made()
+
+    return swapped
+
+
+def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Run a block with a task's own parameters in a module; afterwards the module has those that it had.
+
+    Tensors are put in the place of others, not copied into them, so they may have other shapes, as a head with other
+    classes. They are not copied at all where they are on the module's device. They take no gradient. Parameters that
+    processes share are written in place instead, so their shapes have to be the same.
+
+    Args:
+        module: The module.
+        own: Parameters and buffers by name.
+
+    Raises:
+        ValueError: If the module lacks one of them.
 
     Example:
         >>> net = nn.Linear(1, 2)
@@ -34,57 +63,86 @@ def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
         >>> net.weight.shape
         torch.Size([2, 1])
     """
-    slots = _slots(module, own)
-    if find_shards({name: found[0][2] for name, found in slots.items()}) is not None:
-        before = take_snapshot(module, lambda name: name in own)
-        load_snapshot(module, own, lambda name: name in own)
-        try:
-            yield
-        finally:
-            load_snapshot(module, before, lambda name: name in before)
-        return
-    try:
-        for name, found in slots.items():
-            _replace(found, own[name], requires_grad=False)
-        yield
-    finally:
-        for owner, leaf, tensor in (slot for found in slots.values() for slot in found):
-            _set(owner, leaf, tensor)
+    return _Swap(module, own).made()
 
 
-@torch.no_grad()
 def put_task_parameters(module: nn.Module, own: Snapshot) -> None:
-    """Give a module a task's own parameters for good: written in place where shapes agree, else put in their place."""
-    slots = _slots(module, own)
-    other = {name: found for name, found in slots.items() if found[0][2].shape != own[name].shape}
-    if find_shards({name: found[0][2] for name, found in slots.items()}) is not None:
-        other = {}
-    for name, found in other.items():
-        _replace(found, own[name].clone(), requires_grad=found[0][2].requires_grad)
+    """Give a module a task's own parameters for good: written in place where shapes agree, else put in their place.
+
+    Raises:
+        ValueError: If the module lacks one of them.
+    """
+    places = _places(module, own)
+    now = {name: _get(*found[0]) for name, found in places.items()}
+    if find_shards(now) is None:
+        for name, tensor in now.items():
+            if tensor.shape != own[name].shape:
+                _put(places[name], _like(tensor, own[name].clone(), requires_grad=tensor.requires_grad))
     load_snapshot(module, own, lambda name: name in own)
 
 
-def _slots(module: nn.Module, names: Mapping[str, Tensor]) -> dict[str, list[Slot]]:
+class _Swap:
+    """The places of a task's own tensors in a module, and what is put there."""
+
+    def __init__(self, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+        self._module, self._own = module, own
+        self._places = _places(module, own)
+        now = {name: _get(*found[0]) for name, found in self._places.items()}
+        self._is_sharded = find_shards(now) is not None
+        self._tensors = {} if self._is_sharded else {name: _like(now[name], own[name]) for name in now}
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        if self._is_sharded:
+            before = take_snapshot(self._module, lambda name: name in self._own)
+            load_snapshot(self._module, self._own, lambda name: name in self._own)
+            try:
+                yield
+            finally:
+                load_snapshot(self._module, before, lambda name: name in before)
+            return
+        held = {name: _get(*found[0]) for name, found in self._places.items()}
+        try:
+            for name, tensor in self._tensors.items():
+                _put(self._places[name], tensor)
+            yield
+        finally:
+            for name, tensor in held.items():
+                _put(self._places[name], tensor)
+
+
+def _places(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[Place]]:
     """Where a module has the named tensors, tied ones in several places."""
-    found: dict[int, tuple[str, list[Slot]]] = {}
+    found: dict[int, tuple[str, list[Place]]] = {}
     for prefix, owner in module.named_modules():
-        for held in (owner._parameters, owner._buffers):
-            for leaf, tensor in held.items():
-                if tensor is not None:
-                    name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
-                    found.setdefault(id(tensor), (name, []))[1].append((owner, leaf, tensor))
-    return {name: slots for name, slots in found.values() if name in names}
+        for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
+                found.setdefault(id(tensor), (name, []))[1].append((owner, leaf))
+    places = dict(found.values())
+    if missing := [name for name in own if name not in places]:
+        raise ValueError(
+            f"A task of the stream keeps {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} for itself, "
+            f"which {type(module).__name__} does not have now. What is excluded from merges may differ in shape from "
+            "task to task, but not in its names."
+        )
+    return {name: places[name] for name in own}
 
 
-def _replace(slots: list[Slot], value: Tensor, requires_grad: bool) -> None:
-    before = slots[0][2]
-    value = value.to(before.device, before.dtype)
-    if isinstance(before, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=requires_grad)
-    for owner, leaf, _ in slots:
-        _set(owner, leaf, value)
+def _get(owner: nn.Module, leaf: str) -> Tensor:
+    tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+    assert tensor is not None, "found by its name"
+    return tensor
 
 
-def _set(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
-    held = owner._parameters if leaf in owner._parameters else owner._buffers
-    held[leaf] = tensor  # type: ignore[assignment]
+def _put(places: list[Place], tensor: Tensor) -> None:
+    for owner, leaf in places:
+        held: dict[str, Tensor | None] = owner._parameters if leaf in owner._parameters else owner._buffers  # type: ignore[assignment]
+        held[leaf] = tensor
+
+
+def _like(tensor: Tensor, value: Tensor, requires_grad: bool = False) -> Tensor:
+    """A value in the place of a tensor: on its device, in its dtype, a parameter if that is one."""
+    with torch.no_grad():
+        value = value.to(tensor.device, tensor.dtype)
+    return nn.Parameter(value, requires_grad=requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -12,7 +12,8 @@ from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.parameters.division import Division
-from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
+from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
+from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.merging import merging
 from lightning_odem.stream.trace import TrainingTrace
@@ -68,6 +69,7 @@ class Folding:
         self._batch_norm = batch_norm
         self._calibration = calibration
         self._buffer = calibration.buffer(calibration_size)
+        self._own: dict[str, Snapshot] = {}
         self._division.check(module)
 
     def fold(
@@ -95,6 +97,7 @@ class Folding:
             ValueError: If names or shapes differ, or the method needs what was not given.
         """
         load_snapshot(self.module, incoming, self._division.shared(self.module))
+        own = take_snapshot(self.module, self._division.task_specific(self.module))
         buffer = self._buffer.copy()
         if samples is not None:
             buffer.add(task, samples, weight=weight)
@@ -114,6 +117,7 @@ class Folding:
             merged = merge.snapshot()
         self.merged, self._buffer = merged, buffer
         self.weights.append(weight)
+        self._own[task] = own
         return merge.record
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
@@ -129,4 +133,6 @@ class Folding:
         if not len(buffer):
             return None
         loss = calibration_loss(self.module, self._calibration.loss)  # type: ignore[arg-type]
-        return CalibrationSet(buffer, loss, self._calibration.batch_size)
+        return CalibrationSet(
+            buffer, loss, self._calibration.batch_size, as_task=own_parameters(self.module, self._own)
+        )

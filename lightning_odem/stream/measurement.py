@@ -14,6 +14,7 @@ from lightning_odem.metrics import TaskMetric, find_metric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.task_parameters import as_task
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.evaluation import Score, check_score, score
 from lightning_odem.stream.evaluation_data import data_of, evaluation_data
@@ -122,17 +123,13 @@ class Measurement:
     def every_task(
         self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
     ) -> dict[str, Score]:
-        """Score on every task by name, each with its own parameters; the last task's are left in place."""
+        """Score on every task by name, each with its own parameters in the module's place."""
         scores = {}
-        *_, last = task_parameters.values()
         with progress(trainer, "evaluating") as advance:
-            try:
-                for index, (task, own) in enumerate(task_parameters.items()):
-                    advance(index, len(task_parameters))
-                    load_task_parameters(module, own)
+            for index, (task, own) in enumerate(task_parameters.items()):
+                advance(index, len(task_parameters))
+                with as_task(module, own):
                     scores[task] = self._measure(module, task)
-            finally:
-                load_task_parameters(module, last)
         return scores
 
     def _measure(self, module: L.LightningModule, task: str) -> Score:

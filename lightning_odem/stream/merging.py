@@ -142,7 +142,7 @@ def merging(
                 method_state.check()
                 vector.write_(result.theta)
                 if calibration and merged is not None and batch_norm == "recalibrate":
-                    statistics.recalibrate(calibration.buffer, calibration.batch_loss, calibration.batch_size)
+                    statistics.recalibrate(calibration.buffer, calibration.loss, calibration.batch_size)
                 merged_statistics = statistics.read()
             statistics.write_(merged_statistics)
             if merged is not None and t == 0.0:

@@ -7,7 +7,8 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
+from lightning_odem.parameters.snapshot import Snapshot
+from lightning_odem.parameters.task_parameters import put_task_parameters
 from lightning_odem.parameters.vector import canonical_name
 
 
@@ -18,7 +19,7 @@ def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
     ``on_load_checkpoint``, with the names and tensors under ``"state_dict"``.
 
     Raises:
-        ValueError: If the module lacks one of them afterwards, or has it in another shape.
+        ValueError: If the module lacks one of them afterwards.
 
     Example:
         >>> import torch
@@ -39,7 +40,7 @@ def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
             f"which {type(module).__name__} does not have. Build the module with them, or make them in its hook "
             "on_load_checkpoint(checkpoint), from the names in checkpoint['state_dict']."
         )
-    load_snapshot(module, parameters, lambda name: name in parameters)
+    put_task_parameters(module, parameters)
 
 
 def is_ready(module: L.LightningModule, shared: Iterable[str], own: Iterable[str]) -> bool:
