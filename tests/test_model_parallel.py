@@ -121,5 +121,5 @@ def test_snapshots_of_a_training_run_are_whole_in_a_checkpoint_in_mid_task(resum
     whole, parts = (torch.load(resumed / kind / "mid-task" / "end.pt") for kind in ("whole", "parts"))
     assert same(parts["tensors"], whole["tensors"])
     content = torch.load(resumed / "parts" / "saved" / "last.ckpt", weights_only=True)
-    trail = content["callbacks"]["ContinualMergeCallback"]["started"]["trail"]
+    trail = content["callbacks"]["ContinualMergeCallback"]["started"]["collected"]["Snapshots"]
     assert {snapshot["body.0.weight"].shape for snapshot in trail["snapshots"].values()} == {(8, 4)}

@@ -32,7 +32,8 @@ def test_words_become_needs_with_a_warning_that_says_how_to_write_them():
     with pytest.warns(DeprecationWarning, match=r"needs = \(BaseModel\(\), Calibration\(\), Snapshots\(4\)\)"):
         method = resolve_method(Earlier())
     assert method.needs == (BaseModel(), Calibration(), Snapshots(4))
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         resolve_method(method)
 
 
