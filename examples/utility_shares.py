@@ -19,8 +19,9 @@ from rich.table import Table
 from lightning_odem import ContinualTrainer, TaskStream
 from lightning_odem.cli import ContinualCLI
 from lightning_odem.methods import resolve_method
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.figures import COLORS, new_figure, open_frame
-from lightning_odem.report.tables import number, percent
+from lightning_odem.report.tables import number
 from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -59,7 +60,7 @@ def table(comparison: Comparison) -> Table:
     result = Table("method", f"w of {tasks[-1]}", *tasks, "ACC_w", "loss", title="Accuracy (%) of the merged model")
     for method in comparison.methods:
         for report in (cell.report for cell in comparison.select(method=method)):
-            percents = map(percent, (*report.accuracy[-1], report.acc()))
+            percents = map(ACCURACY.text, (*report.accuracy[-1], report.acc()))
             loss = number(report.merges[-1].loss_after, ".3f")
             result.add_row(method, f"{report.weights[-1]:.2f}", *percents, loss)
         result.add_section()

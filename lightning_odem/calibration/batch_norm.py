@@ -47,6 +47,14 @@ class BatchNormStatistics:
         """Copies of the module's statistics."""
         return [value.clone() for key in _STATISTICS for value in self._all(key)]
 
+    def not_finite(self) -> list[str]:
+        """Names of the module's statistics that have infinite or NaN entries."""
+        names = [f"{name}.{key}" for key in _STATISTICS for name in self._layers]
+        finite = [value.isfinite().all() for value in self.read()]
+        return (
+            [name for name, good in zip(names, torch.stack(finite).tolist(), strict=True) if not good] if names else []
+        )
+
     @torch.no_grad()
     def write_(self, values: list[Tensor]) -> None:
         """Set the module's statistics to those of :meth:`read`."""

@@ -120,6 +120,22 @@ class ParameterVector:
         """Copy a vector into the parameters, in place and in their own dtypes."""
         torch._foreach_copy_(self._parts(), self.views(flat))
 
+    def not_finite(self, flat: Tensor) -> list[str]:
+        """Names of the parameters that have infinite or NaN entries in a vector [d], in any of the processes.
+
+        One pass over the vector, and one number read from the device, where there are none.
+        """
+        largest = torch.linalg.vector_norm(flat, torch.inf) if len(flat) else flat.new_zeros(())
+        broken = (~largest.isfinite()).double()
+        if self.shards is not None:
+            self.shards.sum_(broken)
+        if not broken.item():
+            return []
+        counts = torch.stack([(~piece.isfinite()).sum().double() for piece in self.views(flat)])
+        if self.shards is not None:
+            self.shards.sum_(counts)
+        return [name for name, count in zip(self.names, counts.tolist(), strict=True) if count]
+
     def unrounded(self, flat: Tensor) -> dict[str, Tensor]:
         """Copies, on the CPU, of the pieces of a vector that parameters of lower precision cannot hold, by name."""
         pieces = zip(self.names, self.tensors, self.views(flat), strict=True)

@@ -95,8 +95,9 @@ def merging(
         module with the incoming model and the method with the state it had.
 
     Raises:
-        ValueError: If the models differ in names or shapes, nothing is left to merge, the loss has no gradient,
-            something the method needs is not there or the method changed its state in place.
+        ValueError: If the models differ in names or shapes, nothing is left to merge, a weight of the incoming or the
+            new merged model is not finite, the loss has no gradient, something the method needs is not there or the
+            method changed its state in place.
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
@@ -117,6 +118,7 @@ def merging(
     try:
         with Processes.current().together():
             with undisturbed(module):
+                _check_finite(vector.not_finite(incoming) + statistics.not_finite(), task, "incoming")
                 if calibration is not None:
                     calibration.store_logits(task)
                 needed = {type(need): need.build(sources) for need in method.needs}
@@ -140,9 +142,11 @@ def merging(
                         statistics.write_(incoming_statistics)
                         statistics.interpolate(merged, t)
                 method_state.check()
+                _check_finite(vector.not_finite(result.theta), task, "merged")
                 vector.write_(result.theta)
                 if calibration and merged is not None and batch_norm == "recalibrate":
                     statistics.recalibrate(calibration.buffer, calibration.loss, calibration.batch_size)
+                _check_finite(statistics.not_finite(), task, "merged")
                 merged_statistics = statistics.read()
             statistics.write_(merged_statistics)
             if merged is not None and t == 0.0:
@@ -168,6 +172,16 @@ def merging(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def _check_finite(broken: list[str], task: str, which: str) -> None:
+    if broken:
+        names = f"{', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
+        cause = "its training has diverged" if which == "incoming" else "the merge method made them"
+        raise ValueError(
+            f"Merging task {task!r}: the {which} model holds infinite or NaN values in {names} ({cause}); they would "
+            "spoil every later merge. Nothing was merged."
+        )
 
 
 def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: tuple[str, ...]) -> list[Tensor]:

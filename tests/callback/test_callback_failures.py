@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from toy import Classifier, Failing, Incoming, Task, everything, fit, make_trainer, same, weights
 
 from lightning_odem import AverageMerge, ContinualMergeCallback
+from lightning_odem.methods.function import FunctionMerge
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -191,3 +192,48 @@ def test_a_failing_hook_behind_the_merge_leaves_the_merge_done():
         fit(module, Task(0), incoming, merge, Failing("on_fit_end", RuntimeError("late")))
     assert merge.report.tasks == ["task_1"]
     assert same(everything(module), incoming.models[0])
+
+
+class Spoils(L.Callback):
+    """Puts a value into the module at the end of the training."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def on_train_end(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.state_dict()[self.name].view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("method", ["average", "opcm", "magmax", "ode"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("head.weight", math.nan), ("head.bias", math.inf), ("body.1.running_var", math.nan)]
+)
+def test_a_training_that_diverged_is_not_merged(method, number, name, value):
+    module, merge = Classifier(batch_norm=True), ContinualMergeCallback(method)
+    for before in range(number):
+        fit(module, Task(before), merge)
+    with (
+        pytest.raises(ValueError, match=rf"the incoming model holds infinite or NaN values in {name} \(its training"),
+        pytest.warns(match="fine-tuned weights are saved in"),
+    ):
+        fit(module, Task(number), Spoils(name, value), merge)
+    assert len(merge.report.tasks) == number
+    module = Classifier(batch_norm=True)
+    if number:
+        merge.load_base(module)
+    fit(module, Task(number), merge)
+    assert len(merge.report.tasks) == number + 1
+    assert all(tensor.isfinite().all() for tensor in merge.state_dict()["merged"].values())
+
+
+def test_a_method_that_makes_a_weight_infinite_is_refused():
+    def overflow(merged, incoming, t, context):
+        return merged / 0.0
+
+    module, merge = Classifier(), ContinualMergeCallback(FunctionMerge(overflow))
+    fit(module, Task(0), merge)
+    with pytest.raises(ValueError, match=r"the merged model holds infinite or NaN values in .*the merge method made"):
+        fit(module, Task(1), merge)
+    assert merge.report.tasks == ["task_1"]

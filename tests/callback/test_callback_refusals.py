@@ -311,9 +311,15 @@ def test_data_of_an_earlier_task_without_a_sample_is_refused_before_training():
 @pytest.mark.parametrize("step", [2, 3], ids=["mid_epoch", "between_epochs"])
 def test_a_task_resumed_in_another_process_is_checked_before_its_next_step(step, small_stream):
     every = ModelCheckpoint(small_stream, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    fit(Thresholded(), Task(0), ContinualMergeCallback("average"), every, enable_checkpointing=True)
+    fit(Thresholded(), Task(0, "task_1"), ContinualMergeCallback("average"), every, enable_checkpointing=True)
     module, incoming = OneOutput(), Incoming()
     with pytest.raises(ValueError, match=r"OneOutput on task 'task_1' .*, got float32 \[5, 1\]"):
-        fit(module, Task(0), incoming, ContinualMergeCallback("average"), ckpt_path=small_stream / f"step={step}.ckpt")
+        fit(
+            module,
+            Task(0, "task_1"),
+            incoming,
+            ContinualMergeCallback("average"),
+            ckpt_path=small_stream / f"step={step}.ckpt",
+        )
     assert incoming.batches <= 1  # the batch whose step was not taken
     assert same(weights(module), torch.load(small_stream / f"step={step}.ckpt")["state_dict"])

@@ -89,8 +89,8 @@ def test_what_a_need_keeps_goes_through_a_checkpoint(small_stream):
     whole, resumed = Drifting(), Drifting()
     fit(Classifier(), Task(0), ContinualMergeCallback(whole))
     saving, broken = ModelCheckpoint("saved"), ContinualMergeCallback(Drifting())
-    fit(Classifier(), Task(0), broken, saving, max_epochs=1, enable_checkpointing=True)
-    fit(Classifier(), Task(0), ContinualMergeCallback(resumed), ckpt_path=saving.best_model_path)
+    fit(Classifier(), Task(0, "task_1"), broken, saving, max_epochs=1, enable_checkpointing=True)
+    fit(Classifier(), Task(0, "task_1"), ContinualMergeCallback(resumed), ckpt_path=saving.best_model_path)
     assert torch.equal(resumed.contexts[0][Drift], whole.contexts[0][Drift])
 
 

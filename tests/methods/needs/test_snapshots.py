@@ -29,17 +29,17 @@ def test_a_method_gets_the_weights_of_the_training_run():
 @pytest.mark.parametrize("earlier", [False, True])
 def test_snapshots_survive_an_interruption(tmp_path, earlier):
     whole, resumed = Watching(Snapshots(20)), Watching(Snapshots(20))
-    fit(Classifier(), Task(0), ContinualMergeCallback(method=whole))
+    fit(Classifier(), Task(0, "task_1"), ContinualMergeCallback(method=whole))
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1)
     broken = ContinualMergeCallback(method=Watching(Snapshots(20)))
-    fit(Classifier(), Task(0), broken, checkpoint, max_epochs=1, enable_checkpointing=True)
+    fit(Classifier(), Task(0, "task_1"), broken, checkpoint, max_epochs=1, enable_checkpointing=True)
     if earlier:  # as version 0.5 has written them
         content = torch.load(checkpoint.best_model_path, weights_only=True)
         started = content["callbacks"]["ContinualMergeCallback"]["started"]
         started["trail"] = started.pop("collected")["Snapshots"]
         torch.save(content, checkpoint.best_model_path)
     merge = ContinualMergeCallback(method=resumed)
-    fit(Classifier(), Task(0), merge, ckpt_path=checkpoint.best_model_path)
+    fit(Classifier(), Task(0, "task_1"), merge, ckpt_path=checkpoint.best_model_path)
     assert len(whole.contexts[0][Snapshots]) == 5
     torch.testing.assert_close(
         torch.stack(list(resumed.contexts[0][Snapshots])), torch.stack(list(whole.contexts[0][Snapshots]))
