@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_odem.flow import Trajectory
 from lightning_odem.methods.needs import Need
-from lightning_odem.methods.needs.words import EarlierFields
+from lightning_odem.methods.needs.words import EarlierFields, accepts_words
 
 if TYPE_CHECKING:
     from lightning_odem.parameters.shards import Shards
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@accepts_words
 @dataclass(frozen=True)
 class MergeContext(EarlierFields):
     """What a method may use besides the two models.

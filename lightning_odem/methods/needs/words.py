@@ -1,8 +1,11 @@
 """Needs as they were declared and read until version 0.5: by words. To be removed with version 0.8."""
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
 
 from lightning_odem.methods.needs.base_model import BaseModel
 from lightning_odem.methods.needs.calibration import Calibration
@@ -11,6 +14,8 @@ from lightning_odem.methods.needs.need import Need, combine
 from lightning_odem.methods.needs.second_moments import SecondMoments
 from lightning_odem.methods.needs.snapshots import Snapshots
 from lightning_odem.methods.needs.training_data import TrainingData
+
+T = TypeVar("T")
 
 WORDS: dict[str, type[Need[Any]]] = {
     "base": BaseModel,
@@ -51,6 +56,27 @@ def resolve_needs(rule: Any) -> None:
 
 def _is_need(value: object) -> bool:
     return issubclass(value, Need) if isinstance(value, type) else isinstance(value, Need)
+
+
+def accepts_words(context: type[T]) -> type[T]:
+    """Let a class of contexts be made with the earlier fields too: ``MergeContext(names, shapes, base=base)``."""
+    make: Callable[..., None] = context.__init__
+
+    @wraps(make)
+    def init(self: T, *values: Any, **named: Any) -> None:
+        if len(values) > 2 and isinstance(values[2], Tensor):  # the base model was the third
+            named["base"] = values[2]
+            values = values[:2]
+        if words := [word for word in WORDS if word in named]:
+            write = ", ".join(f"{WORDS[word].__name__}: {word}" for word in words)
+            message = f"MergeContext(..., {words[0]}=...) goes with version 0.8; write: MergeContext(..., {{{write}}})"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            found = {WORDS[word]: named.pop(word) for word in words}
+            named["needed"] = {need: value for need, value in found.items() if value is not None}
+        make(self, *values, **named)
+
+    context.__init__ = init  # type: ignore[assignment]
+    return context
 
 
 class EarlierFields:

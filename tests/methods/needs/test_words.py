@@ -82,3 +82,14 @@ def test_what_is_no_need_is_refused(needs):
     method.needs = needs
     with pytest.raises(ValueError, match=r"what a method can need are objects such as BaseModel\(\), Calibration\(\)"):
         resolve_method(method)
+
+
+def test_a_context_can_be_made_with_the_earlier_fields():
+    base = torch.ones(2)
+    with pytest.warns(DeprecationWarning, match=r"write: MergeContext\(\.\.\., \{BaseModel: base\}\)"):
+        context = MergeContext(["w"], [(2,)], base=base)
+    assert context[BaseModel] is base
+    with pytest.warns(DeprecationWarning, match="goes with version 0.8"):
+        assert MergeContext(["w"], [(2,)], base)[BaseModel] is base
+    with pytest.warns(DeprecationWarning, match="goes with version 0.8"):
+        assert BaseModel not in MergeContext(["w"], [(2,)], base=None)
