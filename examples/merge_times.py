@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from lightning_odem.methods import Calibration, DOPMerge, MergeMethod, resolve_method
 from lightning_odem.parameters.snapshot import take_snapshot
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 
 METHODS = {
     "average": "average",
@@ -70,7 +70,7 @@ class Merges(L.Callback):
         """Merge, and keep the numbers of the third merge."""
         base = take_snapshot(pl_module)
         size = sum(value.nbytes for value in base.values())
-        folding = Folding(pl_module, self.method, base=base, calibration_size=SAMPLES)
+        stream = Stream(self.method, base=base, calibration_size=SAMPLES)
         for task in ("first", "second", "third"):
             # Task vectors of full rank, as fine-tuning leaves them.
             incoming = {name: value + 1e-3 * torch.randn(value.shape) for name, value in base.items()}
@@ -78,7 +78,7 @@ class Merges(L.Callback):
             if Calibration() in self.method.needs:
                 samples = (torch.randn(SAMPLES, 3, 224, 224), torch.arange(SAMPLES) % 10)
             before, started = resident(), time.process_time()
-            folding.fold(incoming, task, samples=samples)
+            stream.merge(pl_module, incoming, task, samples=samples)
             self.seconds = time.process_time() - started
         self.peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size
         self.kept = (

@@ -7,6 +7,7 @@ from lightning_odem import moved
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
+from lightning_odem.stream.stream import Stream
 from lightning_odem.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "MergeResult",
     "ODEMerge",
     "PaperODEMerge",
+    "Stream",
     "TaskClassifier",
     "TaskStream",
     "__version__",

@@ -1,7 +1,6 @@
 """The callback: when things happen in a Trainer's life. What happens is in the other files."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -11,11 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
+from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
-from lightning_odem.calibration.calibration_set import CalibrationSet
-from lightning_odem.calibration.prediction_loss import calibration_loss
-from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.task_samples import Sampling
 from lightning_odem.callback.guards import (
     FreshStart,
@@ -27,27 +23,23 @@ from lightning_odem.callback.guards import (
 from lightning_odem.callback.publication import publish
 from lightning_odem.callback.rescue import rescuing
 from lightning_odem.flow import operating_time
-from lightning_odem.methods import MergeMethod, method_name, resolve_method
-from lightning_odem.methods.describe import describe_method
-from lightning_odem.methods.kept_state import copy_containers
+from lightning_odem.methods import MergeMethod, method_name
 from lightning_odem.metrics import check_weights
-from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import local, reshard
-from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
-from lightning_odem.parameters.task_parameters import own_parameters
+from lightning_odem.parameters.snapshot import load_snapshot, take_snapshot, undisturbed
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
-from lightning_odem.stream.merging import merging
 from lightning_odem.stream.naming import file_name, next_task_name, next_task_weight
 from lightning_odem.stream.random_state import RandomStream, load_random_state, take_random_state
-from lightning_odem.stream.removal import Model, fingerprint_to_keep, names_to_keep, remove_task
+from lightning_odem.stream.removal import Model, remove_task
 from lightning_odem.stream.restoration import is_ready, restore_task_parameters
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.store import differences, encode, fingerprint
+from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import Collection
 
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
@@ -175,15 +167,20 @@ class ContinualMergeCallback(L.Callback):
             raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
         if weights is not None:
             check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
-        self.method = resolve_method(method)
+        self._stream = Stream(
+            method,
+            calibration_size=calibration_size,
+            exclude=tuple(exclude),
+            batch_norm=batch_norm,
+            calibration=calibration,
+        )
         self.weights = weights
         self.finetune_from = finetune_from
-        self.division = Division(exclude)
+        self.division = self._stream.division
         self.batch_norm = batch_norm
         self.calibration = calibration
         self.calibration_data: dict[str, Iterable] = {}
         self.last_merged_path: str | None = None
-        self._state = StreamState(calibration.buffer(calibration_size))
         self._directory = RunDirectory(dirpath, mapped=offload == "disk")
         self._fresh_start = FreshStart()
         self._measurement = Measurement(self.division, enabled=bool(evaluate))
@@ -201,6 +198,11 @@ class ContinualMergeCallback(L.Callback):
         self._went_on = False
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
+
+    @property
+    def method(self) -> MergeMethod:
+        """The merge method."""
+        return self._stream.method
 
     @property
     def report(self) -> StreamReport:
@@ -277,7 +279,7 @@ class ContinualMergeCallback(L.Callback):
             self.last_merged_path = self.report.merges[-1].checkpoint
             self._measurement.forget(task)
         finally:
-            self._load_method()
+            self._stream.load_method()
 
     def load_base(self, module: nn.Module) -> None:
         """Write the base model's weights into a module of the same architecture.
@@ -325,7 +327,7 @@ class ContinualMergeCallback(L.Callback):
         self._trained = True
         with Processes.current().together():
             self._claim(trainer, pl_module)
-            if self._needs_samples:
+            if self._stream.needs_samples:
                 self.calibration.check(self._state.buffer)
             if not (self._resumed and self._state.started):
                 self._begin(trainer, pl_module)
@@ -396,61 +398,33 @@ class ContinualMergeCallback(L.Callback):
             return self._merge(trainer, pl_module)
 
     def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
-        state, report = self._state, self.report
-        task, weight, number = state.started["task"], state.started["weight"], len(report.tasks) + 1
+        state = self._state
+        task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
         buffer = self._sampling.buffer() if self._sampling is not None else None
         assert self._collection is not None, "set up when the training started"
         trace = self._collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
-        names = names_to_keep(pl_module, self.division.patterns(pl_module), self.batch_norm)
-        digest = fingerprint_to_keep(pl_module, names)
-        own = take_snapshot(pl_module, self.division.task_specific(pl_module))
-        task_parameters = {**state.task_parameters, task: own}
         with (
             rescuing(trainer, self.dirpath, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
             progress(trainer, f"merging {task}") as on_step,
-            merging(
-                pl_module,
-                self.method,
-                task=task,
-                t=operating_time([*report.weights, weight]),
-                merged=state.merged,
-                base=state.base or {},
-                calibration=self._measured_on(buffer, pl_module) if buffer is not None else None,
-                exclude=self.division.patterns(pl_module),
-                batch_norm=self.batch_norm,
-                trace=trace,
-                on_step=on_step,
-            ) as merge,
+            self._stream.merging(
+                pl_module, task, weight, buffer=buffer, trace=trace, on_step=on_step, fingerprint=True
+            ) as addition,
         ):
-            record = merge.record
+            record = addition.record
             _copy_from_main_process(trainer, pl_module)
-            scores = self._measurement.every_task(trainer, pl_module, task_parameters)
+            scores = self._measurement.every_task(trainer, pl_module, addition.task_parameters)
             record.further = {name: score.further for name, score in scores.items() if score.further}
             record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
-            state = replace(
-                state,
-                merged=merge.snapshot(),
-                task_parameters=task_parameters,
-                fixed=_unless_same(state.fixed, take_snapshot(pl_module, self.division.fixed(pl_module))),
-                method=copy_containers(self.method.state_dict()),
-                buffer=buffer if buffer is not None else state.buffer,
-                report=report.with_merge(
-                    record,
-                    weight=weight,
-                    accuracy=[score.value for score in scores.values()],
-                    metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
-                    fine_tuned=fine_tuned,
-                    pretrained=state.started["pretrained"],
-                    before_training=state.started["before_training"],
-                ),
-                started={},
-                random=self._random.after_merge(state.random),
-                names=names,
-                settings=describe_method(self.method),
-                fingerprints={**state.fingerprints, **({task: digest} if digest else {})},
+            state = addition.state(
+                accuracy=[score.value for score in scores.values()],
+                metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
+                fine_tuned=fine_tuned,
+                pretrained=state.started["pretrained"],
+                before_training=state.started["before_training"],
             )
+            state.random = self._random.after_merge(state.random)
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
         self._state = state
@@ -497,7 +471,7 @@ class ContinualMergeCallback(L.Callback):
             if self.report.tasks:
                 return
         self._state.load_state_dict(state_dict)
-        self._load_method()
+        self._stream.load_method()
         self._taken_up = False
         self._resumed = self._stage == "fit"
         if self._resumed and "random_now" in state_dict:
@@ -506,18 +480,18 @@ class ContinualMergeCallback(L.Callback):
     # -------------------------------------------------------------------------------------------------------- details
 
     @property
-    def _needs_samples(self) -> bool:
-        return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
+    def _state(self) -> StreamState:
+        return self._stream.state
 
-    def _load_method(self) -> None:
-        """Take the method to where the stream is."""
-        self.method.load_state_dict(copy_containers(self._state.method))
+    @_state.setter
+    def _state(self, state: StreamState) -> None:
+        self._stream.state = state
 
     def _take_up(self, stored: dict[str, Any]) -> None:
         """Go on with the stream that was found in the directory."""
         capacity = self._state.buffer.capacity
         self._state.load_state_dict(stored)
-        self._load_method()
+        self._stream.load_method()
         self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
         if self.last_merged_path is not None:  # the directory may have been moved
             self.last_merged_path = str(Path(stored["dirpath"]) / Path(self.last_merged_path).name)
@@ -533,7 +507,7 @@ class ContinualMergeCallback(L.Callback):
         if newer is not None:
             self._take_up(newer)
         self._state.cut(module)
-        self._load_method()
+        self._stream.load_method()
 
     def _go_on(self, module: nn.Module) -> None:
         """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one.
@@ -585,7 +559,7 @@ class ContinualMergeCallback(L.Callback):
             merged = state.merged if self.finetune_from == "merged" else None
             load_snapshot(module, merged or state.base, is_shared)
         # The instance may have served another stream.
-        self._load_method()
+        self._stream.load_method()
         state.started = {"task": task, "weight": weight}
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -612,7 +586,7 @@ class ContinualMergeCallback(L.Callback):
         with isolate_rng():
             self._measurement.find_data(trainer, task)
             self._sampling = None
-            if self._needs_samples:
+            if self._stream.needs_samples:
                 given = self.calibration_data.get(task)
                 self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
         self._measurement.warn_of_missing(self.report.tasks)
@@ -624,14 +598,9 @@ class ContinualMergeCallback(L.Callback):
             encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
             with undisturbed(module):
                 vector = ParameterVector(module, self.division.patterns(module))
-                calibration = self._measured_on(pair, module)
+                calibration = self._stream.measured_on(module, pair)
                 calibration.store_logits(self._state.started["task"])
                 calibration.objective(vector).loss_and_grad(vector.read())
-
-    def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> CalibrationSet:
-        loss, options = calibration_loss(module, self.calibration.loss), self.calibration
-        as_task = own_parameters(module, self._state.task_parameters)
-        return CalibrationSet(buffer, loss, options.batch_size, loss_scale(module.trainer), as_task)
 
 
 @torch.no_grad()
@@ -647,9 +616,3 @@ def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
         for tensor in (*whole, *module.buffers()):
             # Channels-last weights are not contiguous.
             tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))
-
-
-def _unless_same(before: Snapshot, now: Snapshot) -> Snapshot:
-    """The snapshot before if nothing has changed: it is on disk already."""
-    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
-    return before if same else now

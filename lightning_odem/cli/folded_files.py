@@ -11,7 +11,7 @@ from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import is_excluded
 from lightning_odem.report import MergeRecord
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 
 
 class Incoming(NamedTuple):
@@ -36,7 +36,7 @@ class FoldedFiles:
         base: Path of the base model, or None.
         device: Where merges are computed.
         exclude: Patterns of tensors that are not merged.
-        **options: Further arguments of :class:`~lightning_odem.stream.folding.Folding`.
+        **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
         hyper_parameters: For ``load_from_checkpoint``, from the first checkpoint.
@@ -63,18 +63,20 @@ class FoldedFiles:
             for name, like in self._files.like.items()
         }
         found = self._files.read(base) if base is not None else None
-        self._folding = Folding(StateModule(state).to(device), base=found, **options)
+        self._module = StateModule(state).to(device)
+        self._stream = Stream(base=found, **options)
+        self._stream.division.check(self._module)
         self._excluded: Snapshot = {}
         self.hyper_parameters = read_hyper_parameters(incoming[0].path)
 
     def fold(self, incoming: Incoming, on_step: Callable[[int, int], None]) -> MergeRecord:
         """Read and merge the next checkpoint."""
         path, task, weight = incoming
-        record = self._folding.fold(self._files.read(path), task, weight, on_step=on_step)
+        record = self._stream.merge(self._module, self._files.read(path), task, weight, on_step=on_step)
         self._excluded |= self._files.read_excluded(path)
         return record
 
     def state(self) -> Snapshot:
         """The merged model, and what was not merged of any checkpoint."""
-        merged = self._folding.merged or {}
+        merged = self._stream.state.merged or {}
         return {**{name: merged[name].to(like.dtype) for name, like in self._files.like.items()}, **self._excluded}

@@ -14,7 +14,7 @@ from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
 from lightning_odem.parameters.vector import canonical_name
 from lightning_odem.report import MergeRecord
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import TrainingTrace, training_batches
 from lightning_odem.tasks import Task, TaskStream
 
@@ -57,7 +57,7 @@ class FoldedStream:
         method: The merge method.
         exclude: Patterns of parameters that are not merged, besides the module's ``task_specific``.
         batch_norm: Policy for running statistics.
-        **options: Further arguments of :class:`~lightning_odem.stream.folding.Folding`.
+        **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
         hyper_parameters: For ``load_from_checkpoint``, from the module.
@@ -85,10 +85,8 @@ class FoldedStream:
         own = {name: tensor for name, tensor in _canonical(model.state_dict().items()).items() if shared(name)}
         self._files = ModelFiles([entry.path for entry in incoming], base, self._division.patterns(model), own)
         self._base = self._complete(self._files.read(base)) if base is not None else None
-        self._folding = Folding(
-            model, method, base=self._base, exclude=tuple(exclude), batch_norm=batch_norm, **options
-        )
-        self._draws = any(need.from_samples for need in method.needs) or batch_norm == "recalibrate"
+        self._stream = Stream(method, base=self._base, exclude=tuple(exclude), batch_norm=batch_norm, **options)
+        self._stream.division.check(model)
         for task in tasks:  # bad data of the last task is found before the first merge
             task.prepare_data()
             task.setup("fit")
@@ -143,9 +141,10 @@ class FoldedStream:
     def merge(self, trainer: L.Trainer, incoming: Incoming, on_step: Callable[[int, int], None]) -> MergeRecord:
         """Merge a checkpoint in the middle of a fit."""
         path, task, weight = incoming
-        samples = self._folding.draw(self._tasks[task].calibration_dataset(), weight) if self._draws else None
+        dataset = self._tasks[task].calibration_dataset
+        samples = self._stream.draw(dataset(), weight) if self._stream.needs_samples else None
         trace = TrainingTrace(batches=training_batches(trainer))
-        return self._folding.fold(self._read(path), task, weight, samples, trace, on_step)
+        return self._stream.merge(self._model, self._read(path), task, weight, samples, trace, on_step)
 
     def _read(self, path: str) -> Snapshot:
         return self._complete(self._files.read(path))

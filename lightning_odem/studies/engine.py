@@ -1,18 +1,16 @@
 """Merges every stream of a plan with every method, and goes on where it was interrupted."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
-from lightning_odem.metrics import ACCURACY
+from lightning_odem.parameters.task_parameters import as_task
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.stream.trace import Epochs, TrainingTrace
@@ -85,43 +83,33 @@ def run_cell(
     own = {}
     module = bench.module(plan.seed)
     with attached(module, bench.trainer) as trainer:
-        folding = Folding(
-            module,
-            method,
-            base=bench.base,
-            calibration_size=plan.calibration_size,
-            exclude=bench.division.exclude,
-            batch_norm=bench.settings.batch_norm,
-            calibration=replace(bench.settings.calibration, seed=bench.settings.calibration.seed + plan.seed),
-        )
+        stream = bench.begin(method, plan)
         for name, weight in zip(plan.tasks, plan.weights, strict=True):
             model = bench.fine_tuned(plan.seed, name)
             own[name] = model.own
             load_task_parameters(module, model.own)
             samples = None
-            if any(need.from_samples for need in method.needs) or bench.settings.batch_norm == "recalibrate":
-                samples = folding.draw(tasks[name].calibration_dataset(), weight)
+            if stream.needs_samples:
+                samples = stream.draw(tasks[name].calibration_dataset(), weight)
             with peak_memory(trainer.strategy.root_device) as peak:
-                record = folding.fold(model.weights, name, weight, samples, _trace(model, tasks[name]))
+                record = stream.merge(module, model.weights, name, weight, samples, _trace(model, tasks[name]))
             peaks.append(peak.bytes)
-            report.tasks.append(name)
-            report.weights.append(weight)
-            report.merges.append(record)
-            report.pretrained.append(model.pretrained[split])
-            report.fine_tuned.append(model.fine_tuned[split])
-            report.before_training.append(torch.nan)
             every = full_matrix or len(own) == len(plan.tasks)
-            row = [torch.nan] * len(own)
-            for index, seen in enumerate(own):
+            scores = {}
+            for seen in own:
                 if every or seen == name:
-                    load_task_parameters(module, own[seen])
-                    score = measure(module, tasks[seen], split)
-                    row[index] = score.value
-                    if score.metric not in (None, ACCURACY):
-                        report.metrics[seen] = score.metric
-                    if score.further:
-                        record.further[seen] = score.further
-            report.accuracy.append(row)
+                    with as_task(module, own[seen]):
+                        scores[seen] = measure(module, tasks[seen], split)
+            record.further = {seen: score.further for seen, score in scores.items() if score.further}
+            report = report.with_merge(
+                record,
+                weight=weight,
+                accuracy=[scores[seen].value if seen in scores else math.nan for seen in own],
+                metrics={seen: score.metric for seen, score in scores.items() if score.metric is not None},
+                pretrained=model.pretrained[split],
+                fine_tuned=model.fine_tuned[split],
+                before_training=math.nan,
+            )
     return CellResult(label, plan.seed, plan.order, plan.weighting, plan.calibration_size, report, peaks)
 
 

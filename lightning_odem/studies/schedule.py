@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -11,14 +11,11 @@ from typing import Any, Literal
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
-from lightning_odem.calibration.calibration_set import CalibrationSet
-from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.flow.largest import first_largest
 from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.measurement import Measurement, load_task_parameters
 from lightning_odem.studies.cells import Cell, run_cells
 from lightning_odem.studies.finetuning import loader
@@ -27,7 +24,6 @@ from lightning_odem.studies.path import (
     check_measured_by_accuracy,
     check_points,
     follow_path,
-    store_logits_of,
 )
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.workbench import Workbench
@@ -157,35 +153,24 @@ def _run_order(
 ) -> list[dict[str, Any]]:
     module = bench.module(plan.seed)
     is_shared = bench.division.shared(module)
-    options = replace(bench.settings.calibration, seed=bench.settings.calibration.seed + plan.seed)
     validation, test = Measurement(bench.division), Measurement(bench.division)
     own: dict[str, Snapshot] = {}
     merges = []
     with attached(module, bench.trainer) as trainer:
-        folding = Folding(
-            module,
-            method,
-            calibration_size=plan.calibration_size,
-            exclude=bench.division.exclude,
-            batch_norm=bench.settings.batch_norm,
-            calibration=options,
-        )
-        buffer = options.buffer(plan.calibration_size)
-        calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
+        stream = bench.begin(method, plan)
 
         def mean_accuracy(on: Measurement) -> float:
             return fmean(score.value for score in on.every_task(trainer, module, own).values())
 
         for k, name in enumerate(plan.tasks, start=1):
-            task, model, merged = bench.stream[name], bench.fine_tuned(plan.seed, name), folding.merged
+            task, model, merged = bench.stream[name], bench.fine_tuned(plan.seed, name), stream.state.merged
             own[name] = model.own
             load_task_parameters(module, model.own)
             validation.given[name], test.given[name] = loader(task, "val"), loader(task, "test")
-            samples = folding.draw(task.calibration_dataset())
-            buffer.add(name, samples)
-            if merged is None:
-                store_logits_of(model, module, task=name, calibration=calibration, division=bench.division)
-            else:
+            samples = stream.draw(task.calibration_dataset())
+            if merged is not None:
+                buffer = stream.buffer_with(name, samples)
+                assert buffer is not None, "with samples"
                 candidates = _Candidates(partial(mean_accuracy, validation))
                 follow_path(
                     module,
@@ -193,20 +178,20 @@ def _run_order(
                     merged,
                     model.weights,
                     task=name,
-                    calibration=calibration,
+                    calibration=stream.measured_on(module, buffer),
                     points=points,
                     visit=candidates.visit,
                     division=bench.division,
                     batch_norm=bench.settings.batch_norm,
                 )
-            folding.fold(model.weights, name, samples=samples)
+            stream.merge(module, model.weights, name, samples=samples)
             if merged is not None:
                 test_schedule = mean_accuracy(test)
                 load_snapshot(module, candidates.best, is_shared)
                 test_best = mean_accuracy(test)
                 merges.append(OperatingPoint(k, name, candidates.t, candidates.accuracy, test_best, test_schedule))
                 if follow == "best":
-                    folding.merged = candidates.best
+                    stream.state.merged = candidates.best
     return [asdict(merge) for merge in merges]
 
 

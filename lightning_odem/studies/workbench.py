@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from copy import copy, deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor
 from lightning_odem import version
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.callback.guards import FreshStart
+from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.needs import Need, SecondMoments, combine
 from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream.attach import attached
+from lightning_odem.stream.stream import Stream
 from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, measure
 from lightning_odem.studies.joint import JointData, JointTraining
+from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.training_fingerprint import describe_training, fingerprint, hash_tensors
 from lightning_odem.tasks import Task, TaskStream
 
@@ -114,6 +118,18 @@ class Workbench:
                 load_own(module, self.fine_tuned(seed, task).own)
             self._modules = {seed: module}
         return self._modules[seed]
+
+    def begin(self, method: MergeMethod, plan: StreamPlan) -> Stream:
+        """A stream of a plan without a task yet, with the callback's settings."""
+        options = self.settings.calibration
+        return Stream(
+            method,
+            base=self.base,
+            calibration_size=plan.calibration_size,
+            exclude=self.division.exclude,
+            batch_norm=self.settings.batch_norm,
+            calibration=replace(options, seed=options.seed + plan.seed),
+        )
 
     def joint(self, seed: int, split: str) -> dict[str, float]:
         """Score on each task of the base model trained on all of them at once."""

@@ -178,7 +178,7 @@ def test_a_merge_that_fails_leaves_the_samples_of_the_stream_as_they_were(where,
     module, _ = stream(merge, tasks=1)
     before = {task: (samples[0].clone(), logits.clone()) for task, (samples, logits) in held(merge).items()}
     if where == "method":
-        merge.method = Breaking()
+        merge._stream.method = Breaking()
     else:
         monkeypatch.setattr(
             merge._measurement, "every_task", Failing("on_fit_start", RuntimeError("in the method"))._fail

@@ -17,7 +17,7 @@ from lightning_odem.classifiers import ClipClassifier
 from lightning_odem.classifiers.clip_prompts import PROMPTS
 from lightning_odem.classifiers.clip_weights import read_clip_vision
 from lightning_odem.parameters.snapshot import take_snapshot
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 from lightning_odem.tasks import SUITE_20, ArrayDataset, Splits, Task, TorchvisionStream
 from lightning_odem.tasks.catalogue import CATALOGUE
 from lightning_odem.tasks.class_names import CLASS_NAMES
@@ -315,13 +315,13 @@ def test_text_tower_is_not_part_of_the_state(classifier):
     assert copy.deepcopy(classifier)._text is classifier._text
 
 
-def test_folding_published_towers_averages_them_and_nothing_else(write_vision, classifier):
+def test_merging_published_towers_averages_them_and_nothing_else(write_vision, classifier):
     before = weights(classifier)
     towers = [classifier.read_checkpoint(write_vision(f"tower{seed}", seed)) for seed in (1, 2)]
-    folding = Folding(classifier, "average")
+    stream = Stream("average")
     for name, tower in zip(NAMES, towers, strict=True):
         shared = take_snapshot(classifier, lambda key: not key.startswith("heads."))
-        folding.fold({**shared, **tower}, name)
+        stream.merge(classifier, {**shared, **tower}, name)
     after = weights(classifier)
     for name, value in after.items():
         if name.startswith("vision_model."):

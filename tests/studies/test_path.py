@@ -10,7 +10,7 @@ from lightning_odem.methods import AverageMerge, ODEMerge, PaperODEMerge
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 from lightning_odem.studies.path import StraightLine, check_points, follow_path
 
 
@@ -59,10 +59,10 @@ def merged_separately(pair, t, **options):
     batch_norm, models, samples = pair
     module = Classifier(batch_norm=batch_norm)
     with attached(module):
-        folding = Folding(module, PaperODEMerge(), calibration_size=16, **options)
+        stream = Stream(PaperODEMerge(), calibration_size=16, **options)
         for task, model, weight, held in zip("ab", models, (1 - t, t), samples, strict=True):
-            folding.fold(model, task, weight, held)
-    return folding.merged
+            stream.merge(module, model, task, weight, held)
+    return stream.state.merged
 
 
 def test_a_stop_is_what_a_merge_with_that_operating_time_gives(pair):

@@ -11,7 +11,7 @@ from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import BaseModel, MergeContext, MergeResult, Need, RepresentationCorrection, Snapshots
 from lightning_odem.methods.needs import combine
 from lightning_odem.parameters.snapshot import take_snapshot
-from lightning_odem.stream.folding import Folding
+from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import TrainingTrace
 
 
@@ -94,19 +94,19 @@ def test_what_a_need_keeps_goes_through_a_checkpoint(small_stream):
     assert torch.equal(resumed.contexts[0][Drift], whole.contexts[0][Drift])
 
 
-def test_a_need_of_ones_own_goes_through_a_folding():
+def test_a_need_of_ones_own_goes_through_a_stream():
     base, found = take_snapshot(Classifier()), []
-    folding = Folding(Classifier(), Drifting(), base=base)
+    module, stream = Classifier(), Stream(Drifting(), base=base)
     for shift in (1.0, 2.0):
         drift = {name: torch.full_like(tensor, shift) for name, tensor in base.items()}
-        found.append(folding.fold(base, str(shift), trace=TrainingTrace(collected={Drift: drift})))
-    assert all(torch.equal(folding.merged[name], tensor + 2.0) for name, tensor in base.items())
+        found.append(stream.merge(module, base, str(shift), trace=TrainingTrace(collected={Drift: drift})))
+    assert all(torch.equal(stream.state.merged[name], tensor + 2.0) for name, tensor in base.items())
     assert found[1].sample_gradients == 7
 
 
 def test_a_merge_without_what_is_needed_is_refused_with_its_source():
     with pytest.raises(ValueError, match="'Drifting' needs the sum of the weights over the training, which this merge"):
-        Folding(Classifier(), Drifting()).fold(take_snapshot(Classifier()), "a")
+        Stream(Drifting()).merge(Classifier(), take_snapshot(Classifier()), "a")
 
 
 def test_a_comparison_keeps_what_a_need_collects_with_the_fine_tuned_models(tmp_path):
