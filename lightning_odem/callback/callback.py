@@ -13,6 +13,7 @@ from torch import nn
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
 from lightning_odem.calibration.task_samples import Sampling
+from lightning_odem.callback.fit import Fit, Phase
 from lightning_odem.callback.guards import (
     FreshStart,
     check_no_spawning,
@@ -185,17 +186,11 @@ class ContinualMergeCallback(L.Callback):
         self._fresh_start = FreshStart()
         self._measurement = Measurement(self.division, enabled=bool(evaluate))
         self.evaluation_data = self._measurement.given
-        self._stage: str | None = None
-        self._resumed = False
-        self._trained = False
-        self._measured = False
-        self._sampling: Sampling | None = None
-        self._collection: Collection | None = None
+        self._stage: str | None = None  # of the Trainer's run that is going on
+        self._fit = Fit()
         self._random = RandomStream()
         self._taken_up = False  # from the directory, and not fitted on yet
-        self._is_fitting = False
         self._handed_out: tuple[Any, str] = (None, "")
-        self._went_on = False
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
 
@@ -272,7 +267,7 @@ class ContinualMergeCallback(L.Callback):
             StreamInUseError: If another process fits a task of the stream.
             RuntimeError: In the middle of a fit, and in a job of several processes.
         """
-        if self._is_fitting:
+        if self._stage == "fit":
             raise RuntimeError(f"Task {task!r} cannot be taken out of the stream while a task is fitted.")
         try:
             self._state = remove_task(self._directory, self._state, self.method, task, model)
@@ -304,14 +299,12 @@ class ContinualMergeCallback(L.Callback):
         """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
         self._stage = stage
         if stage == "fit":
-            self._is_fitting = True
+            self._fit = Fit()
             check_trainer(trainer, self)
             self._fresh_start.prepare(trainer)
-            self._resumed = self._trained = self._measured = False
             # A task broken off before; if it is resumed, the checkpoint brings it back.
             self._state.started = {}
             self._directory.lock(trainer)
-            self._went_on = False
             self._random.before_fit(trainer.strategy)
             # Before the module's own setup, which may look at the heads there are or set them anew.
             if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
@@ -319,26 +312,26 @@ class ContinualMergeCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the stream where the module was not built before."""
-        if not self._went_on:
+        if self._fit.phase < Phase.PREPARED:
             self._go_on(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
-        self._trained = True
+        self._fit.phase = Phase.TRAINING
         with Processes.current().together():
             self._claim(trainer, pl_module)
             if self._stream.needs_samples:
                 self.calibration.check(self._state.buffer)
-            if not (self._resumed and self._state.started):
+            if not (self._fit.resumed and self._state.started):
                 self._begin(trainer, pl_module)
             self._collect(trainer, pl_module)
             self._find_data(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first step, when heads are ready: check loss and predictions, measure the models at hand."""
-        if self._measured:
+        if self._fit.phase == Phase.MEASURED:
             return
-        self._measured = True
+        self._fit.phase = Phase.MEASURED
         state, measure = self._state, self._measurement.with_weights
         with Processes.current().together():
             self._check_loss(pl_module)
@@ -358,10 +351,10 @@ class ContinualMergeCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
-        if self._sampling is not None:
-            self._sampling.see(batch)
-        if self._collection is not None:
-            self._collection.see()
+        if self._fit.sampling is not None:
+            self._fit.sampling.see(batch)
+        if self._fit.collection is not None:
+            self._fit.collection.see()
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -371,9 +364,9 @@ class ContinualMergeCallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up on a merge that an earlier process did not get to; say so if nothing was trained."""
-        if self._trained:
+        if self._fit.phase >= Phase.TRAINING:
             return
-        if self._resumed and self._state.started:
+        if self._fit.resumed and self._state.started:
             with Processes.current().together():
                 self._claim(trainer, pl_module)
                 self._collect(trainer, pl_module)
@@ -400,9 +393,10 @@ class ContinualMergeCallback(L.Callback):
     def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
         state = self._state
         task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
-        buffer = self._sampling.buffer() if self._sampling is not None else None
-        assert self._collection is not None, "set up when the training started"
-        trace = self._collection.trace()
+        fit = self._fit
+        buffer = fit.sampling.buffer() if fit.sampling is not None else None
+        assert fit.collection is not None, "set up when the training started"
+        trace = fit.collection.trace()
         _copy_from_main_process(trainer, pl_module)
         fine_tuned = self._measurement.current(pl_module, task)
         with (
@@ -428,7 +422,7 @@ class ContinualMergeCallback(L.Callback):
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
         self._state = state
-        self._collection = self._sampling = None
+        fit.collection = fit.sampling = None
         release_averages(trainer)
         publish(trainer, self._directory, self.report)
         self.last_merged_path = record.checkpoint
@@ -436,12 +430,12 @@ class ContinualMergeCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let other processes go on with the stream."""
-        self._is_fitting = False
+        self._stage = None
         self._directory.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let other processes go on with the stream."""
-        self._is_fitting = False
+        self._stage = None
         self._directory.release()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -473,8 +467,8 @@ class ContinualMergeCallback(L.Callback):
         self._state.load_state_dict(state_dict)
         self._stream.load_method()
         self._taken_up = False
-        self._resumed = self._stage == "fit"
-        if self._resumed and "random_now" in state_dict:
+        self._fit.resumed = self._stage == "fit"
+        if self._fit.resumed and "random_now" in state_dict:
             load_random_state(state_dict["random_now"])
 
     # -------------------------------------------------------------------------------------------------------- details
@@ -503,7 +497,7 @@ class ContinualMergeCallback(L.Callback):
             )
 
     def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
-        newer = self._directory.claim(trainer, self._state, resumed=self._resumed)
+        newer = self._directory.claim(trainer, self._state, resumed=self._fit.resumed)
         if newer is not None:
             self._take_up(newer)
         self._state.cut(module)
@@ -514,7 +508,7 @@ class ContinualMergeCallback(L.Callback):
 
         Random numbers go on from there too: those that built the module were drawn as by the first process.
         """
-        self._went_on = True
+        self._fit.phase = Phase.PREPARED
         self._state.random = self._random.before_task(self._state.random, self._taken_up)
         if self._taken_up and self.report.tasks:
             with isolate_rng():
@@ -563,7 +557,7 @@ class ContinualMergeCallback(L.Callback):
         state.started = {"task": task, "weight": weight}
 
     def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._collection = Collection(
+        collection = self._fit.collection = Collection(
             trainer,
             module,
             self.method.needs,
@@ -571,7 +565,7 @@ class ContinualMergeCallback(L.Callback):
             select=self.division.shared(module),
             state=self._state.started,
         )
-        self._collection.check()
+        collection.check()
 
     def _find_data(self, trainer: L.Trainer) -> None:
         """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
@@ -585,15 +579,16 @@ class ContinualMergeCallback(L.Callback):
         # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
         with isolate_rng():
             self._measurement.find_data(trainer, task)
-            self._sampling = None
+            self._fit.sampling = None
             if self._stream.needs_samples:
                 given = self.calibration_data.get(task)
-                self._sampling = Sampling(trainer, task, weight, self._state.buffer, given)
+                self._fit.sampling = Sampling(trainer, task, weight, self._state.buffer, given)
         self._measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:
         """Run the calibration loss once on two samples, so that a module without one is refused before training."""
-        pair = self._sampling.pair() if self._sampling is not None else None
+        sampling = self._fit.sampling
+        pair = sampling.pair() if sampling is not None else None
         if pair is not None:
             encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
             with undisturbed(module):
