@@ -14,9 +14,17 @@ from lightning_odem.parameters.snapshot import Snapshot, cut_snapshot, whole_sna
 from lightning_odem.report.record import StreamReport
 
 
+def _later() -> Any:
+    """A field that states of earlier versions lack: it is empty then."""
+    return field(default_factory=dict, metadata={"later": True})
+
+
 @dataclass
 class StreamState:
     """The state of a stream of tasks; everything else can be derived from it or is the user's.
+
+    A new field is one line here. Checkpoints, the directory, memory mapping and sharding go through all fields, and cut
+    whatever snapshots they find in them.
 
     Args:
         buffer: Calibration samples of the tasks merged.
@@ -43,15 +51,15 @@ class StreamState:
     base: Snapshot | None = None
     merged: Snapshot | None = None
     task_parameters: dict[str, Snapshot] = field(default_factory=dict)
-    fixed: Snapshot = field(default_factory=dict)
+    fixed: Snapshot = _later()
     report: StreamReport = field(default_factory=StreamReport)
     method: dict[str, Any] = field(default_factory=dict)
     dirpath: str | None = None
     started: dict[str, Any] = field(default_factory=dict)
-    random: dict[str, Any] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    random: dict[str, Any] = _later()
+    names: dict[str, list[str]] = _later()
+    settings: dict[str, Any] = _later()
+    fingerprints: dict[str, str] = _later()
 
     @property
     def own_names(self) -> set[str]:
@@ -93,8 +101,9 @@ class StreamState:
         """
         if state["version"] != 1:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
+        lacking: dict[str, Any] = {entry.name: {} for entry in fields(self) if entry.metadata.get("later")}
         for name in _PLAIN:
-            setattr(self, name, {**dict.fromkeys(_NEWER, {}), **state}[name])
+            setattr(self, name, {**lacking, **state}[name])
         self.started = dict(state["started"])
         self.buffer.load_state_dict(state["buffer"])
         self.report = StreamReport.from_dict(deepcopy(state["report"]))
@@ -102,9 +111,6 @@ class StreamState:
 
 # What is replaced as a whole, never changed in place.
 _PLAIN = tuple(entry.name for entry in fields(StreamState) if entry.name not in ("buffer", "report", "started"))
-
-# What states of earlier versions lack.
-_NEWER = ("random", "fixed", "names", "settings", "fingerprints")
 
 
 def _changed(value: Any, change: Callable[[Snapshot], Snapshot]) -> Any:
