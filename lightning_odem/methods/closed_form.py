@@ -122,8 +122,7 @@ class ClosedFormMerge(ExactStream):
 
 
 def guessed_moments(update: Tensor) -> Tensor:
-    """Guess the second moments [i, i] of a layer's inputs, trace 1, from its update [o, i]; 0 for an update of zeros.
-    """
+    """Second moments [i, i] of a layer's inputs, trace 1, guessed from its update [o, i]; 0 for an update of zeros."""
     square = update.square().sum()
     return update.T @ update / torch.where(square > 0, square, torch.ones_like(square))
 
