@@ -31,7 +31,7 @@ class MergeContext(EarlierFields):
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
         shapes: Shapes of the whole parameters.
-        needed: What was built for the method's needs, by their class.
+        needed: The values built for the method's needs, by the class of the need.
         on_step: Called with (steps done, steps in all) during a merge.
         shards: How processes share the parameters; None if the vectors are whole.
         groups: Number of groups in the weights of grouped convolutions, by name. Each group is a matrix of its own. The
@@ -140,7 +140,7 @@ class MergeMethod(ABC):
             incoming: theta_1, the model just fine-tuned, shape [d]. It must not be modified.
             t: Operating time in [0, 1]. 0 must give ``merged``, bit by bit, and leave the method's state as it is. 1
                 means that only the incoming task counts; rules that interpolate then return ``incoming``.
-            context: What the method declared it needs.
+            context: What the method declared that it needs.
         """
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
@@ -180,12 +180,12 @@ class MergeMethod(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state given by :meth:`state_dict`; an empty one takes the method back to before its first task.
+        """Take up a state from :meth:`state_dict`; an empty one resets the method to before its first task.
 
-        Its tensors are the stream's and not to be changed in place either.
+        The tensors belong to the stream. Do not change them in place either.
 
         Raises:
-            ValueError: If there is a state but the method keeps none, as when another method wrote it.
+            ValueError: If there is a state but the method keeps none, for example because another method wrote it.
         """
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the stream has one: {', '.join(state)}.")

@@ -65,7 +65,7 @@ class Bracket:
 
 
 def _vertex(left: float | None, middle: float | None, right: float | None) -> float:
-    """Where in [-1, 1] the parabola through three points is lowest; 0 where they do not bracket it."""
+    """Position in [-1, 1] of the lowest point of the parabola through three points; 0 if they do not bracket it."""
     if left is None or middle is None or right is None:
         return 0.0
     curvature = left - 2.0 * middle + right

@@ -11,7 +11,7 @@ from lightning_odem.methods.registry import method_name
 
 
 class KeptState:
-    """The state of a method, with the method's own tensors: plain containers are copied, tensors are not.
+    """The state of a method with the method's own tensors. Plain containers are copied, tensors are not.
 
     So methods have to replace the tensors of their state, not change them in place, as
     :meth:`~lightning_odem.methods.MergeMethod.state_dict` asks. :meth:`check` tests whether they did. A state of

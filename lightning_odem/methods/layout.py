@@ -102,15 +102,15 @@ def parts(
 ) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
     """Walk through weight matrices like :func:`matrices`, but split parameters that hold several of them.
 
-    A packed attention weight holds two or three layers, and a grouped convolution a matrix for each group. So a network
-    merges alike however its layers are written.
+    A packed attention weight holds two or three layers, and a grouped convolution a matrix for each group. So the merge
+    of a network does not depend on how its layers are written.
 
     Args:
         context: Names, shapes, groups and transposed weights.
         names: The parameters.
         *vectors: Flat vectors.
-        outputs_first: Give matrices [out, in] also of weights that are stored as [in, out]. Of those a process that has
-            shards would hold columns.
+        outputs_first: Give matrices [out, in] also for weights that are stored as [in, out]. With shards, a process
+            would hold columns of these matrices.
 
     Yields:
         The part, and its views [rows, columns]. If processes share the matrix, the views hold this process's rows.

@@ -18,7 +18,7 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 def total(number: float, sum_: Callable[[Tensor], None] | None) -> float:
-    """The sum of a number over shards, see :class:`~lightning_odem.methods.MergeContext`; itself where there are none.
+    """The sum of a number over shards, see :class:`~lightning_odem.methods.MergeContext`; itself without shards.
 
     Example:
         >>> total(2.0, None), total(2.0, lambda numbers: numbers.mul_(3))

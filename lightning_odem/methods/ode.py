@@ -38,20 +38,20 @@ class ODEMerge(MergeMethod):
     for each weight matrix, with the tasks' mean for everything else. The factor :math:`c_k` is chosen so that at
     :math:`\lambda = 1` all matrices together are as far from the base model as the tasks' models in the mean.
 
-    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the last merge's
-       value, at first at 1, and takes about four passes without gradient, see
-       :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss it is taken instead.
-       The entropy, which falls with every distance, is not searched: :math:`\lambda` stays 1.
-    2. **Gradient flow.** From there :math:`\dot\theta = -a(t) D g` is followed on three quarters of the samples, see
-       :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. Each piece is judged on the other quarter: the
-       first one after which the loss has not fallen by more than its standard error is taken back and ends the flow.
-       Its length is :math:`\kappa \rho \frac{N}{B} \sqrt{E}`, with :math:`\rho` the distance of the incoming model from
-       the mean of those before, root mean square per weight.
+    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the value of the
+       last merge, in the first merge at 1. It takes about four passes without gradient, see
+       :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss, it is taken instead.
+       The entropy falls with every distance, so it is not searched: :math:`\lambda` stays 1.
+    2. **Gradient flow.** From there the flow follows :math:`\dot\theta = -a(t) D g` on three quarters of the samples,
+       see :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. The other quarter judges each piece. The first
+       piece after which the loss has not fallen by more than its standard error is taken back and ends the flow. The
+       length of the flow is :math:`\kappa \rho \frac{N}{B} \sqrt{E}`, where :math:`\rho` is the distance of the
+       incoming model from the mean of those before, root mean square per weight.
 
-    A merge whose gradients do not help costs about nine passes without and three quarters of one with gradient. Besides
-    the module, the merged, the incoming and the base model, the search holds two vectors of the model's size. The flow
-    holds the point, a gradient and Adam's two moments. Between merges the mean task vector is kept in main memory. A
-    task of weight 0 changes nothing. If only one task has a weight, the result is its own model.
+    A merge whose gradients do not help costs about nine passes without gradient and three quarters of one with
+    gradient. Besides the module, the merged, the incoming and the base model, the search holds two vectors of the
+    model's size. The flow holds the point, a gradient and Adam's two moments. Between merges the mean task vector is
+    kept in main memory. A task of weight 0 changes nothing. If only one task has a weight, the result is its own model.
 
     Args:
         batch_size: Samples B per minibatch of the flow.

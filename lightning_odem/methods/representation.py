@@ -51,8 +51,8 @@ class RepresentationCorrection(MergeMethod):
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes the last one.
         lr: Learning rate, constant. 2e-8 is the released code's default. Its class-incremental script sets 1e-7; both
             are for CLIP ViT-B/16. Its domain-incremental script sets 0: no correction. AdamW moves an entry by about lr
-            per batch whatever the size of the gradient, so a sensible value is a small fraction of the entries' own
-            size over the number of batches.
+            per batch for any size of the gradient, so a sensible value is a small fraction of the entries' own size
+            over the number of batches.
         loss: ``"l1"`` (the default of the released code) or ``"l2"`` (what its class-incremental script sets).
         weight_decay: AdamW's weight decay; 0.01 is PyTorch's default, which the released code keeps.
         clip: Largest norm of the gradient of the corrected matrices together; 1 as released.

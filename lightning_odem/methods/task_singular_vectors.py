@@ -21,18 +21,18 @@ class TaskSingularVectorsMerge(MergeMethod):
 
     Each weight matrix [m, n] has a task vector :math:`\tau_k = U_k S_k V_k^T`. Its leading
     :math:`r_K = \lfloor \min(m, n) / K \rfloor` (at least one) singular directions are kept. The directions of all K
-    tasks are put side by side and made orthonormal: :math:`\hat U` and :math:`\hat V` are the orthonormal matrices
-    nearest to :math:`[U_1 \dots U_K]` and :math:`[V_1 \dots V_K]`, and
+    tasks are made orthonormal: :math:`\hat U` and :math:`\hat V` are the orthonormal matrices nearest to
+    :math:`[U_1 \dots U_K]` and :math:`[V_1 \dots V_K]`, and
 
     .. math:: \Psi_K = \psi_0 + \lambda\, \hat U\, \mathrm{diag}(S_1, \dots, S_K)\, \hat V^T.
 
-    As more tasks come, each task keeps fewer directions, the leading ones among those it has. So truncated factors are
-    all that the one-shot rule needs of earlier tasks, and the order does not matter. Other parameters are averaged.
-    Utility weights multiply singular values, :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task
-    alone gives its own model. A task of weight 0 changes nothing, bit by bit. The layers of a packed attention weight
-    are matrices of their own.
+    As more tasks come, each task keeps fewer directions, the leading ones among those it has. So the one-shot rule
+    needs only truncated factors of earlier tasks, and the order does not matter. Other parameters are averaged. Utility
+    weights multiply singular values, :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task alone
+    gives its own model. A task of weight 0 changes nothing, bit by bit. The layers of a packed attention weight are
+    matrices of their own.
 
-    If the method takes over a stream that another one began, the merged model it finds counts as one task.
+    In a stream that another method began, the merged model counts as one task.
 
     Published, one-shot, CLIP ViT-B/16 and 8, 14, 20 tasks: 89.0, 84.6, 80.6 %.
 
@@ -44,8 +44,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         scale: lambda, above 0; 1 is the authors' choice.
         layers: Patterns of the weight matrices to merge in this way, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
-        recursion: Feed the merged model back in, as the sequential baselines of the literature do. Utility weights
-            then have no effect.
+        recursion: Feed the merged model back in, as sequential baselines do; utility weights then have no effect.
 
     Raises:
         ValueError: For a scale that is not positive; when merging, for patterns that match nothing.

@@ -32,7 +32,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a need is built from.
+    """The sources from which a need is built.
 
     The module holds the incoming model, including its batch-norm statistics. It is in eval mode. A need
     leaves it unchanged in the end.
