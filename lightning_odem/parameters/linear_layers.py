@@ -71,8 +71,8 @@ def multiplied(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
             patches = pad(patches, layer._reversed_padding_repeated_twice, mode)
         for axis, (size, stride, step) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
             patches = patches.unfold(2 + axis, step * (size - 1) + 1, stride)[..., ::step]
-    # The order is [samples, channels, places, offsets in the kernel]; the places are copied last, as they lie in
-    # memory.
+    # Patches are [samples, channels, places, offsets in the kernel]. The places are the last axis of the copy, as they
+    # are in memory.
     samples = max(_PIECE * len(patches) // max(patches.numel(), 1), 1)
     for piece in patches.split(samples):
         piece = piece.unflatten(1, (layer.groups, -1))

@@ -17,7 +17,7 @@ def match_names(own: Collection[str], names: Collection[str]) -> dict[str, str]:
     """Map each name of one model to the name of the same tensor in another model, if it has one.
 
     The names may differ in leading names that all tensors of one model share: ``model.``, ``module.``, ``backbone.``.
-    All ways to exchange these are tried, and the one that finds most names is taken.
+    All ways to exchange these names are tried. The one that matches most names is taken.
 
     Example:
         >>> match_names(["model.0.weight", "model.1.weight"], ["0.weight", "1.weight", "2.weight"])

@@ -18,7 +18,7 @@ AsTask = Callable[[str], AbstractContextManager[None]]
 
 
 def no_task_parameters(task: str) -> AbstractContextManager[None]:
-    """Leave the module as it is, whatever the task."""
+    """Leave the module as it is for every task."""
     return nullcontext()
 
 
