@@ -25,7 +25,7 @@ class MergeOutput:
     transformers reads it.
 
     Args:
-        path: As above.
+        path: The output path, as described above.
         inputs: The checkpoints that are merged, and the base model. They are never overwritten. For a folder, the first
             input is a folder too, and its configuration is copied.
         overwrite: Whether existing files are replaced.
