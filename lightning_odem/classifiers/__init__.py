@@ -1,4 +1,4 @@
-"""Ready LightningModules for streams of image classification tasks, and what they are made of."""
+"""Ready LightningModules for streams of image classification tasks, and their parts."""
 
 from lightning_odem.classifiers.classifier import TaskClassifier
 from lightning_odem.classifiers.clip import ClipClassifier

@@ -1,4 +1,4 @@
-"""What a classifier puts its images through: normalisation and backbone."""
+"""What a classifier applies to its images: normalisation and backbone."""
 
 import difflib
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ class Normalize(nn.Module):
     """Scale uint8 to [0, 1], repeat grey images to the backbone's channels, normalise.
 
     Args:
-        backbone: Module that takes the images; its first convolution tells the channels, its ``pretrained_cfg``
-            statistics that are not given.
+        backbone: Module that takes the images. Its first convolution defines the number of channels. Its
+            ``pretrained_cfg`` gives statistics that are not given here.
         mean: Channel means of [0, 1] images, or None.
         std: Channel standard deviations, or None.
 
     Raises:
-        ValueError: If ``mean`` or ``std`` have another length than 1 or the channels.
+        ValueError: If the length of ``mean`` or ``std`` is neither 1 nor the number of channels.
     """
 
     mean: Tensor
@@ -35,7 +35,7 @@ class Normalize(nn.Module):
                 if given is not None:
                     raise ValueError(f"{name} has {len(values)} values, the backbone takes {self.channels} channels.")
                 values = [sum(values) / len(values)]  # RGB statistics for a backbone built for other channels
-            # Not persistent: constants of the base model, neither merged nor saved.
+            # Not persistent: these are constants of the base model, which are neither merged nor saved.
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Normalize(nn.Module):
 
 
 def build_backbone(backbone: str | nn.Module, args: dict[str, Any] | None, pretrained: bool) -> nn.Module:
-    """A timm model without its classifier, or the module itself.
+    """Build a timm model without its classifier, or return the module itself.
 
     Raises:
         ValueError: If timm has no such model, or arguments for timm come with a module.

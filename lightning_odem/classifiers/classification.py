@@ -11,11 +11,11 @@ from lightning_odem.calibration.prediction import labelled, split_targets
 
 
 class ClassificationSteps(LightningModule, ABC):
-    """Training, evaluation and calibration by cross-entropy; a subclass gives the logits."""
+    """Training, evaluation and calibration by cross-entropy; a subclass computes the logits."""
 
     @abstractmethod
     def forward(self, images: Tensor, task: str | None = None) -> Tensor:
-        """Logits [B, classes] of a task, without a name of the current one."""
+        """Logits [B, classes] of a task; without a name, of the current one."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the current task, logged as ``train/loss``."""

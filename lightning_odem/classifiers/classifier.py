@@ -20,36 +20,38 @@ from lightning_odem.parameters.weights_file import load_weights
 class TaskClassifier(ClassificationSteps):
     """One backbone shared by all tasks and one linear head per task.
 
-    The task is that of the Trainer's datamodule, which has the attributes ``task_name`` and ``num_classes``; its
-    batches are images [B, C, H, W], uint8 in [0, 255] or floating in [0, 1], and labels [B], int64. Images are scaled
-    and normalised in ``forward``, grey ones are repeated to the channels of the backbone's first convolution.
+    The Trainer's datamodule defines the task. It has the attributes ``task_name`` and ``num_classes``. Its batches are
+    images [B, C, H, W], uint8 in [0, 255] or floating in [0, 1], and labels [B], int64. ``forward`` scales and
+    normalises the images and repeats grey ones to the channels of the backbone's first convolution.
 
     With ``head="probe"`` a task's head is fitted once, when its training starts, as a linear probe on the features of
-    the training samples (``calibration_dataset()`` of the datamodule if it has one, else the dataset of its
-    ``train_dataloader()``), and then stays frozen. It takes the place of the zero-shot heads of CLIP in the paper: all
-    fine-tuning happens in the backbone, which is what gets merged. Until then the head is all zeros.
+    the training samples. These are ``calibration_dataset()`` of the datamodule if it has one, else the dataset of its
+    ``train_dataloader()``. The head then stays frozen; until then it is all zeros. The probe replaces the zero-shot
+    heads of CLIP in the paper: all fine-tuning happens in the backbone, which is what gets merged.
 
     Args:
         backbone: A timm model name, or a module that returns features [B, D]. Such a module may have ``num_features``
-            (D, otherwise measured on one sample) and ``pretrained_cfg`` with ``mean`` and ``std``, as timm's have.
+            (D, otherwise measured on one sample) and ``pretrained_cfg`` with ``mean`` and ``std``, like timm's models.
         backbone_args: Further arguments of ``timm.create_model``, for example ``{"in_chans": 1, "img_size": 32}``.
         pretrained: Let timm download the weights it publishes for the model.
         checkpoint: File with the backbone's weights, see :func:`~lightning_odem.parameters.load_weights`. Like
-            ``pretrained`` not a saved hyperparameter: a checkpoint of the whole module has the weights.
-        head: ``"probe"`` as above; ``"train"`` trains the current task's head along, from ``nn.Linear``'s own start.
+            ``pretrained``, this is not a saved hyperparameter, because a checkpoint of the whole module has the
+            weights.
+        head: ``"probe"`` as above. ``"train"`` also trains the current task's head, starting from ``nn.Linear``'s own
+            initial values.
         lr: Largest learning rate of the one-cycle schedule, AdamW.
-        weight_decay: AdamW's; not applied to biases and the parameters of normalisation layers.
-        freeze_batch_norm: Keep BatchNorm layers in eval mode while training; their weight and bias still train. By
-            default, because then all models of a stream share the base model's running statistics.
+        weight_decay: AdamW's weight decay. It does not apply to biases and the parameters of normalisation layers.
+        freeze_batch_norm: Keep BatchNorm layers in eval mode while training; their weight and bias still train. This is
+            the default, because all models of a stream then share the base model's running statistics.
         mean: Channel means of [0, 1] images; by default those of the backbone's ``pretrained_cfg``, else 0.5.
-        std: Channel standard deviations, likewise.
-        tangent: Fine-tune in the tangent space of the base model, stage A of HCMM: the backbone is replaced by its
-            :class:`~lightning_odem.Linearized`. The expansion point is the weights it has when the first task
-            begins; it stays for all tasks. Dropout and batch-norm updates are off.
+        std: Channel standard deviations, with the same defaults.
+        tangent: Fine-tune in the tangent space of the base model, stage A of HCMM. :class:`~lightning_odem.Linearized`
+            replaces the backbone. The expansion point is the backbone's weights when the first task begins, and it
+            stays for all tasks. Dropout and batch-norm updates are off.
 
     Raises:
-        ValueError: If the timm model is unknown, timm's arguments come with a module, or ``mean`` and ``std`` have
-            another length than 1 or the channels.
+        ValueError: If the timm model is unknown, timm's arguments come with a module, or the length of ``mean`` or
+            ``std`` is neither 1 nor the number of channels.
 
     Example:
         >>> model = TaskClassifier("test_resnet")
@@ -117,11 +119,11 @@ class TaskClassifier(ClassificationSteps):
         return self
 
     def setup(self, stage: str) -> None:
-        """Make the datamodule's task the current one; for ``fit`` create its head if it is new.
+        """Make the datamodule's task the current one; in ``fit``, create its head if it is new.
 
         Raises:
-            ValueError: If the datamodule does not name its task and classes, the name cannot name a head, or the task
-                has a head of another size.
+            ValueError: If the datamodule does not name its task and classes, the name cannot name a head, or the task's
+                head has another size.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         task, num_classes = getattr(data, "task_name", None), getattr(data, "num_classes", None)
@@ -139,7 +141,7 @@ class TaskClassifier(ClassificationSteps):
         self._current_task = task
         if stage == "fit":
             if not self.heads and isinstance(self.backbone, Linearized):
-                self.backbone.recenter_()  # wherever the base model's weights came from
+                self.backbone.recenter_()  # whatever the source of the base model's weights is
             if task not in self.heads:
                 self._add_head(task, num_classes, self._feature_size())
             for name, head in self.heads.items():
@@ -168,7 +170,7 @@ class TaskClassifier(ClassificationSteps):
         """AdamW with a one-cycle schedule over the steps of this run.
 
         Raises:
-            ValueError: If the run has no end that is known in steps.
+            ValueError: If the number of steps of the run is not known.
         """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -201,7 +203,7 @@ class TaskClassifier(ClassificationSteps):
             ) from error
 
     def _fit_probe(self) -> None:
-        """Fit the current task's head on the backbone as it is, unless it was fitted before and is no longer zero."""
+        """Fit the current task's head on the backbone as it is, unless an earlier fit has made it nonzero."""
         head = self._head()
         if any(parameter.any() for parameter in head.parameters()):
             return
@@ -209,7 +211,7 @@ class TaskClassifier(ClassificationSteps):
             model = nn.Sequential(self.normalize, self.backbone)
             features, labels = extract_features(model, self._training_dataset(), device=self.device)
         self._check_labels(labels)
-        # Every rank has fitted the same samples; the broadcast removes what rounding may have left between them.
+        # Every rank has fitted the same samples; the broadcast removes rounding differences between them.
         weight, bias = self.trainer.strategy.broadcast(fit_linear_probe(features, labels, head.out_features))
         with torch.no_grad():
             head.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""A LightningModule for CLIP: its vision tower is fine-tuned and merged, its text tower makes the heads."""
+"""A LightningModule for CLIP: the vision tower is fine-tuned and merged, the text tower makes the heads."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,23 +19,24 @@ class ClipClassifier(ClassificationSteps):
     r"""CLIP with a zero-shot head per task, as in the experiments of the ODE-M paper.
 
     The logits of an image are :math:`e^s \cos(P f(x), h_c)` with the vision tower f, the visual projection P, the logit
-    scale s, and per class c the head :math:`h_c`: the mean of the text embeddings of the class name in each prompt
-    template, each embedding and the mean scaled to length 1. Everything comes from one base model. Only the vision
-    tower, ``vision_model.*``, is trained and merged; the rest is frozen, and of the text tower only the heads are part
-    of the module's state.
+    scale s, and the head :math:`h_c` of class c. The head is the mean of the text embeddings of the class name in each
+    prompt template. Each embedding and the mean are scaled to length 1. Everything comes from one base model. Only the
+    vision tower, ``vision_model.*``, is trained and merged; the rest is frozen. The module's state holds the heads, but
+    not the text tower.
 
     A task's head is made when a Trainer first runs with its datamodule, which has the attributes ``task_name`` and
-    ``class_names`` (:class:`~lightning_odem.tasks.Task` has both), or by :meth:`add_task`. Batches are images
-    [B, C, H, W], uint8 in [0, 255] or floating in [0, 1], and labels [B]; images are resized, cropped and normalised in
-    ``forward``, as the base model's ``CLIPImageProcessor`` does, and grey ones are repeated to three channels.
+    ``class_names`` (:class:`~lightning_odem.tasks.Task` has both), or by :meth:`add_task`. Batches are images [B, C, H,
+    W], uint8 in [0, 255] or floating in [0, 1], and labels [B]. ``forward`` resizes, crops and normalises images as the
+    base model's ``CLIPImageProcessor`` does, and repeats grey ones to three channels.
 
     Args:
         model: The base model: a folder that ``CLIPModel.save_pretrained`` wrote, with tokenizer and image processor, or
             a model id on the Hugging Face hub, such as ``openai/clip-vit-base-patch32``.
-        class_names: Names of the classes in the order of their labels, by task; instead of the datamodule's.
-        prompts: Prompt templates with ``{}`` in the place of the class name, by task; instead of those in
-            :mod:`lightning_odem.classifiers.clip_prompts`, and of ``"a photo of a {}."`` for tasks not in there.
-        lr: Learning rate of Adam, constant. 1e-5 is what the published vision towers were fine-tuned with.
+        class_names: Names of the classes in the order of their labels, by task. They replace the datamodule's.
+        prompts: Prompt templates with ``{}`` in the place of the class name, by task. They replace those in
+            :mod:`lightning_odem.classifiers.clip_prompts`, and ``"a photo of a {}."`` for tasks that are not in that
+            module.
+        lr: Learning rate of Adam, constant. The published vision towers were fine-tuned with 1e-5.
 
     Raises:
         ImportError: If ``transformers`` is not installed.
@@ -83,7 +84,7 @@ class ClipClassifier(ClassificationSteps):
         return self._current_task
 
     def add_task(self, task: str, class_names: Sequence[str]) -> None:
-        """Make a task's zero-shot head, in the place of any it has.
+        """Make a task's zero-shot head, replacing any that it has.
 
         Raises:
             ValueError: If there are no class names, or the task's name cannot name a head.
@@ -93,21 +94,21 @@ class ClipClassifier(ClassificationSteps):
         self._set_head(task, self._text.head(class_names, self.prompts.get(task, DEFAULT_PROMPTS)))
 
     def read_checkpoint(self, source: str) -> dict[str, Tensor]:
-        """A fine-tuned vision tower by this module's names, to be loaded or merged.
+        """Read a fine-tuned vision tower under this module's names, to be loaded or merged.
 
         Args:
             source: Folder or model id, such as ``tanganke/clip-vit-base-patch32_mnist``; see
                 :func:`~lightning_odem.classifiers.clip_weights.read_clip_vision` for what it raises.
 
         Raises:
-            ValueError: If the tower was not fine-tuned from this module's base model, as far as its shape tells.
+            ValueError: If the tower's shape shows that it was not fine-tuned from this module's base model.
         """
         return read_clip_vision(source, self.vision_model.config)
 
     def features(self, images: Tensor) -> Tensor:
         """Image embeddings [B, D] of length 1."""
         pooled = self.vision_model(pixel_values=self.preprocess(images)).pooler_output
-        # Times the logit scale of 100, the rounding of bf16 would change which class is ahead.
+        # Multiplied by the logit scale of 100, the rounding of bf16 would change which class is ahead.
         with torch.autocast(images.device.type, enabled=False):
             return normalize(self.visual_projection(pooled.to(self.visual_projection.weight.dtype)), dim=-1)
 
@@ -128,7 +129,7 @@ class ClipClassifier(ClassificationSteps):
             return self.logit_scale.exp() * features @ self.heads[task].T
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] as the vision tower takes them: [B, 3, S, S], normalised."""
+        """Convert images [B, C, H, W] to what the vision tower takes: [B, 3, S, S], normalised."""
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"Images are uint8 in [0, 255] or floating in [0, 1], found {images.dtype}.")
         images = transforms.resize(images, [self._resize], InterpolationMode.BICUBIC, antialias=True)

@@ -11,11 +11,11 @@ from torch.nn.functional import normalize
 class TextEncoder:
     """Tokenizer, text tower and text projection of a CLIP model, on the CPU.
 
-    Not an ``nn.Module`` on purpose: a module that holds one neither merges, copies nor saves it.
+    This is deliberately not an ``nn.Module``, so a module that holds one does not merge, copy or save it.
 
     Args:
         clip: The ``CLIPModel``.
-        tokenizer: Its ``CLIPTokenizer``.
+        tokenizer: The ``CLIPTokenizer`` of the model.
     """
 
     def __init__(self, clip: Any, tokenizer: Any) -> None:
@@ -29,7 +29,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [N, D] of texts, each of length 1. What exceeds the tower's context is cut off."""
+        """Embeddings [N, D] of texts, each of length 1. Text beyond the tower's context is cut off."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
@@ -37,7 +37,7 @@ class TextEncoder:
         return normalize(self.projection(pooled), dim=-1)
 
     def head(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Zero-shot head [C, D]: per class the mean of its prompts' embeddings, scaled to length 1.
+        """Zero-shot head [C, D]: for each class the mean of its prompts' embeddings, scaled to length 1.
 
         Args:
             class_names: Names of the classes in the order of their labels.

@@ -21,7 +21,7 @@ ARCHITECTURE = (
 
 
 def require_transformers() -> Any:
-    """The package ``transformers``.
+    """Import the package ``transformers``.
 
     Raises:
         ImportError: If it is not installed; the message names the extra that installs it.
@@ -37,7 +37,7 @@ def require_transformers() -> Any:
 
 
 def read_clip(source: str) -> tuple[Any, Any, Any]:
-    """A CLIP model in fp32, its tokenizer and its image processor.
+    """Read a CLIP model in fp32, its tokenizer and its image processor.
 
     Args:
         source: Folder that ``save_pretrained`` wrote, or a model id on the hub.
@@ -56,12 +56,12 @@ def read_clip(source: str) -> tuple[Any, Any, Any]:
 
 
 def read_clip_vision(source: str, base: Any = None) -> dict[str, Tensor]:
-    """The vision tower of a CLIP model, by the names it has in :class:`~lightning_odem.classifiers.ClipClassifier`.
+    """Read the vision tower of a CLIP model, under its names in :class:`~lightning_odem.classifiers.ClipClassifier`.
 
     Args:
         source: Folder or model id of a ``CLIPVisionModel``, such as ``tanganke/clip-vit-base-patch32_mnist``, or of a
-            whole ``CLIPModel``, whose text tower is not used.
-        base: Configuration of the base model's vision tower, a ``CLIPVisionConfig``; None checks nothing.
+            whole ``CLIPModel``. The text tower is not used.
+        base: Configuration of the base model's vision tower, a ``CLIPVisionConfig``; None skips the check.
 
     Returns:
         Parameters by name, each starting with ``vision_model.``, fp32 on the CPU.
@@ -83,12 +83,12 @@ def read_clip_vision(source: str, base: Any = None) -> dict[str, Tensor]:
             "Give the base model it was fine-tuned from as `model`."
         )
     state = _read_model(transformers.CLIPVisionModel, source).state_dict()
-    # Before version 5 the tower sat in a module of its own, and its published weights are still named so.
+    # Before version 5 the tower was in a module of its own, and its published weights still have those names.
     return {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in state.items()}
 
 
 def _check_type(transformers: Any, source: str, *expected: str) -> None:
-    # transformers would only warn, and go on with a model of random weights.
+    # transformers would only warn and continue with a model of random weights.
     with _reading(source):
         found = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
     if found not in expected:
@@ -98,7 +98,7 @@ def _check_type(transformers: Any, source: str, *expected: str) -> None:
 def _read_model(kind: Any, source: str) -> Any:
     with _reading(source):
         model, found = kind.from_pretrained(source, output_loading_info=True)
-    # These, too, would be left at random.
+    # These would be left at random values too.
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{source} is no complete {kind.__name__}: {len(missing)} tensors are missing in its weights "
@@ -113,7 +113,7 @@ def _reading(source: str) -> Iterator[None]:
         yield
     except ImportError:
         raise
-    except Exception as error:  # which of many it is depends on the version of transformers and on the file
+    except Exception as error:  # the type depends on the version of transformers and on the file
         if not Path(source).is_dir():
             raise FileNotFoundError(
                 f"{source} is no folder, and the Hugging Face hub gave no CLIP model of that name: {error}"

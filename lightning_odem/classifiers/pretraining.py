@@ -1,4 +1,4 @@
-"""A base model trained on the spot, where none can be downloaded."""
+"""A base model trained locally, for cases in which none can be downloaded."""
 
 import lightning as L
 
@@ -10,14 +10,14 @@ from lightning_odem.tasks import Task
 def pretrain(model: TaskClassifier, task: Task, max_epochs: int, lr: float = 3e-3, **trainer_arguments: object) -> None:
     """Train a classifier's backbone on a source task, in place; heads of the stream's tasks are not touched.
 
-    A head of its own is trained along and thrown away, and batch-norm statistics are learnt. A linearised backbone is
-    pretrained as the network it is made of, which then is the expansion point.
+    A separate head is trained too and thrown away. Batch-norm statistics are learnt. For a linearised backbone, the
+    underlying network is pretrained, and the result is the expansion point.
 
     Args:
         model: Classifier whose backbone becomes the base model.
         task: Source task.
         max_epochs: Epochs.
-        lr: Largest learning rate of the one-cycle schedule; training from scratch bears more than fine-tuning.
+        lr: Largest learning rate of the one-cycle schedule; training from scratch tolerates more than fine-tuning.
         **trainer_arguments: Further arguments of the Trainer, such as ``accelerator``.
     """
     normalize = model.normalize
@@ -40,5 +40,5 @@ def pretrain(model: TaskClassifier, task: Task, max_epochs: int, lr: float = 3e-
     trainer.fit(source, datamodule=task)
     if linearized:
         linearized.recenter_()
-    # The backbone went through this module's train() and eval(); give it back in the classifier's own mode.
+    # This module's train() and eval() changed the backbone; give it back in the classifier's own mode.
     model.train()

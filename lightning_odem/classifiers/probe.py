@@ -20,22 +20,22 @@ LEAST_SPREAD = 1e-4
 def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: float = 3.0) -> tuple[Tensor, Tensor]:
     r"""Fit a multinomial logistic regression to standardised features.
 
-    Minimises :math:`\sum_n -\log p(y_n | x_n) + \tfrac{l2}{2} \lVert W \rVert^2` over weight W and bias, with every
-    feature scaled to mean 0 and variance 1; the scaling is then folded into the returned weight and bias, which apply
-    to the features as they are. Weights and biases of the classes with samples sum to zero over these classes, so
-    their largest logit is never negative, whatever the features become later; a class without samples has weight 0
-    and bias ``ABSENT_BIAS``. A feature that varies less than ``LEAST_SPREAD`` times as much as the one that varies most
-    gets no weight: scaled to variance 1 it would drown all others once fine-tuning moves it. The same input gives the
+    The fit minimises :math:`\sum_n -\log p(y_n | x_n) + \tfrac{l2}{2} \lVert W \rVert^2` over weight W and bias, with
+    every feature scaled to mean 0 and variance 1. The scaling is then folded into the returned weight and bias, which
+    apply to the features as they are. Weights and biases of the classes with samples sum to zero over these classes. So
+    their largest logit is never negative, even if the features change later. A class without samples has weight 0 and
+    bias ``ABSENT_BIAS``. A feature that varies less than ``LEAST_SPREAD`` times as much as the one that varies most
+    gets no weight. Scaled to variance 1, it would drown all others once fine-tuning moves it. The same input gives the
     same result.
 
     Args:
         features: Features [N, D] of any floating dtype; computed in fp64.
         labels: Integer classes [N] in [0, ``num_classes``).
         num_classes: Number of classes C.
-        l2: Precision of the Gaussian prior on the weights. The sum over samples makes it count less the more samples
-            there are. The default is where the validation likelihood of pretrained features is flat: over different
-            image tasks with some tens to hundreds of samples per class, a tenth of it overfits (equal accuracy, clearly
-            overconfident), and ten times it costs accuracy where there are many classes.
+        l2: Precision of the Gaussian prior on the weights. It counts less with more samples, because the loss is a sum
+            over samples. At the default, the validation likelihood of pretrained features is flat. This was measured on
+            different image tasks with some tens to hundreds of samples per class. A tenth of the default overfits
+            (equal accuracy, clearly overconfident). Ten times the default costs accuracy if there are many classes.
 
     Returns:
         Weight [C, D] and bias [C], fp32, on the device of the features.
@@ -64,7 +64,8 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: flo
     bias = np.full(num_classes, ABSENT_BIAS)
     bias[present] = 0.0
     if len(present) > 1:
-        # With two classes scikit-learn penalises the difference of the two weights, twice the multinomial penalty.
+        # With two classes scikit-learn penalises the difference of the two weights, which is twice the multinomial
+        # penalty.
         strength = (2.0 if len(present) == 2 else 1.0) / l2
         fit = LogisticRegression(C=strength, tol=1e-6, max_iter=1000).fit(scaled, targets)
         coefficients = fit.coef_ / scaler.scale_
@@ -85,22 +86,21 @@ def extract_features(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Features of every sample, in the order of the dataset, with the backbone in eval mode.
+    """Compute the features of every sample, in the order of the dataset, with the backbone in eval mode.
 
     Afterwards every training flag, every buffer and the global random states are as before.
 
     Args:
-        backbone: Maps images to features [B, D]; stays on the device it is on.
+        backbone: Maps images to features [B, D]. It stays on its device.
         dataset: Pairs of image and label.
         batch_size: Samples per forward pass.
-        device: Where the backbone is.
+        device: The device of the backbone.
 
     Returns:
         Features [N, D], fp32, and labels [N], int64, on the CPU.
 
     Raises:
-        ValueError: If the dataset is empty, labels are not integers, or the backbone returns anything but one tensor
-            [B, D].
+        ValueError: If the dataset is empty, labels are not integers, or the backbone does not return one tensor [B, D].
 
     Example:
         >>> dataset = [(torch.full((1, 2, 2), float(i)), i) for i in range(3)]

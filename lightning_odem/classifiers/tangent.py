@@ -15,25 +15,25 @@ class Linearized(nn.Module):
 
     .. math:: f_{lin}(x; \theta) = f(x; \theta_0) + J_\theta f(x; \theta_0) (\theta - \theta_0)
 
-    The output is affine in :math:`\theta`: the mean of two models' weights gives the mean of their outputs, which for
-    the network itself holds near :math:`\theta_0` at best. Fine-tuning in this space is stage A of HCMM (arXiv
+    The output is affine in :math:`\theta`: the mean of two models' weights gives the mean of their outputs. For the
+    network itself this holds at best near :math:`\theta_0`. Fine-tuning in this space is stage A of HCMM (arXiv
     2509.23592), after Ortiz-Jimenez et al. (NeurIPS 2023).
 
     :math:`\theta` are the parameters of ``model``, which train and merge as they would without linearisation.
-    :math:`\theta_0`, and the batch-norm statistics that belong to it, are kept in ``origin``, a frozen copy of the
-    backbone that is saved with the module. (Frozen parameters instead of buffers, because distributed training
-    broadcasts buffers in every step.)
+    ``origin`` holds :math:`\theta_0` and its batch-norm statistics. It is a frozen copy of the backbone that is saved
+    with the module. (It has frozen parameters instead of buffers, because distributed training broadcasts buffers in
+    every step.)
 
-    Both halves are one forward pass with a forward-mode derivative (``torch.func.jvp``), at two to three times the
-    time and twice the memory of the backbone's own, besides the second copy of the parameters. The network is
-    always in eval mode: dropout and batch-norm updates have no part in an expansion around a point. Where autocast is
-    on, the network is left out of it, since PyTorch's forward derivatives of normalisation layers do not keep the
-    reduced precision, and what the tangent adds would drown in its rounding. Attention runs in PyTorch's plain
-    kernel, which alone has forward derivatives.
+    One forward pass with a forward-mode derivative (``torch.func.jvp``) computes both terms. It takes two to three
+    times the time and twice the memory of the backbone's own pass, besides the second copy of the parameters. The
+    network is always in eval mode, since dropout and batch-norm updates have no part in an expansion around a point.
+    Autocast does not apply to the network: PyTorch's forward derivatives of normalisation layers do not keep the
+    reduced precision, and its rounding would drown what the tangent adds. Attention runs in PyTorch's plain kernel, the
+    only one with forward derivatives.
 
     Args:
-        backbone: The network; its weights now are both :math:`\theta_0` and :math:`\theta`. Its output is a tensor.
-            Of its attributes ``num_features``, ``head_hidden_size`` and ``pretrained_cfg`` are passed on.
+        backbone: The network. Its current weights are both :math:`\theta_0` and :math:`\theta`. Its output is a tensor.
+            Its attributes ``num_features``, ``head_hidden_size`` and ``pretrained_cfg`` are passed on.
 
     Example:
         >>> net = Linearized(nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)))
@@ -74,5 +74,5 @@ class Linearized(nn.Module):
         return self
 
     def recenter_(self) -> None:
-        """Make the weights and statistics that ``model`` has now the expansion point."""
+        """Make the current weights and statistics of ``model`` the expansion point."""
         self.origin.load_state_dict(self.model.state_dict())

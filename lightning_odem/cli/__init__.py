@@ -1,4 +1,4 @@
-"""The command line, and merging of checkpoints that exist already."""
+"""The command line, and merging of existing checkpoints."""
 
 from lightning_odem.cli.command_line import ContinualCLI, main, run
 from lightning_odem.cli.merge import merge_checkpoints

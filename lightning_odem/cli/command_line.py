@@ -15,10 +15,10 @@ from lightning_odem.tasks import TaskStream
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration as ``config.yaml`` beside the report; without merging, where Lightning does."""
+    """Save the configuration as ``config.yaml`` beside the report or, without merging, where Lightning saves it."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave a run with merges to :meth:`on_train_start`, when its directory is known."""
+        """Leave a run with merges to :meth:`on_train_start`, where its directory is known."""
         if _merge_callback(trainer) is None:
             super().setup(trainer, pl_module, stage)
 
@@ -44,18 +44,18 @@ class ContinualCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands and those of ContinualTrainer, with the parameters that are not options of theirs."""
+        """Lightning's subcommands and those of ContinualTrainer, each with the parameters that are not its options."""
         own = dict.fromkeys(("fit_tasks", "compare", "trajectory", "schedule"), {"model", "datamodule"})
         return {**LightningCLI.subcommands(), **own}
 
 
 def main(args: list[str] | None = None) -> ContinualCLI | None:
-    """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` say what there is.
+    """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` describe the options.
 
     Classes in the current directory can be named in a YAML by their path, as with ``python -m``.
 
     Args:
-        args: Arguments instead of those of the process.
+        args: Arguments; by default those of the process.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -84,5 +84,5 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
 
 
 def run() -> None:
-    """The console script; what it returned would become the exit code."""
+    """The console script. It returns nothing, since a return value would become the exit code."""
     main()

@@ -1,4 +1,4 @@
-"""Checkpoints folded by their tensors alone, whatever architecture they belong to."""
+"""Checkpoints folded by their tensors alone, for any architecture."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Incoming(NamedTuple):
     """A checkpoint to be merged.
 
     Args:
-        path: Where it is.
+        path: Path of the checkpoint.
         task: Name of its task.
         weight: Utility weight.
     """
@@ -29,7 +29,7 @@ class Incoming(NamedTuple):
 
 
 class FoldedFiles:
-    """Folds checkpoints without a module that could compute anything with them.
+    """Folds checkpoints without a module that could compute with them.
 
     Args:
         incoming: The checkpoints; all are checked here, none is merged.
@@ -39,7 +39,7 @@ class FoldedFiles:
         **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
-        hyper_parameters: For ``load_from_checkpoint``, from the first checkpoint.
+        hyper_parameters: Entries for ``load_from_checkpoint``, from the first checkpoint.
 
     Raises:
         ValueError: If the models differ, or a pattern matches nothing.
@@ -77,6 +77,6 @@ class FoldedFiles:
         return record
 
     def state(self) -> Snapshot:
-        """The merged model, and what was not merged of any checkpoint."""
+        """The merged model, and the tensors of all checkpoints that were not merged."""
         merged = self._stream.state.merged or {}
         return {**{name: merged[name].to(like.dtype) for name, like in self._files.like.items()}, **self._excluded}

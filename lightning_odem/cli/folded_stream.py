@@ -1,4 +1,4 @@
-"""Checkpoints folded in a module, with samples of their tasks to measure its loss on."""
+"""Checkpoints folded in a module, with samples of their tasks on which to measure its loss."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,12 +20,12 @@ from lightning_odem.tasks import Task, TaskStream
 
 
 def choose_tasks(stream: TaskStream, names: Sequence[str], by_name: bool = False) -> list[Task]:
-    """The tasks of a stream that go with checkpoints: those of their names, or all in order if it knows no such name.
+    """Choose the tasks of a stream for checkpoints: by their names, or all in order if the stream has no such name.
 
     Args:
         stream: The stream.
         names: Names of the checkpoints.
-        by_name: Only by name.
+        by_name: Whether to choose by name only.
 
     Raises:
         ValueError: If some names are known but not all, or there are more or fewer checkpoints than tasks.
@@ -44,9 +44,9 @@ def choose_tasks(stream: TaskStream, names: Sequence[str], by_name: bool = False
 class FoldedStream:
     """Folds checkpoints in a LightningModule; each merge is a ``fit`` on the task's data that does not train.
 
-    So module and data are set up as in training, and the module has its device, transfer hooks and what it makes when a
-    training starts, such as the probes of :class:`~lightning_odem.TaskClassifier`. These see the base model, or the
-    incoming one if there is none. Parameters that belong to a task come from its checkpoint.
+    So module and data are set up as in training. The module has its device, its transfer hooks and what it makes at the
+    start of a training, such as the probes of :class:`~lightning_odem.TaskClassifier`. The probes see the base model,
+    or the incoming model if there is no base model. Parameters that belong to a task come from its checkpoint.
 
     Args:
         model: The module; its own weights do not matter.
@@ -60,7 +60,7 @@ class FoldedStream:
         **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
-        hyper_parameters: For ``load_from_checkpoint``, from the module.
+        hyper_parameters: Entries for ``load_from_checkpoint``, from the module.
 
     Raises:
         ValueError: If the models differ, or a pattern matches nothing.
@@ -87,7 +87,7 @@ class FoldedStream:
         self._base = self._complete(self._files.read(base)) if base is not None else None
         self._stream = Stream(method, base=self._base, exclude=tuple(exclude), batch_norm=batch_norm, **options)
         self._stream.division.check(model)
-        for task in tasks:  # bad data of the last task is found before the first merge
+        for task in tasks:  # so that bad data of the last task is found before the first merge
             task.prepare_data()
             task.setup("fit")
         chosen = torch.device(device)
@@ -122,10 +122,10 @@ class FoldedStream:
         return {name: tensor.clone() for name, tensor in _canonical(self._model.state_dict().items()).items()}
 
     def load_task_specific(self, path: str) -> None:
-        """Write into the module what belongs to the task of a checkpoint.
+        """Write the parameters of a checkpoint's task into the module.
 
         Raises:
-            ValueError: If the checkpoint lacks what would have been trained with its task.
+            ValueError: If the checkpoint lacks parameters that are trained with its task.
         """
         stored = self._files.read_excluded(path)
         own = _canonical(self._model.state_dict().items())
@@ -150,7 +150,7 @@ class FoldedStream:
         return self._complete(self._files.read(path))
 
     def _complete(self, state: Snapshot) -> Snapshot:
-        """As a snapshot: with the buffers that are not part of a state dict, each tied tensor once."""
+        """The model as a snapshot, including buffers that are not part of a state dict, with each tied tensor once."""
         tensors = [*self._model.named_parameters(), *self._model.named_buffers()]
         shared = self._division.shared(self._model)
         return {name: state.get(name, own) for name, own in _canonical(tensors).items() if shared(name)}
@@ -161,14 +161,14 @@ def _canonical(tensors: Iterable[tuple[str, Tensor]]) -> Snapshot:
 
 
 class _FoldInstead(L.Callback):
-    """Merges in the place of training."""
+    """Merge instead of training."""
 
     def __init__(self, folded: FoldedStream, incoming: Incoming, on_step: Callable[[int, int], None]) -> None:
         self._folded, self._incoming, self._on_step = folded, incoming, on_step
         self.record: MergeRecord | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Before the module's own hook, which may fit a head to the weights unless it has one.
+        # This runs before the module's own hook, which may fit a head to the weights unless it has one.
         self._folded.load_task_specific(self._incoming.path)
         trainer.should_stop = True
 

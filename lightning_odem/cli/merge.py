@@ -1,4 +1,4 @@
-"""``lightning-odem merge``: folds checkpoints that exist already into one."""
+"""``lightning-odem merge``: folds existing checkpoints into one."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ from lightning_odem.tasks import TaskStream
 
 @dataclass(frozen=True)
 class Merged:
-    """What an offline merge did.
+    """The result of an offline merge.
 
     Args:
         incoming: The checkpoints in order.
-        records: What happened in the merge of each.
+        records: The record of each merge.
         paths: The files written.
     """
 
@@ -68,9 +68,9 @@ def merge_checkpoints(
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
-    One checkpoint is read at a time: memory holds the base model, the merged model, the module they are merged in and
-    one incoming model, however many there are. What does not fit together is found before the first merge. Without a
-    ``model``, checkpoints in half precision are merged in fp32 and rounded once, at the end.
+    One checkpoint is read at a time. Memory holds the base model, the merged model, the module in which they are merged
+    and one incoming model, regardless of the number of checkpoints. Mismatches are found before the first merge.
+    Without a ``model``, checkpoints in half precision are merged in fp32 and rounded once, at the end.
 
     Args:
         checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints, or folders as Hugging
@@ -81,22 +81,23 @@ def merge_checkpoints(
         base: The base model, for methods that need it; in any of the formats of the checkpoints.
         weights: Utility weights in the order of the checkpoints; by default those of the tasks in data, else 1.
         tasks: Names of the tasks in the order of the checkpoints; by default those of the files or folders.
-        exclude: Patterns of tensors that are not merged: globs over dotted names, or names of modules. Those of all
-            checkpoints are kept; where several have one name, that of the last.
-        batch_norm: What becomes of running statistics: average, keep (those of the first checkpoint) or recalibrate.
+        exclude: Patterns of tensors that are not merged: globs over dotted names, or names of modules. These tensors
+            are kept from all checkpoints; if several have the same name, the one of the last checkpoint.
+        batch_norm: Treatment of running statistics: average, keep (those of the first checkpoint) or recalibrate.
         model: Module that computes the calibration loss, such as TaskClassifier; its own weights do not matter.
-        data: Stream whose tasks go with the checkpoints: by name, or in order if it knows none of the names.
-        calibration_size: Samples kept of all tasks together.
+        data: Stream whose tasks belong to the checkpoints: by name, or in order if it has none of the names.
+        calibration_size: Number of samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
         overwrite: Replace an output that exists.
 
     Returns:
-        What was merged, and where it is.
+        What was merged, and where it was written.
 
     Raises:
         FileNotFoundError: If a checkpoint is missing.
         FileExistsError: If the output exists.
-        ValueError: If models do not fit together, the method needs what is not there, or an argument is wrong.
+        ValueError: If models do not fit together, the method needs something that is not given, or an argument is
+            wrong.
 
     Example:
         >>> import tempfile, torch
@@ -136,7 +137,7 @@ def merge_checkpoints(
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
-    """Names of files without their suffix, and of folders; numbered where they occur again.
+    """Names of files without their suffix, and of folders; repeated names are numbered.
 
     Example:
         >>> task_names(["runs/a/last.ckpt", "runs/b/last.ckpt", "clip-dtd/"])
@@ -208,7 +209,7 @@ def _metadata(method: MergeMethod, incoming: Sequence[Incoming], base: str | Non
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
-    """A bar over checkpoints, and within each of them over the steps of its merge."""
+    """A progress bar over checkpoints and, within each of them, over the steps of its merge."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         line = progress.add_task("merging", total=total)
 

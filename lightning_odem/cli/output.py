@@ -1,4 +1,4 @@
-"""The files an offline merge leaves behind."""
+"""The files that an offline merge writes."""
 
 import os
 import shutil
@@ -18,21 +18,21 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class MergeOutput:
-    """Where merged weights are written to, in one step: a reader sees the old files or the new ones.
+    """Writes merged weights in one step: a reader sees the old files or the new ones.
 
-    A path that ends in ``.safetensors`` stands for that file and, beside it, a Lightning checkpoint ``.ckpt`` with the
-    same weights. Any other path is a folder with ``model.safetensors`` and ``config.json`` as ``from_pretrained`` of
+    A path that ends in ``.safetensors`` means that file and, beside it, a Lightning checkpoint ``.ckpt`` with the same
+    weights. Any other path is a folder with ``model.safetensors`` and ``config.json`` as ``from_pretrained`` of
     transformers reads it.
 
     Args:
-        path: As above.
-        inputs: The checkpoints that are merged, and the base model; never overwritten. For a folder the first is a
-            folder too, whose configuration is taken over.
+        path: The output path, as described above.
+        inputs: The checkpoints that are merged, and the base model. They are never overwritten. For a folder, the first
+            input is a folder too, and its configuration is copied.
         overwrite: Whether existing files are replaced.
 
     Raises:
         ValueError: If an input is in the way, or the first one has no configuration for a folder.
-        FileExistsError: If there is something already.
+        FileExistsError: If the output exists and ``overwrite`` is off.
     """
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool = False) -> None:
@@ -55,15 +55,16 @@ class MergeOutput:
             raise FileExistsError(f"{' and '.join(found)} exists already. Choose another output, or overwrite it.")
 
     def prepare(self) -> None:
-        """Make the directory, so that a place that cannot be written to is found before the work."""
+        """Make the directory, so that an output that cannot be written is found before the work."""
         self.paths[0].parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
-        """Write weights and what is known about them.
+        """Write the weights and their metadata.
 
         Args:
             state: Tensors on the CPU by name, without shared memory.
-            metadata: For the header of the ``.safetensors`` file; a checkpoint has it under ``"lightning_odem"``.
+            metadata: Metadata for the header of the ``.safetensors`` file; a checkpoint has it under
+                ``"lightning_odem"``.
             hyper_parameters: Entries from which ``load_from_checkpoint`` makes its module.
         """
         state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -73,6 +74,6 @@ class MergeOutput:
             if self._config is not None:
                 shutil.copyfile(self._config, beside)
             else:
-                # What load_from_checkpoint and trainer.test(ckpt_path=...) ask for; there is no training to resume.
+                # Required by load_from_checkpoint and trainer.test(ckpt_path=...); there is no training to resume.
                 kept = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
                 torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": metadata}, beside)

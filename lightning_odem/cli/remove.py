@@ -1,4 +1,4 @@
-"""``lightning-odem remove``: takes a task out of a stream that lies in a directory."""
+"""``lightning-odem remove``: takes a task out of a stream in a directory."""
 
 from collections.abc import Sequence
 
@@ -23,15 +23,15 @@ def remove_from_stream(
         task: Name of the task.
         checkpoint: The fine-tuned model that the task was merged with: a .safetensors file, a state dict, a Lightning
             checkpoint written before the merge, or a folder as Hugging Face's save_pretrained writes them.
-        method: The method that the stream was merged with, by default as the stream names it. Streams of earlier
-            versions do not know its settings.
+        method: The method with which the stream was merged; by default the one that the stream names. Streams of
+            earlier versions do not store its settings.
 
     Returns:
-        The report of the stream that is left.
+        The report of the remaining stream.
 
     Raises:
         FileNotFoundError: If there is no stream or no checkpoint.
-        StreamInUseError: If a process fits a task of the stream.
+        StreamInUseError: If a process is fitting a task of the stream.
         ValueError: If the task is not in the stream or cannot be taken out, or the model is not the one merged.
     """
     directory, state = RunDirectory(stream), StreamState(CalibrationBuffer())
@@ -43,7 +43,7 @@ def remove_from_stream(
 
 
 def _method_of(state: StreamState) -> MergeMethod:
-    """The method of a stream with its settings; with the default ones where the state does not have them."""
+    """The method of a stream with its settings, or with default settings if the state does not have them."""
     settings = dict(state.settings) or {"name": state.report.merges[-1].method}
     name = settings.pop("name")
     rule = METHODS.get(name)

@@ -1,4 +1,4 @@
-"""A module made of nothing but named tensors."""
+"""A module that consists of named tensors only."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class StateModule(nn.Module):
-    """Holds a state dict under its own names, so that what works on modules works without the architecture.
+    """Holds a state dict under its own names, so that code for modules works without the architecture.
 
-    Floating tensors become trainable parameters, others buffers. Where there are a ``running_mean`` and a
-    ``running_var`` side by side, both are buffers of a batch-norm layer, so that a merge treats them as such; buffers
-    of other kinds are not told apart from parameters. The module cannot be called.
+    Floating tensors become trainable parameters, others become buffers. If a ``running_mean`` and a ``running_var``
+    occur side by side, both become buffers of a batch-norm layer, so that a merge treats them as such. Other floating
+    buffers cannot be distinguished from parameters. The module cannot be called.
 
     Args:
         state: Tensors by dotted name; copied.
@@ -38,8 +38,8 @@ class StateModule(nn.Module):
             prefix = ""
             for part in path:
                 prefix += f"{part}."
-                # Not with add_module, which refuses the names of nn.Module's own attributes; models use them all the
-                # same, for example "type".
+                # Not with add_module, which refuses the names of nn.Module's own attributes; models use such names, for
+                # example "type".
                 owner = owner._modules.setdefault(part, _container(prefix, state))  # type: ignore[assignment]
             value = tensor.detach().clone()
             if tensor.is_floating_point() and not (isinstance(owner, _Norm) and leaf in _STATISTICS):
@@ -49,11 +49,11 @@ class StateModule(nn.Module):
 
 
 class _Norm(_BatchNorm):
-    """What is known of a batch-norm layer from its state."""
+    """A batch-norm layer as far as its state describes it."""
 
     def __init__(self) -> None:
         super().__init__(num_features=0, affine=False)
-        self._buffers.update(dict.fromkeys(self._buffers))  # which of them there are shows in the state
+        self._buffers.update(dict.fromkeys(self._buffers))  # the state shows which of them exist
 
 
 def _container(prefix: str, state: Mapping[str, Tensor]) -> nn.Module:

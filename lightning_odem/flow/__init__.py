@@ -1,4 +1,4 @@
-"""The ODE alone, on flat vectors: fields, solvers, schedule and trajectory. It knows no modules and no data."""
+"""The ODE alone, on flat vectors: fields, solvers, schedule and trajectory. They know no modules and no data."""
 
 from lightning_odem.flow.control import StepControl
 from lightning_odem.flow.descent import Descent

@@ -11,23 +11,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_odem.flow.field import Velocity
 
-# Vectors are walked in pieces that fit the cache: no temporary is ever as long as a model.
+# Vectors are processed in pieces that fit the cache: no temporary is ever as long as a model.
 _PIECE = 1 << 17
-# One block's sums keep to pieces of their own: the last bits of gamma, and so of published merges, depend on them.
+# The sums of a single block use pieces of their own size: the last bits of gamma, and so of published merges, depend on
+# it.
 _SUM = 1 << 20
 
-# Sums numbers, fp64 on the CPU, over the processes that each hold a part of the vectors; in place.
+# Sums numbers (fp64, on the CPU) in place over the processes that each hold a part of the vectors.
 SumOverShards = Callable[[Tensor], None]
 
 
 def alone(numbers: Tensor) -> None:
-    """The sum over shards where the vectors are whole: nothing is added."""
+    """The sum over shards if the vectors are whole: it adds nothing."""
 
 
 class Projection(NamedTuple):
     """The projection P u of the transport onto the gradient, block by block, in numbers.
 
-    ``rise`` sums the positive <g_b, u_b>, ``uphill_square`` the ||P_b u||^2 of the same blocks, and ``uphill`` holds
+    ``rise`` sums the positive <g_b, u_b>. ``uphill_square`` sums the ||P_b u||^2 of the same blocks. ``uphill`` holds
     their components along g_b.
     """
 
@@ -85,10 +86,10 @@ class Segments:
     """Consecutive blocks of given lengths. A block that lies in several pieces is summed part by part.
 
     Args:
-        lengths: Of the blocks, shape [B].
+        lengths: Lengths of the blocks, shape [B].
         sum_: Sums over shards.
-        split: Which blocks go on in the other shards, shape [B], bool; each shard has as many of them, in one order.
-            Where ``sum_`` sums and this is None, none does.
+        split: Which blocks continue in the other shards, shape [B], bool. Each shard has the same number of them, in
+            the same order. None means that no block does.
     """
 
     def __init__(self, lengths: Tensor, sum_: SumOverShards = alone, split: Tensor | None = None) -> None:
@@ -110,7 +111,7 @@ class Segments:
         """Project the transport onto the gradient."""
         if len(theta) != self._size:
             raise ValueError(f"The blocks hold {self._size} entries in all, the vectors {len(theta)}.")
-        # Results are written to memory of their own: small tensors that stay would tear holes into that of temporaries.
+        # Results have memory of their own: small tensors that stay would fragment the memory of temporaries.
         counts = [len(lengths) for lengths in self._lengths]
         parts, distance_square = _wide(theta.new_zeros(2, sum(counts))), _wide(theta.new_zeros(()))
         pieces = zip(_pieces(theta, theta1, grad), self._lengths, parts.split(counts, dim=1), strict=True)
@@ -138,7 +139,7 @@ class Segments:
     def _project_shard(
         self, products: Tensor, grad_squares: Tensor, distance_square: Tensor, alpha: float
     ) -> Projection:
-        """As :func:`_project`: of blocks that lie here whole only their totals are summed, of split ones every sum."""
+        """Like :func:`_project`: whole blocks in this shard contribute only their totals, split blocks every sum."""
         split, own = self._split, ~self._split
         here = _project(products[own], grad_squares[own], distance_square, alpha)
         totals = distance_square.new_tensor(here[:-1])
@@ -154,7 +155,7 @@ class Segments:
 class Coordinates:
     """One block per entry. The projection of u_i has the length of u_i, and 0 where the gradient is zero.
 
-    Signs do what masks would, several times as fast, and unlike g_i u_i their products cannot underflow.
+    Signs are used instead of masks: they are several times as fast, and unlike g_i u_i their products cannot underflow.
 
     Args:
         sum_: Sums over shards.
@@ -191,7 +192,7 @@ class Coordinates:
 
 
 def _project(products: Tensor, grad_squares: Tensor, distance_square: Tensor, alpha: float) -> Projection:
-    """From <g_b, theta1 - theta> and ||g_b||^2 of all blocks, shape [B], and ||theta1 - theta||^2; fp64 on the CPU."""
+    """Project from <g_b, theta1 - theta> and ||g_b||^2 of all blocks [B] and ||theta1 - theta||^2; fp64 on the CPU."""
     alignments = alpha * products
     # Without a gradient there is no direction to damp: the projection onto it is zero.
     along = torch.where(grad_squares > 0.0, alignments / grad_squares, 0.0)
@@ -216,5 +217,5 @@ def _wide(vector: Tensor) -> Tensor:
 
 
 def _sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over consecutive segments; unlike sums by index they have one order, so the same bits, on every run."""
+    """Sums over consecutive segments, in a fixed order unlike sums by index, so every run gives the same bits."""
     return torch.segment_reduce(values, "sum", lengths=lengths.to(values.device), unsafe=True)

@@ -1,4 +1,4 @@
-"""The nearest velocity under which given losses do not rise faster than they may."""
+"""The nearest velocity under which given losses do not rise faster than allowed."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -6,9 +6,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-# Vectors are walked in blocks: no fp64 copy is ever as long as a model.
+# Vectors are processed in blocks: no fp64 copy is ever as long as a model.
 _BLOCK = 1 << 18
-# Relative to the distances from the constraints. Nearly parallel gradients within it are treated as one.
+# Relative to the distances from the constraints. Gradients that are parallel within it are treated as one.
 _TOLERANCE = 1e-7
 
 
@@ -47,13 +47,13 @@ def solve_multipliers(gram: Tensor, excess: Tensor) -> Tensor:
     """Multipliers of the projection: the first set of active constraints that satisfies the KKT conditions.
 
     The problem is convex, so any such set gives the solution; the smallest sets are tried first. Gradients are scaled
-    to length 1, and neither the equations nor the tolerance know the multipliers' size. The released code of ODE-M
-    adds 1e-6 to the diagonal and allows a violation of 1e-6: an active constraint is violated by 1e-6 mu there, so
-    that mu > 1, as small gradients have it, drops all constraints.
+    to length 1, so neither the equations nor the tolerance depend on the size of the multipliers. The released code of
+    ODE-M adds 1e-6 to the diagonal and allows a violation of 1e-6. An active constraint is violated by 1e-6 mu there.
+    So mu > 1, which small gradients have, drops all constraints.
 
     Args:
         gram: Inner products of the gradients, shape [m, m], fp64.
-        excess: <g_j, w> - b_j, by how much each constraint is violated before the projection, shape [m], fp64.
+        excess: <g_j, w> - b_j, the violation of each constraint before the projection, shape [m], fp64.
 
     Returns:
         mu, shape [m]; zeros if the constraints contradict each other.

@@ -1,4 +1,4 @@
-"""How a path is cut into steps: of one length, or as long as the loss allows."""
+"""How a path is cut into steps: all of one length, or as long as the loss allows."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,16 @@ Move = Callable[[float], None]
 
 @dataclass(frozen=True)
 class StepControl:
-    r"""Step lengths chosen by the loss, held against the envelope of Theorem 3.4.
+    r"""Step lengths chosen by comparing the loss with the envelope of Theorem 3.4.
 
     The exact flow keeps :math:`L(\theta(t)) \le E(t) = L_0 + t \max(\Delta L, 0)`; a step that is too long does not.
     With the excess :math:`e = L(\theta(t + h)) - E(t + h)` and :math:`\epsilon` = ``tolerance``
     :math:`\max(|L_0|, |L_1|)`, where :math:`L_1` is the incoming model's loss, a step of length h is
 
     - taken back and tried again with ``shrink`` h if :math:`e > \epsilon`,
-    - kept otherwise; if even :math:`e \le \epsilon / 2` the next one is ``grow`` times as long.
+    - kept otherwise; if :math:`e \le \epsilon / 2`, the next step is ``grow`` times as long.
 
-    A step no longer than ``smallest`` times the first is kept in any case: the path then left the envelope by more
+    A step no longer than ``smallest`` times the first is kept in any case. The path has then left the envelope by more
     than the step's own error, and it has to arrive.
 
     Args:
@@ -52,7 +52,7 @@ class StepControl:
             raise ValueError(f"Needed are tolerance > 0, 0 < shrink < 1, grow >= 1 and 0 < smallest <= 1, got {self}.")
 
     def factor(self, excess: float, scale: float) -> float:
-        """By what the step length is to be multiplied; below 1 the step is rejected.
+        """Return the factor for the step length; below 1 the step is rejected.
 
         Args:
             excess: Loss above the envelope at the end of the step.
@@ -68,9 +68,9 @@ class Steps(Protocol):
     """The steps of one path.
 
     Attributes:
-        t: Time of the point the path has come to.
-        taken: Steps up to there.
-        loss: The loss at that point where it is known without its gradient.
+        t: Time of the point that the path has reached.
+        taken: Steps taken so far.
+        loss: The loss at that point if it is known without its gradient.
     """
 
     t: float
@@ -79,11 +79,11 @@ class Steps(Protocol):
 
     @property
     def total(self) -> int:
-        """Steps in all, as far as can be told."""
+        """Steps in all, as far as is known."""
         ...
 
     def advance(self, theta: Tensor, move: Move) -> float:
-        """Move ``theta`` to the end of the next step with ``move(t_next)``; the time there."""
+        """Move ``theta`` to the end of the next step with ``move(t_next)``; return the time there."""
         ...
 
 
@@ -110,7 +110,7 @@ class FixedSteps:
         last = self.taken == self.total
         t_next = self._t_end if last else self.t + self._step_size
         move(t_next)
-        # A product instead of a sum: errors of rounding do not add up.
+        # A product instead of a sum, so that rounding errors do not add up.
         self.t, self.loss = (t_next if last else self.taken * self._step_size), None
         return t_next
 
@@ -118,16 +118,16 @@ class FixedSteps:
 class ControlledSteps:
     """Steps whose length follows :class:`StepControl`; rejected ones are noted in the trajectory.
 
-    The loss is measured once per try, without a gradient; a rejected step costs no gradient, for the velocity at its
-    start is still known. One more vector [d] is held, the point to go back to.
+    The loss is measured once per try, without a gradient. A rejected step costs no gradient, because the velocity at
+    its start is still known. One more vector [d] is held: the point to go back to.
 
     Args:
         t_end: Time at which the path ends, hit exactly.
         step_size: Length of the first step.
         control: The rule.
         measure: Loss at a point, given its time.
-        trajectory: Of the path; its first loss and ``loss1`` make the envelope.
-        loss: Loss at the start, where it is known without its gradient.
+        trajectory: The trajectory of the path; its first loss and ``loss1`` define the envelope.
+        loss: Loss at the start, if it is known without its gradient.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ControlledSteps:
 
     @property
     def total(self) -> int:
-        """Steps in all if none from now on is rejected or grows."""
+        """Steps in all if no further step is rejected or grows."""
         return self.taken + math.ceil((self._t_end - self.t) / self._length * (1.0 - 1e-12))
 
     def advance(self, theta: Tensor, move: Move) -> float:

@@ -17,10 +17,10 @@ class Descent:
 
     .. math:: a(t) = 2 \ell (1 - t), \qquad \int_0^1 a(t)\, dt = \ell,
 
-    so that the last gradients settle what the noise of the first ones has left. No entry moves by much more than
+    so that the last gradients correct what the noise of the first ones has left. No entry moves by much more than
     :math:`\ell`.
 
-    Besides the point it holds a gradient and Adam's two moments, and two of its temporaries within a step.
+    Besides the point it holds a gradient and Adam's two moments. Within a step it also holds two of Adam's temporaries.
 
     Args:
         theta: The point [d], moved in its memory.
@@ -50,18 +50,18 @@ class Descent:
         """Take the next steps.
 
         Args:
-            loss_and_grad: Loss and gradient [d] at a point, as of a random minibatch.
-            steps: How many.
-            on_step: Told (steps taken, steps of the whole descent).
+            loss_and_grad: Loss and gradient [d] at a point, for example on a random minibatch.
+            steps: Number of steps.
+            on_step: Called with (steps taken, steps of the whole descent).
 
         Raises:
-            NonFiniteLossError: If a loss is not finite, or the point afterwards.
+            NonFiniteLossError: If a loss, or the point afterwards, is not finite.
         """
         for _ in range(steps):
             loss, self._theta.grad = loss_and_grad(self._theta)
             if not torch.isfinite(torch.as_tensor(loss)):
                 raise NonFiniteLossError(f"the loss is {loss}", self.taken, self.taken / self._steps)
-            # The speed in the middle of the step: exact for one that falls linearly.
+            # The speed in the middle of the step, which is exact for a linearly falling speed.
             middle = (self.taken + 0.5) / self._steps
             self._adam.param_groups[0]["lr"] = 2.0 * self._length / self._steps * (1.0 - middle)
             self._adam.step()

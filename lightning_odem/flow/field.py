@@ -11,24 +11,24 @@ from lightning_odem.flow.blocks import Blocks, Coordinates, Segments, SumOverSha
 
 @dataclass(frozen=True)
 class Velocity:
-    """A velocity, kept as a few numbers instead of a vector of its own: the transport without what is damped of it.
+    """A velocity, kept as a few numbers instead of a vector of its own: the transport without its damped part.
 
-    In block b it is ``alpha (theta1 - theta)_b - damping_b grad_b``. Where every entry is a block, it is
-    ``alpha (theta1 - theta)_i``, times ``1 - damping`` for those along which the loss rises.
+    In block b it is ``alpha (theta1 - theta)_b - damping_b grad_b``. If every entry is a block, it is ``alpha (theta1 -
+    theta)_i``, times ``1 - damping`` for entries along which the loss rises.
 
     Args:
         theta: Point at which the field was evaluated, shape [d].
         theta1: Incoming model, shape [d].
         grad: Loss gradient at ``theta``, shape [d].
         alpha: Transport rate 1 / (1 - t).
-        damping: How much of the gradient is taken out of the transport, (1 - gamma) max(<g_b, u_b>, 0) / ||g_b||^2:
-            one number, or one per block; (1 - gamma) where every entry is a block.
+        damping: How much of the gradient is taken out of the transport, (1 - gamma) max(<g_b, u_b>, 0) / ||g_b||^2: one
+            number, or one per block. It is (1 - gamma) if every entry is a block.
         alignment: Inner product <g, u> of gradient and transport field: the loss change per unit time without damping.
         gamma: Damping factor of eq. 12-14; 1 leaves the transport as it is.
-        alignment_ratio: ||P_g u|| / ||u||, the share of the transport along the gradient (0 where either vanishes); the
+        alignment_ratio: ||P_g u|| / ||u||, the share of the transport along the gradient (0 if either vanishes). The
             projection is onto the gradient's parts, block by block.
         norm: ||v||.
-        damped_share: ||u - v|| / ||u||, the share of the transport that is taken out (0 where u vanishes).
+        damped_share: ||u - v|| / ||u||, the share of the transport that is taken out (0 if u vanishes).
         blocks: How the vectors are cut into blocks; one block unless :class:`RectifiedField` says otherwise.
     """
 
@@ -58,10 +58,10 @@ class Field(Protocol):
 
 
 class TransportField:
-    """The straight line between two models as a flow, u_t(theta) = (theta1 - theta) / (1 - t) (eq. 10).
+    """The flow along the straight line between two models, u_t(theta) = (theta1 - theta) / (1 - t) (eq. 10).
 
-    It ignores the loss: stopping it at t gives (1 - t) theta0 + t theta1, so a stream merged with it and eq. 18's
-    operating times is the utility-weighted running average.
+    It ignores the loss. Stopping it at t gives (1 - t) theta0 + t theta1. So a stream that is merged with it at the
+    operating times of eq. 18 gives the utility-weighted running average.
     """
 
     _blocks: Blocks = WholeVector()
@@ -77,7 +77,7 @@ class TransportField:
             t: Time in [0, 1).
             theta: Current point, shape [d].
             theta1: Incoming model, shape [d].
-            grad: Loss gradient at ``theta``, shape [d]; it is kept by the result and never written to.
+            grad: Loss gradient at ``theta``, shape [d]; the result keeps it and never writes to it.
             delta_loss: L(theta1) - L(theta0).
         """
         alpha = 1.0 / (1.0 - t)
@@ -100,7 +100,7 @@ class TransportField:
 
 
 class RectifiedField(TransportField):
-    r"""The paper's field: the transport with its loss-increasing part damped (eq. 11-14), whole or block by block.
+    r"""The paper's field: the transport with its loss-increasing part damped (eq. 11-14), as a whole or block by block.
 
     Let :math:`g_b` and :math:`u_b` be the parts of the loss gradient and the transport in block b,
     :math:`a_b = \langle g_b, u_b\rangle` and :math:`P_b` the projection onto :math:`g_b`. Then
@@ -108,32 +108,34 @@ class RectifiedField(TransportField):
     .. math:: v_b = u_b - (1 - \gamma) P_b u_b \text{ if } a_b > 0, \text{ else } u_b, \qquad
         \gamma = \mathrm{clip}\left(\max(\Delta L, 0) / \textstyle\sum_b \max(a_b, 0),\ 0,\ 1\right),
 
-    and :math:`\gamma = 1` if no :math:`a_b` is positive. One block over everything is the paper's rule. In smaller
-    ones the descent of some parameters no longer pays for the ascent of others: every block along which the loss
-    rises is damped, all by the same factor. The finer the blocks, the smaller gamma and the more is taken out.
+    and :math:`\gamma = 1` if no :math:`a_b` is positive. One block over everything is the paper's rule. With smaller
+    blocks the descent of some parameters no longer compensates the ascent of others. Every block along which the loss
+    rises is damped, all by the same factor. Finer blocks make gamma smaller and take more out.
 
-    **Theorem 3.4 holds for any blocks.** A damped block adds :math:`\langle g_b, v_b\rangle = \gamma a_b` to the
-    loss's rate, a free one :math:`a_b \le 0`. Therefore :math:`dL/dt = \sum_b \langle g_b, v_b\rangle \le \gamma
-    \sum_b \max(a_b, 0) \le \max(\Delta L, 0)`, the last because :math:`\gamma` is at most the quotient above.
-    Integrated from 0 to t this is eq. 16, and eq. 17 follows from it.
+    **Theorem 3.4 holds for any blocks.** A damped block adds :math:`\langle g_b, v_b\rangle = \gamma a_b` to the loss's
+    rate; a free block adds :math:`a_b \le 0`. Therefore
+    :math:`dL/dt = \sum_b \langle g_b, v_b\rangle \le \gamma \sum_b \max(a_b, 0) \le \max(\Delta L, 0)`, where the last
+    step holds because :math:`\gamma` is at most the quotient above. Integrating this from 0 to t gives eq. 16, and eq.
+    17 follows from it.
 
-    Evaluations and moves walk through the vectors in pieces of 2^20 entries, in fp64 where they sum. No kind of block
-    needs a vector of the model's size: one block and single entries keep a few numbers, lengths about ten numbers per
-    block. Sums over given lengths are not to be had on Apple's GPU.
+    Evaluations and moves process the vectors in pieces of 2^20 entries. Sums are in fp64. No kind of block needs a
+    vector of the model's size: one block and single entries keep a few numbers, lengths about ten numbers per block.
+    Sums over given lengths are not available on Apple's GPU.
 
-    Each of several processes may hold a part of the vectors, its shard, and follow its part of the path: an evaluation
-    then sums over them once, a few numbers and two for every block that is split.
+    Several processes may each hold a shard of the vectors and follow their part of the path. An evaluation then sums
+    over the processes once: a few numbers, and two for every block that is split.
 
     Args:
         blocks: ``"vector"``, one block; ``"coordinate"``, one block per entry; or the lengths of consecutive blocks,
             integers >= 1 of shape [B] that sum to d.
-        sum_: Where the vectors are shards: sums fp64 numbers on the CPU over all shards, in place. Every process has to
-            evaluate the field as often as the others.
-        split: Where the vectors are shards cut by lengths: which blocks go on in other shards, bool of shape [B]. All
-            shards list these in one order, with length 0 where they hold nothing of one; the others lie in one shard.
+        sum_: Sums fp64 numbers on the CPU over all shards, in place, if the vectors are shards. Every process has to
+            evaluate the field equally often.
+        split: Which blocks continue in other shards, bool of shape [B], if the vectors are shards cut by lengths. All
+            shards list these blocks in the same order, with length 0 for those of which they hold nothing. Every other
+            block lies in one shard.
 
     Raises:
-        ValueError: For blocks of another kind, or, in evaluations, if they do not fit the vectors.
+        ValueError: For blocks of another kind. In evaluations, if the blocks do not fit the vectors.
 
     Example:
         >>> import torch
@@ -168,7 +170,7 @@ class RectifiedField(TransportField):
         """Damping factor (eq. 13 and 14).
 
         Args:
-            rise: Sum of the positive <g_b, u_b>; for one block <g, u>, or 0 where that is negative.
+            rise: Sum of the positive <g_b, u_b>; for one block <g, u>, or 0 if that is negative.
             delta_loss: L(theta1) - L(theta0).
         """
         if rise <= 0.0:

@@ -1,4 +1,4 @@
-"""The point of a path where a loss is lowest that the path does not follow."""
+"""The point of a path with the lowest held-out loss, which the path itself does not follow."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,10 @@ _ROUNDING = 1e-6
 
 
 class LowestPoint:
-    """Looks at the points of a path as it goes and keeps the one of lowest loss: one more vector [d].
+    """Look at the points of a path as it is followed and keep the one of lowest loss, in one more vector [d].
 
-    It looks at the first point from ``start`` on, at those that lie ``every`` or more behind the last one it looked at,
-    and at the end.
+    It looks at the first point at or after ``start``, at points that are ``every`` or more later than the last one it
+    looked at, and at the end.
 
     Args:
         loss: Loss at a point, on samples that the path's gradients do not see.
@@ -28,8 +28,8 @@ class LowestPoint:
     Attributes:
         t: Times looked at.
         loss: Losses there.
-        best_t: Time of the lowest one. A later point is lower if its loss is by more than a millionth: what differs by
-            less is equal up to rounding, and the first counts.
+        best_t: Time of the lowest loss. A later point counts as lower only if its loss is lower by more than a
+            millionth. Smaller differences are rounding, and the first point counts.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class LowestPoint:
 
     def __call__(self, t: float, theta: Tensor) -> None:
         """Look at a point."""
-        # Multiples of a step length lie a rounding error off.
+        # Multiples of a step length are off by a rounding error.
         if t < min(self._due, self._end) * (1.0 - 1e-9):
             return
         value = float(self._measure(theta))
@@ -64,7 +64,7 @@ class LowestPoint:
         self._due = t + self._every
 
     def write_(self, theta: Tensor) -> None:
-        """Set ``theta`` to the best point, whose copy is given up."""
+        """Set ``theta`` to the best point and drop the copy of it."""
         assert self._best is not None, "a path has an end"
         theta.copy_(self._best)
         self._best = None

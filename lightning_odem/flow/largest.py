@@ -1,4 +1,4 @@
-"""Which values are largest, decided so that rounding cannot turn it."""
+"""Which values are largest, decided so that rounding does not matter."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -7,12 +7,12 @@ Key = TypeVar("Key")
 
 
 def largest(values: Mapping[Key, float], count: int, tolerance: float) -> list[Key]:
-    """The keys of the ``count`` largest values, in the order of the mapping; of equal values the first count.
+    """Return the keys of the ``count`` largest values, in the order of the mapping; among equal values the first count.
 
     Args:
         values: The values.
-        count: How many to take at most.
-        tolerance: Up to which difference values are equal.
+        count: Largest number of keys to return.
+        tolerance: Values that differ by at most this are equal.
 
     Example:
         >>> largest({"a": 0.3, "b": 0.1 + 0.2, "c": 0.2}, 1, tolerance=1e-9)  # 0.1 + 0.2 is 0.30000000000000004
@@ -25,7 +25,7 @@ def largest(values: Mapping[Key, float], count: int, tolerance: float) -> list[K
 
 
 def admit(chosen: list[Key], key: Key, values: Mapping[Key, float], count: int, tolerance: float) -> None:
-    """One step of :func:`largest`, in place: a further key, for which the last of the smallest is given up."""
+    """Take one step of :func:`largest` in place: add a key and give up the last of the smallest for it."""
     chosen.append(key)
     if len(chosen) > count:
         smallest = min(values[other] for other in chosen)
@@ -34,7 +34,7 @@ def admit(chosen: list[Key], key: Key, values: Mapping[Key, float], count: int, 
 
 
 def first_largest(values: Sequence[float], tolerance: float) -> int:
-    """Index of the largest value; of values that differ from it by ``tolerance`` at most, of the first.
+    """Index of the first value that differs from the largest by ``tolerance`` at most.
 
     Example:
         >>> first_largest([(0.7 + 0.1) / 2, (0.4 + 0.4) / 2], tolerance=1e-9)  # the first is 0.39999999999999997

@@ -9,11 +9,12 @@ from lightning_odem.flow.solver import Evaluate, Solver
 class ReusedGradient:
     r"""A one-step rule that goes from t to t + h in several equal steps, all with the gradient taken at t.
 
-    The transport is the one of each new point, and the gradient's share is taken out of it anew; only g is old. Where
-    the gradient hardly changes along h this is the path of the shorter steps for the price of the longer one.
+    The transport is computed at each new point, and the gradient's share is taken out of it again; only g is old. If
+    the gradient hardly changes along h, this gives the path of the shorter steps at the cost of the longer one.
 
     Args:
-        rule: The rule of each step. One that takes further gradients, as Heun's does, gets the same one instead.
+        rule: The rule of each step. A rule that takes further gradients, such as Heun's, gets the same gradient
+            instead.
         times: Steps per gradient, >= 1.
 
     Raises:

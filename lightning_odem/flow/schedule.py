@@ -7,8 +7,8 @@ from collections.abc import Sequence
 def operating_time(weights: Sequence[float]) -> float:
     """Operating time of the last task in ``weights``, t_k = w_k / (w_1 + ... + w_k) (eq. 18).
 
-    The first task has nothing to share with: its time is 1 whatever its weight (Psi_1 = psi_1 in Algorithm 1). A later
-    task of weight 0 has time 0 and leaves the merged model untouched.
+    The first task has no other task to share with, so its time is 1 whatever its weight is (Psi_1 = psi_1 in Algorithm
+    1). A later task of weight 0 has time 0 and leaves the merged model untouched.
 
     Args:
         weights: Utility weights w_1, ..., w_k of the tasks merged so far, the incoming one last; dimensionless.
@@ -35,7 +35,8 @@ def operating_time(weights: Sequence[float]) -> float:
 def scaled_time(t: float, factor: float) -> float:
     r"""The operating time of a task if its utility weight were ``factor`` times as large, :math:`ct / (ct + 1 - t)`.
 
-    It is 0 at t = 0 and 1 at t = 1 whatever the factor: tasks without weight and tasks that alone have one stay so.
+    It is 0 at t = 0 and 1 at t = 1 for any factor. So a task without weight stays one, and a task that alone has a
+    weight stays one.
 
     Args:
         t: Operating time in [0, 1].

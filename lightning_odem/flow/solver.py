@@ -15,7 +15,7 @@ LossAndGrad = Callable[[Tensor], tuple[float | Tensor, Tensor]]
 
 
 class Evaluate(Protocol):
-    """Gives the velocity at any time and point; costs one gradient unless ``grad`` is to stand for it."""
+    """Give the velocity at any time and point; this costs one gradient unless ``grad`` is given in its place."""
 
     def __call__(self, t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
         """Evaluate the field."""
@@ -26,7 +26,7 @@ class NonFiniteLossError(FloatingPointError):
     """The loss, its gradient or the distance between the models is not a finite number somewhere on the path.
 
     Args:
-        what: What was found to be non-finite, with its value.
+        what: The quantity that is not finite, with its value.
         step: Index of the integration step.
         t: Time of that step.
     """
@@ -93,9 +93,10 @@ def integrate(
 
     Integrates :math:`\dot\theta = v_t(\theta)` from :math:`\theta(0) = \theta_0` to ``t_end``. Steps have length
     ``step_size``; the last one is shortened so that the path ends exactly at ``t_end``. A path to t = 1 ends in
-    ``theta1``, the endpoint extension of Theorem 3.3: its last step goes there whatever the field says.
+    ``theta1``, the endpoint extension of Theorem 3.3: its last step goes there regardless of the field.
 
-    The loop holds three vectors of length d: the point, ``theta1`` and one gradient (Heun two more, ``control`` one).
+    The loop holds three vectors of length d: the point, ``theta1`` and one gradient. Heun holds two more, ``control``
+    one.
 
     Args:
         theta0: Merged model, shape [d], floating point; not modified.
@@ -105,14 +106,14 @@ def integrate(
         step_size: Step length h in (0, 1]. 0.05 is the paper's robust default (Table 4: flat from 0.001 to 0.1).
         field: Velocity field, :class:`RectifiedField` unless given.
         solver: ``"euler"`` (the paper's), ``"heun"`` or a :class:`Solver`.
-        loss: Loss without gradient, used at ``theta1`` and at the end of the path where no gradient is needed;
-            by default the loss of ``loss_and_grad``.
+        loss: Loss without gradient, used at ``theta1`` and at the end of the path, where no gradient is needed; by
+            default the loss of ``loss_and_grad``.
         out: Vector to integrate in, overwritten; ``theta0`` itself may be given to save one vector.
         on_step: Called with (steps done, steps in all) before the first and after every step.
-        control: Lets the loss decide on the steps' lengths; ``step_size`` is that of the first. By default all are of
-            one length.
-        estimated: Whether ``loss_and_grad`` gives estimates, those of a random minibatch. The loss budget and the
-            losses at both ends are then those of ``loss``, which has to be given.
+        control: Lets the loss decide on the lengths of the steps; ``step_size`` is the length of the first. By default
+            all steps have the same length.
+        estimated: Whether ``loss_and_grad`` gives estimates from a random minibatch. The loss budget and the losses at
+            both ends then come from ``loss``, which has to be given.
         observe: Called with (time, point) at every point of the path; the point must not be modified.
 
     Returns:
@@ -153,7 +154,7 @@ def integrate(
     def evaluate(t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
         grad = differentiate(t, point)[1] if grad is None else grad
         velocity = field(t, point, theta1, grad, trajectory.delta_loss)
-        # Where no upward move is allowed, an infinite slope shows in the alignment alone.
+        # If no upward move is allowed, an infinite slope shows in the alignment only.
         for name, number in (("norm", velocity.norm), ("alignment", velocity.alignment)):
             _check_finite(f"the velocity's {name}, so a gradient or a weight,", number, len(trajectory.gamma), t)
         return velocity
@@ -181,7 +182,7 @@ def integrate(
         velocity = evaluate(t, theta, grad)
         t_next = steps.advance(theta, partial(move, velocity, t))
         trajectory.leave(t_next - t, velocity)
-        # The gradient goes before the next one comes: one less vector held.
+        # Free the gradient before the next one comes, so that one vector less is held.
         del velocity, grad
         if on_step is not None:
             on_step(steps.taken, steps.total)

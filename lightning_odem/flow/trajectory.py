@@ -26,27 +26,27 @@ _OPTIONAL = (
 class Trajectory:
     r"""The recorded path of one merge.
 
-    ``t`` and ``loss`` have one entry per point (n steps, n + 1 points); the lists after them one per step.
+    ``t`` and ``loss`` have one entry per point (n steps, n + 1 points). The lists after them have one entry per step.
 
     Args:
         theta: The end of the path, shape [d].
         loss1: L(theta1), the incoming model's calibration loss.
         t: Times of the points, from 0 to the operating time.
-        loss: Calibration loss at each point; if ``estimated``, between the ends that of one minibatch.
+        loss: Calibration loss at each point. If ``estimated``, the losses between the ends are each on one minibatch.
         alignment: <g, u> at the start of each step.
         gamma: Damping factor of each step, one for all blocks; 1 is undamped. Empty for dynamics that do not damp the
             gradient's direction.
-        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity Theorem 3.3 needs below 1, with P_g the blockwise
-            projection; empty likewise. Where every entry is a block it is the transport's share in entries with a
-            gradient, which is 1 for most losses; ``damped_share`` tells more there.
+        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity that Theorem 3.3 needs below 1, with P_g the
+            blockwise projection. It is empty in the same cases. If every entry is a block, it is the transport's share
+            in entries with a gradient, which is 1 for most losses; ``damped_share`` tells more then.
         step_norm: h ||v|| of each step, the length of its Euler move.
-        damped_share: ||u - v|| / ||u|| of each step, how much of the transport was taken out; empty likewise. If it
-            stays below some s < 1 the exact flow arrives at theta1, whatever the blocks: then
-            <theta1 - theta, v> >= (1 - s) ||theta1 - theta||^2 / (1 - t).
+        damped_share: ||u - v|| / ||u|| of each step, how much of the transport was taken out. It is empty in the same
+            cases. If it stays below some s < 1, the exact flow arrives at theta1 for any blocks, because then <theta1 -
+            theta, v> >= (1 - s) ||theta1 - theta||^2 / (1 - t).
         gradient_evaluations: Gradients taken on the way.
-        estimated: Whether the losses between the ends are estimates. Barrier and envelope excess, which are largest
-            values, would then be those of the noise; they are measured at the ends alone.
-        rejected_t: Times that steps led to which were taken back, see :class:`~lightning_odem.flow.StepControl`.
+        estimated: Whether the losses between the ends are estimates. Barrier and envelope excess are maxima and would
+            then measure the noise, so they are measured at the ends only.
+        rejected_t: Times reached by steps that were taken back, see :class:`~lightning_odem.flow.StepControl`.
         rejected_loss: Losses found there.
         held_out_t: Times of the points that were candidates for the end, see
             :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to the one that was chosen.
@@ -56,7 +56,7 @@ class Trajectory:
         scale_loss: Losses there.
         scale_taken: The scale that was chosen; 0 is the running average.
         average_loss: The loss of the running average.
-        descent_loss: Losses on held-out samples where the gradient flow begins and after each of its pieces.
+        descent_loss: Losses on held-out samples at the start of the gradient flow and after each of its pieces.
         descent_taken: Pieces that were kept.
 
     Example:
@@ -91,7 +91,7 @@ class Trajectory:
     descent_taken: list[float] = field(default_factory=list)
 
     def leave(self, h: float, velocity: Velocity) -> None:
-        """Note a step of length ``h`` from the point noted last."""
+        """Record a step of length ``h`` from the point recorded last."""
         self.alignment.append(velocity.alignment)
         self.gamma.append(velocity.gamma)
         self.alignment_ratio.append(velocity.alignment_ratio)
@@ -99,12 +99,12 @@ class Trajectory:
         self.damped_share.append(velocity.damped_share)
 
     def end(self, t: float, loss: float) -> None:
-        """Note a point, for the time being the end of the path."""
+        """Record a point, which is the end of the path for now."""
         self.t.append(t)
         self.loss.append(loss)
 
     def reject(self, t: float, loss: float) -> None:
-        """Note a step to time ``t`` that was taken back."""
+        """Record a step to time ``t`` that was taken back."""
         self.rejected_t.append(t)
         self.rejected_loss.append(loss)
 
@@ -146,7 +146,7 @@ class Trajectory:
         return max(self._measured(loss - bound for loss, bound in zip(self.loss, self.envelope, strict=True)))
 
     def as_dict(self) -> dict[str, list[float]]:
-        """The recorded lists by name, as they go into a report; those of options only where they hold something."""
+        """The recorded lists by name, as they go into a report; lists of options only if they are not empty."""
         lists = {name: list(getattr(self, name)) for name in ("t", "loss", *_PER_STEP)}
         return lists | {name: list(getattr(self, name)) for name in _OPTIONAL if getattr(self, name)}
 

@@ -26,7 +26,7 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
 
 
 def check_patterns(name: str, patterns: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The patterns as a tuple; a ValueError for a single string, whose letters would be taken for patterns."""
+    """Return the patterns as a tuple; raise a ValueError for a single string, whose letters would pass for patterns."""
     if isinstance(patterns, str):
         raise ValueError(f"{name} is a list of patterns, got the string {patterns!r}; write [{patterns!r}].")
     return None if patterns is None else tuple(patterns)

@@ -1,4 +1,4 @@
-"""The utility-weighted running average, the baseline every other rule is held against."""
+"""The utility-weighted running average, the baseline that every other rule is compared with."""
 
 from torch import Tensor
 

@@ -22,21 +22,22 @@ T = TypeVar("T")
 class MergeContext(EarlierFields):
     """What a method may use besides the two models.
 
-    What it declares in ``needs`` is read by the need's class, as ``context[BaseModel]``; the rest is always there.
+    A method reads what it declares in ``needs`` by the need's class, as ``context[BaseModel]``. The rest is always
+    there.
 
-    Of a model that several processes share (FSDP2) each vector is this process's part: its shards of all parameters,
-    flat and one after the other. Only methods that say they can are given such a model.
+    If several processes share the model (FSDP2), each vector is this process's part: its shards of all parameters, flat
+    and one after the other. Only methods that declare that they can merge shards get such a model.
 
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
-        shapes: Their shapes, those of the whole parameters.
-        needed: What was built for the method's needs, by their class.
-        on_step: Told (steps done, steps in all) while a merge goes on.
-        shards: How processes share the parameters; None where the vectors are whole.
-        groups: In how many groups the weights of grouped convolutions are, by name. Each group is a matrix of its own,
-            and they follow each other along the first dimension. Nothing is known of groups without a module.
+        shapes: Shapes of the whole parameters.
+        needed: The values built for the method's needs, by the class of the need.
+        on_step: Called with (steps done, steps in all) during a merge.
+        shards: How processes share the parameters; None if the vectors are whole.
+        groups: Number of groups in the weights of grouped convolutions, by name. Each group is a matrix of its own. The
+            groups follow each other along the first dimension. Without a module, nothing is known about groups.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
-        shares: Where a task is taken out, the shares of all tasks in the stream, which sum to 1.
+        shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
 
     Example:
         >>> import torch
@@ -56,7 +57,7 @@ class MergeContext(EarlierFields):
     shares: Sequence[float] = ()
 
     def __getitem__(self, need: type[Need[T]]) -> T:
-        """What a need has brought.
+        """Return what a need has brought.
 
         Raises:
             LookupError: If the method did not declare it.
@@ -77,25 +78,25 @@ class MergeContext(EarlierFields):
 
     @property
     def local_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parameters' parts in the vectors: the whole shapes, or those of this process's shards."""
+        """Shapes of the parameters' parts in the vectors: the whole shapes, or the shapes of this process's shards."""
         if self.shards is None:
             return self.shapes
         return [tuple(self.shards.local_shapes[name]) for name in self.names]
 
     @property
     def sum_(self) -> Callable[[Tensor], None] | None:
-        """Sums numbers over the processes in place, where the vectors are shards; every process has to call it."""
+        """Sums numbers over the processes in place if the vectors are shards; every process has to call it."""
         return None if self.shards is None else self.shards.sum_
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The next merged model, and the path that led there where a method follows one.
+    """The next merged model, and the path that led there if the method follows one.
 
     Args:
         theta: Merged weights, shape [d].
         trajectory: The path, or None.
-        t: Operating time of ``theta`` where the method chose one itself; None for the one it was given.
+        t: Operating time of ``theta`` if the method chose one itself; None for the one it was given.
     """
 
     theta: Tensor
@@ -106,16 +107,17 @@ class MergeResult:
 class MergeMethod(ABC):
     """A rule for continual model merging.
 
-    Subclass it, name what it ``needs`` and write :meth:`merge`. A method may keep state from merge to merge; it is
-    saved with the callback if :meth:`state_dict` returns it, as tensors in plain containers.
+    Subclass it, name what it ``needs`` and write :meth:`merge`. A method may keep state from merge to merge. The
+    callback saves the state if :meth:`state_dict` returns it, as tensors in plain containers.
 
     Attributes:
-        needs: What of the context the method uses, such as ``(BaseModel(), Snapshots(8))``; see
-            :mod:`lightning_odem.methods.needs` for those there are, and :class:`~lightning_odem.methods.Need` for one
-            of your own. Nothing else is collected during training, and what cannot be had is refused before training.
-        sharded: Whether the rule can merge shards of the vectors, each process its own: what it does with an entry must
-            depend on that entry alone, or on sums over all of them taken with ``context.sum_``. Of its state only dicts
-            of tensors by parameter name may be shards; they are saved whole.
+        needs: The parts of the context that the method uses, such as ``(BaseModel(), Snapshots(8))``.
+            :mod:`lightning_odem.methods.needs` lists the existing needs; subclass :class:`~lightning_odem.methods.Need`
+            for one of your own. Nothing else is collected during training. A need that cannot be met is refused before
+            training.
+        sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
+            then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
+            dicts of tensors by parameter name may be shards; they are saved whole.
 
     Example:
         >>> import torch
@@ -135,10 +137,10 @@ class MergeMethod(ABC):
 
         Args:
             merged: theta_0, the merged model before, shape [d]. The method may overwrite it and return it.
-            incoming: theta_1, the model just fine-tuned, shape [d]. Not to be modified.
-            t: Operating time in [0, 1]. 0 must give ``merged``, bit by bit, and leave the method's state as it is; 1
-                means that nothing but the incoming task counts, which rules that interpolate answer with ``incoming``.
-            context: What the method declared it needs.
+            incoming: theta_1, the model just fine-tuned, shape [d]. It must not be modified.
+            t: Operating time in [0, 1]. 0 must give ``merged``, bit by bit, and leave the method's state as it is. 1
+                means that only the incoming task counts; rules that interpolate then return ``incoming``.
+            context: What the method declared that it needs.
         """
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
@@ -146,17 +148,17 @@ class MergeMethod(ABC):
         return MergeResult(incoming)
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
-        """Take a task out of the merged model again: what is left is that of the other tasks, up to rounding.
+        """Take a task out of the merged model again. The result is the merged model of the other tasks, up to rounding.
 
         Args:
             merged: The merged model, shape [d]. The method may overwrite it and return it.
-            withdrawn: The model that the task was merged with, shape [d]. Not to be modified. Another one cannot be
-                told from it, and spoils what is left.
-            share: What the task's utility weight is of the sum of all weights, in [0, 1).
-            context: The base model, if the method declared that it needs it; nothing else.
+            withdrawn: The model that the task was merged with, shape [d]. It must not be modified. A wrong model is not
+                detected and spoils the result.
+            share: The task's utility weight divided by the sum of all weights, in [0, 1).
+            context: Holds the base model if the method declared that it needs it, and nothing else.
 
         Raises:
-            ValueError: If the method cannot, as by default.
+            ValueError: If the method cannot do this, which is the default.
         """
         from lightning_odem.methods.registry import METHODS, method_name  # which imports all methods
 
@@ -169,21 +171,21 @@ class MergeMethod(ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """State to keep from merge to merge: tensors on the CPU, numbers and strings in plain containers.
+        """Return the state to keep from merge to merge: tensors on the CPU, numbers and strings in plain containers.
 
-        A merge that fails goes back to what was returned before it, so later merges have to leave that as it is:
-        replace tensors instead of changing them in place (``self.x = self.x * 0.9``, not ``self.x.mul_(0.9)``), or copy
+        A merge that fails goes back to the state returned before it, so later merges must not change that state.
+        Replace tensors instead of changing them in place (``self.x = self.x * 0.9``, not ``self.x.mul_(0.9)``), or copy
         them here and in :meth:`load_state_dict`. A method that does neither is refused at its second merge.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state given by :meth:`state_dict`; an empty one takes the method back to before its first task.
+        """Take up a state from :meth:`state_dict`; an empty one resets the method to before its first task.
 
-        Its tensors are the stream's and not to be changed in place either.
+        The tensors belong to the stream. Do not change them in place either.
 
         Raises:
-            ValueError: If there is a state but the method keeps none, as when another method wrote it.
+            ValueError: If there is a state but the method keeps none, for example because another method wrote it.
         """
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the stream has one: {', '.join(state)}.")

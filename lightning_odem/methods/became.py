@@ -9,7 +9,7 @@ from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods.linalg import exact, total
 
-# Samples per squared gradient. Fewer are nearer to the Fisher information and take more passes.
+# Samples per squared gradient. Fewer samples come closer to the Fisher information and take more passes.
 _SAMPLES = 16
 _PIECE = 1 << 20
 
@@ -18,14 +18,14 @@ def laplace_time(t: float, old: float, new: float) -> float:
     r"""Minimum of a sum of two parabolas, :math:`a^* = t q_1 / (t q_1 + (1 - t) q_0)`.
 
     On the segment :math:`\theta_0 + a d` with :math:`d = \theta_1 - \theta_0` the losses of the earlier tasks are
-    :math:`q_0 a^2 / 2`, lowest at the merged model, and that of the new one :math:`q_1 (1 - a)^2 / 2`, lowest at the
-    incoming model; utility weights multiply them, the new task's being t of the sum. It is t where both are equally
-    curved, or flat; 0 for t = 0 and 1 for t = 1.
+    :math:`q_0 a^2 / 2`, lowest at the merged model. The loss of the new task is :math:`q_1 (1 - a)^2 / 2`, lowest at
+    the incoming model. Utility weights multiply the losses; the new task's weight is t of the sum. The minimum is t if
+    both parabolas are equally curved, or flat. It is 0 for t = 0 and 1 for t = 1.
 
     Args:
         t: Operating time of the utility weights in [0, 1].
         old: :math:`q_0 \ge 0`, curvature of the earlier tasks' mean loss along d.
-        new: :math:`q_1 \ge 0`, that of the new task's loss.
+        new: :math:`q_1 \ge 0`, curvature of the new task's loss along d.
 
     Example:
         >>> laplace_time(0.5, old=3.0, new=1.0), laplace_time(0.2, old=2.0, new=2.0)
@@ -44,9 +44,9 @@ def became_time(
 ) -> float:
     r"""BECAME's merging coefficient as an operating time (Li et al., ICML 2025, arXiv 2504.02666).
 
-    The posterior of the earlier tasks is taken for a Gaussian around the merged model, the new task's for one around
-    the incoming model (Laplace), with diagonal Fisher information as precision. On the segment between the models,
-    :math:`d = \theta_1 - \theta_0`, the loss of all tasks is then lowest at
+    The posterior of the earlier tasks is approximated by a Gaussian around the merged model, that of the new task by a
+    Gaussian around the incoming model (Laplace). The diagonal Fisher information is the precision. On the segment
+    between the models, :math:`d = \theta_1 - \theta_0`, the loss of all tasks is then lowest at
 
     .. math::
         a^* = \frac{w_k\, d^\top F_k(\theta_1)\, d}
@@ -56,21 +56,21 @@ def became_time(
     with minibatches b of 16 of the task's :math:`n_j` calibration samples. Without weights it is BECAME's
     :math:`d^\top F_{new} d / d^\top (F_{new} + F_{old}) d` with :math:`F_{old}` the sum over the earlier tasks.
 
-    Reconstructed, not reproduced: the paper's equation was derived anew and agrees with a public re-implementation of
-    its method. Utility weights are not in the paper; they multiply the tasks' losses. There the earlier tasks' Fisher
-    information is stored when each is learned, on all of its data; here it is measured at the merged model, on the
-    calibration samples. There the incoming model was trained on from the merged one, after a stage of gradient
-    projection. Squares of sums over minibatches equal the empirical Fisher information in the mean where a task's
-    gradient vanishes; elsewhere they are larger.
+    This is a reconstruction, not a reproduction: the paper's equation was derived anew and agrees with a public
+    re-implementation of its method. Utility weights are not in the paper; they multiply the tasks' losses. The paper
+    stores each earlier task's Fisher information when the task is learned, on all of its data. Here it is measured at
+    the merged model, on the calibration samples. The paper trains the incoming model on from the merged one, after a
+    stage of gradient projection. Squares of sums over minibatches equal the empirical Fisher information in the mean
+    where a task's gradient vanishes; elsewhere they are larger.
 
-    It costs one gradient on each calibration sample; no vector is held but one gradient.
+    It costs one gradient on each calibration sample. The only vector held is one gradient.
 
     Args:
-        objective: The calibration loss. The task that entered its buffer last is taken for the incoming one.
+        objective: The calibration loss. The task that entered its buffer last counts as the incoming one.
         merged: :math:`\theta_0`, shape [d].
         incoming: :math:`\theta_1`, shape [d].
         t: Operating time of the utility weights. 0 and 1 stay what they are.
-        sum_: Where the vectors are shards, sums numbers over them in place.
+        sum_: Sums numbers over the shards in place if the vectors are shards.
 
     Raises:
         ValueError: If there is no earlier task that has samples and a weight.

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 class Bracket:
     r"""The minimum over a positive scale, in few evaluations.
 
-    Scales are tried at a constant ratio, beginning at ``start`` and its two neighbours, downhill until the lowest of
-    three stands in the middle. The minimum is that of the parabola through these three in :math:`\log \lambda`. A loss
-    that is not finite counts as infinite.
+    The search tries scales at a constant ratio. It begins at ``start`` and its two neighbours and goes downhill until
+    the lowest of three is in the middle. The minimum is that of the parabola through these three in
+    :math:`\log \lambda`. A loss that is not finite counts as infinite.
 
     Args:
         loss: The loss at a scale.
         start: The scale to begin with, above 0.
         ratio: Ratio of neighbouring scales.
-        most: After so many evaluations the search ends, and without a bracket the best scale tried is taken; 1 takes
+        most: Largest number of evaluations. If they do not give a bracket, the best scale tried is taken; 1 takes
             ``start``.
 
     Attributes:
@@ -65,7 +65,7 @@ class Bracket:
 
 
 def _vertex(left: float | None, middle: float | None, right: float | None) -> float:
-    """Where in [-1, 1] the parabola through three points is lowest; 0 where they do not bracket it."""
+    """Position in [-1, 1] of the lowest point of the parabola through three points; 0 if they do not bracket it."""
     if left is None or middle is None or right is None:
         return 0.0
     curvature = left - 2.0 * middle + right

@@ -15,7 +15,7 @@ MOMENTS, CROSS = "moments/", "cross/"
 
 
 class ClosedFormMerge(ExactStream):
-    r"""Every linear layer stays as close as it can, in its outputs, to all tasks' models.
+    r"""Keep the outputs of every linear layer as close as possible to those of all tasks' models.
 
     For a layer with the tasks' updates :math:`\tau_k` [o, i] and the second moments :math:`C_k` [i, i] of its inputs,
     the merged update solves a least-squares problem,
@@ -24,38 +24,38 @@ class ClosedFormMerge(ExactStream):
         + \rho \lVert \Delta - \bar\tau \rVert^2, \qquad
         \Delta = \Bigl(\sum_k p_k \tau_k C_k + \rho \bar\tau\Bigr) \Bigl(\sum_k p_k C_k + \rho I\Bigr)^{-1}.
 
-    This is RegMean (Jin et al., ICLR 2023) with the ridge pulling towards the mean update :math:`\bar\tau`. No data are
-    needed: gradient steps lie in the span of the inputs, so :math:`C_k` is guessed as
-    :math:`\tau_k^T \tau_k / \lVert \tau_k \rVert^2`. With that guess it is the minimum of the objective of WUDI-Merging
-    (Cheng et al., ICML 2025), which is found there by Adam. Both sums are running sums, see
+    This is RegMean (Jin et al., ICLR 2023) with a ridge that pulls towards the mean update :math:`\bar\tau`. It needs
+    no data: gradient steps lie in the span of the inputs, so :math:`C_k` is guessed as
+    :math:`\tau_k^T \tau_k / \lVert \tau_k \rVert^2`. With that guess the solution minimises the objective of
+    WUDI-Merging (Cheng et al., ICML 2025), which uses Adam for it. Both sums are running sums, see
     :class:`~lightning_odem.methods.ExactStream`, so the stream equals the one-shot solution in any order.
 
-    With ``measured`` above 0 the moments are found in part by one pass of the incoming task's calibration samples
-    through its own model, see :func:`~lightning_odem.calibration.input_moments`: :math:`C_k` is (1 - measured) times
-    the guess plus measured times what was found, both of trace 1. A padded token counts as an input like any other.
-    Only the guess is there for weights that are used without their layer being called, such as those within
-    ``nn.MultiheadAttention``, for a task without samples, and for a merged model that counts as a task. The order of
-    the tasks does not matter but for this: how many samples a task has when it arrives depends on how many tasks came
-    before it. A task cannot be taken out again, since its samples would be needed.
+    With ``measured`` above 0, one pass of the incoming task's calibration samples through its own model measures the
+    moments, see :func:`~lightning_odem.calibration.input_moments`. :math:`C_k` is then (1 - measured) times the guess
+    plus measured times the measurement, both of trace 1. A padded token counts as an input like any other. Three cases
+    have only the guess: weights that are used without a call of their layer, such as those within
+    ``nn.MultiheadAttention``; a task without samples; and a merged model that counts as a task. The order of the tasks
+    matters in one way only: how many samples a task has when it arrives depends on how many tasks came before it. A
+    task cannot be taken out again, since its samples would be needed.
 
-    Linear layers and convolutions are merged so, convolutions [out, in, kh, kw] as [out, in * kh * kw]. The layers of a
-    packed attention weight and the groups of a convolution are matrices of their own, and weights stored as [in, out]
-    are turned, see :func:`~lightning_odem.methods.layout.parts`. Biases and everything else are averaged.
+    Linear layers and convolutions are merged in this way, convolutions [out, in, kh, kw] as [out, in * kh * kw]. The
+    layers of a packed attention weight and the groups of a convolution are matrices of their own. Weights stored as
+    [in, out] are transposed, see :func:`~lightning_odem.methods.layout.parts`. Biases and everything else are averaged.
 
     Published for CLIP ViT-B/32 and 8 tasks (fine-tuned 90.4): one-shot WUDI 85.2 %, RegMean 82.4 %; WUDI as a
     recursion 74.7 %.
 
     State: two vectors of the model's size, and half of [i, i] per layer, which for ViT-B/32 is 0.91 of such a vector.
-    One merge costs one Cholesky factorisation [i, i] per layer. The pass that measures holds [i, i] per layer, 1.7
-    vectors there, on the device.
+    One merge costs one Cholesky factorisation [i, i] per layer. The measuring pass holds [i, i] per layer on the
+    device, 1.7 vectors for ViT-B/32.
 
     Args:
-        ridge: rho relative to the trace of the summed moments, above 0. 0.1 changes the mean in the few directions
-            that dominate the moments, 0.01 in more of them.
-        layers: Patterns of the weight matrices to merge so, see
+        ridge: rho relative to the trace of the summed moments, above 0. 0.1 changes the mean in the few directions that
+            dominate the moments, 0.01 in more directions.
+        layers: Patterns of the weight matrices to merge in this way, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
         recursion: Feed the merged model back in, as the sequential baselines of the literature do.
-        measured: Share in [0, 1] of the moments found on samples; 0 needs none, 1 is RegMean's.
+        measured: Share in [0, 1] of the moments measured on samples; 0 needs no samples, 1 is RegMean's choice.
 
     Raises:
         ValueError: For a ridge that is not positive or a share outside [0, 1]; when merging, for patterns that match
@@ -80,7 +80,7 @@ class ClosedFormMerge(ExactStream):
             self.needs = (InputMoments(), *self.needs)
 
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
-        """The moments of each layer's inputs, their upper triangle, and the update times the moments [o, i]."""
+        """Yield the upper triangle of the moments of each layer's inputs, and the update times the moments [o, i]."""
         measured = context[InputMoments] if self.measured else {}
         for part, (update,) in self._parts(task_vector, context):
             moments = guessed_moments(update)
@@ -100,7 +100,7 @@ class ClosedFormMerge(ExactStream):
         return mean
 
     def complete(self, merged: Tensor, context: MergeContext) -> None:
-        """Take what the sums do not know yet to be as in the merged model [d], its moments to be as guessed."""
+        """Fill in what the sums do not know yet from the merged model [d], with guessed moments."""
         super().complete(merged, context.having(InputMoments, {}))
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
@@ -122,13 +122,13 @@ class ClosedFormMerge(ExactStream):
 
 
 def guessed_moments(update: Tensor) -> Tensor:
-    """Second moments [i, i] of a layer's inputs, trace 1, as its update [o, i] shows them; 0 of an update of zeros."""
+    """Second moments [i, i] of a layer's inputs, trace 1, guessed from its update [o, i]; 0 for an update of zeros."""
     square = update.square().sum()
     return update.T @ update / torch.where(square > 0, square, torch.ones_like(square))
 
 
 def trace_one(moments: Tensor) -> Tensor:
-    """Second moments [i, i] scaled to trace 1; 0 where all inputs are zeros."""
+    """Scale second moments [i, i] to trace 1; 0 if all inputs are zeros."""
     trace = moments.diagonal().sum()
     return moments / torch.where(trace > 0, trace, torch.ones_like(trace))
 
@@ -150,12 +150,12 @@ def least_squares(cross: Tensor, moments: Tensor, mean: Tensor, ridge: float) ->
 
 
 def upper_triangle(matrix: Tensor) -> Tensor:
-    """Which entries of a square matrix lie on or above the diagonal, a boolean mask."""
+    """A boolean mask of the entries of a square matrix that lie on or above the diagonal."""
     return torch.ones_like(matrix, dtype=torch.bool).triu()
 
 
 def symmetric(triangle: Tensor, size: int) -> Tensor:
-    """The symmetric matrix [size, size] of an upper triangle in row-major order.
+    """Build the symmetric matrix [size, size] from its upper triangle in row-major order.
 
     Example:
         >>> symmetric(torch.tensor([1.0, 2.0, 3.0]), 2)

@@ -10,7 +10,7 @@ from lightning_odem.methods.registry import method_name
 
 
 def describe_method(method: MergeMethod) -> dict[str, Any]:
-    """Name and constructor arguments of a method, fit for JSON; two methods of one description merge alike.
+    """Name and constructor arguments of a method, fit for JSON; two methods with the same description merge alike.
 
     Arguments are read from the attributes of the same names, as the methods of this package keep them. A function is
     described by its source as well.

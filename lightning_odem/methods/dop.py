@@ -1,4 +1,4 @@
-"""DOP: dual projections, a merge that stays close to both models in the directions each has moved along."""
+"""DOP: dual projections, a merge that stays close to each of the two models in the directions it has moved along."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -26,8 +26,8 @@ class ProjectionLoss:
 
     Args:
         update: D, shape [m, n].
-        mass: Share of the singular values' sum up to which directions count; what is short of it by a billionth has
-            reached it but for rounding.
+        mass: Share of the singular values' sum up to which directions count. A sum that is short of it by a billionth
+            counts as having reached it, since that is rounding.
     """
 
     def __init__(self, update: Tensor, mass: float = 1.0) -> None:
@@ -63,15 +63,15 @@ def min_norm_weight(first: Tensor, second: Tensor) -> float:
 def descend(old: Tensor, new: Tensor, alpha: float, *, steps: int, lr: float, smoothing: float, mass: float) -> Tensor:
     """Minimise both losses by Adam from the mean of the two updates, as published.
 
-    The weight of the old loss starts at ``alpha`` and follows the min-norm weight of the gradients, each divided by
-    its loss, as a moving average: ``smoothing`` of it stays in every step.
+    The weight of the old loss starts at ``alpha``. It follows the min-norm weight of the gradients, each divided by its
+    loss, as a moving average: every step keeps ``smoothing`` of it.
 
     Args:
         old: Update of the merged model, shape [m, n].
         new: Task vector, shape [m, n].
         alpha: First weight of the old loss.
         steps: Steps of Adam.
-        lr: Its learning rate, in units of the weights.
+        lr: Adam's learning rate, in units of the weights.
         smoothing: In [0, 1]; 1 keeps the weight fixed.
         mass: See :class:`ProjectionLoss`.
 
@@ -92,11 +92,11 @@ def descend(old: Tensor, new: Tensor, alpha: float, *, steps: int, lr: float, sm
 
 
 def solve(old: Tensor, new: Tensor, alpha: float) -> Tensor:
-    r"""The exact minimum of alpha L_old + (1 - alpha) L_new.
+    r"""Find the exact minimum of alpha L_old + (1 - alpha) L_new.
 
-    With A and B the weighted sums of :math:`D_i D_i^T` and :math:`D_i^T D_i`, it solves the Sylvester equation
-    :math:`A W + W B = 2 \sum_i \alpha_i D_i D_i^T D_i`, here in the eigenbases of A and B and in fp64. Of all minima
-    it is the smallest: what neither update reaches stays as in the base model.
+    The minimum solves the Sylvester equation :math:`A W + W B = 2 \sum_i \alpha_i D_i D_i^T D_i`, where A and B are the
+    weighted sums of :math:`D_i D_i^T` and :math:`D_i^T D_i`. It is computed in the eigenbases of A and B, in fp64. If
+    there are several minima, the smallest one is returned: what neither update reaches stays as in the base model.
 
     Returns:
         The merged update, shape [m, n], in fp64.
@@ -122,33 +122,38 @@ class DOPMerge(MergeMethod):
     r"""Dual orthogonal projections (Yang et al., "Continual Model Merging without Data", NeurIPS 2025).
 
     Each weight matrix is merged by minimising :math:`\alpha L_{old} + (1 - \alpha) L_{new}`, the
-    :class:`ProjectionLoss` of the merged and of the incoming model. As published, ``"adam"`` takes a fixed number of
-    steps from the mean of the two (:func:`descend`); ``"sylvester"`` goes to the minimum (:func:`solve`), which
-    differs clearly from where those steps end. All other parameters, biases and norms among them, become the plain
-    mean of the two models, so that the first task's part in them halves with every merge; ``others="average"`` takes
-    the running average instead. :math:`\Psi_1 = \psi_1`. The order of the tasks matters.
+    :class:`ProjectionLoss` of the merged and of the incoming model. ``"adam"`` takes a fixed number of steps from the
+    mean of the two, as published (:func:`descend`). ``"sylvester"`` goes to the minimum (:func:`solve`), which differs
+    clearly from where those steps end. All other parameters, such as biases and norms, become the plain mean of the two
+    models, so the first task's part in them halves with every merge; ``others="average"`` takes the running average
+    instead. The stream starts from :math:`\Psi_1 = \psi_1`. The order of the tasks matters.
 
-    Utility weights: a task of weight 0 leaves the merged model untouched; otherwise they have no effect in the
-    published rule. With ``alpha=None`` and ``others="average"`` they have.
+    Utility weights: a task of weight 0 leaves the merged model untouched. Otherwise they have no effect in the
+    published rule. They have an effect with ``alpha=None`` and ``others="average"``.
 
-    Other differences from the released code: it merges the weights of ``nn.Linear`` so, here convolutions, as
-    matrices [out, in * kh * kw], and whatever else has two dimensions too (``layers`` can leave them out); it drops
-    the direction with which the singular values reach ``mass``, which in a small matrix is a large part, here it is
-    kept; parameters that lie directly in a module with children stay as in the base model there, here none does. As
-    ``smoothing`` to the power of ``steps`` is 0.82, the balance of gradients never counts for more than a fifth.
+    Other differences from the released code:
 
-    Adam makes eight products of the matrix with others of its size per step and matrix, so a transformer wants a GPU;
-    the closed form costs two singular value decompositions.
+    - The released code minimises for the weights of ``nn.Linear`` only. Here convolutions are included, as matrices
+      [out, in * kh * kw], and everything else that has two dimensions (``layers`` can leave them out).
+    - The released code drops the direction with which the singular values reach ``mass``, a large part of a small
+      matrix. Here it is kept.
+    - The released code leaves parameters that lie directly in a module with children as in the base model. Here all are
+      merged.
+
+    Since ``smoothing`` to the power of ``steps`` is 0.82, the balance of gradients never counts for more than a fifth.
+
+    Adam multiplies each matrix with others of its size eight times per step, so a transformer needs a GPU. The closed
+    form costs two singular value decompositions.
 
     Args:
-        alpha: Weight of the merged model's loss in [0, 1], with ``"adam"`` the first one; 0.8 is the published one.
+        alpha: Weight of the merged model's loss in [0, 1], with ``"adam"`` the first weight; 0.8 is the published one.
             None takes 1 - t.
-        solver: ``"adam"`` or ``"sylvester"``; what follows up to ``mass`` is Adam's.
+        solver: ``"adam"`` or ``"sylvester"``. The arguments from here up to ``mass`` are Adam's.
         steps: Steps of Adam; 200 is the published number.
-        lr: Its learning rate; the published 1e-4 moves an entry by 0.02 at most, enough for fine-tuned transformers.
+        lr: Adam's learning rate; the published 1e-4 moves an entry by 0.02 at most, enough for fine-tuned transformers.
         smoothing: How much of its weight the old loss keeps per step, in [0, 1]; 0.999 is published, 1 fixes it.
         mass: Share of the singular values, in (0, 1], whose directions count; 0.99999 is the published one.
-        others: ``"mean"`` (published) or ``"average"`` for what is no targeted weight matrix.
+        others: ``"mean"`` (published) or ``"average"`` for all parameters that are not targeted weight matrices.
         layers: Patterns of the weight matrices to target, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
 

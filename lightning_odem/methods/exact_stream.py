@@ -17,25 +17,25 @@ Sums = dict[str, Tensor]
 
 
 class ExactStream(MergeMethod):
-    r"""A one-shot rule kept as running sums: the stream gives what the rule gives on all models at once.
+    r"""A one-shot rule kept as running sums: the stream gives the same result as the rule on all models at once.
 
     The published sequential forms of one-shot rules feed the merged model back in as if it were a fine-tuned one. A
     rule that sees the task vectors :math:`\tau_k = \psi_k - \psi_0` only through sums needs no such recursion. It keeps
 
     .. math:: S_k = \sum_{j \le k} p_j\, s(\tau_j), \qquad p_j = w_j / \sum_{i \le k} w_i,
 
-    and the merged model is read from them, :math:`\Psi_k = \psi_0 + f(S_k, n_k)`. So the order of the tasks does not
+    and reads the merged model from them, :math:`\Psi_k = \psi_0 + f(S_k, n_k)`. So the order of the tasks does not
     matter, utility weights enter linearly, memory does not grow with the number of tasks, and a task can be taken out
-    again (:meth:`remove`). :math:`n_k = 1 / \sum_j p_j^2` is the number of tasks, counted by their shares: K for equal
+    again (:meth:`remove`). The number of tasks, counted by their shares, is :math:`n_k = 1 / \sum_j p_j^2`: K for equal
     weights. Rules that are sums instead of means multiply by it.
 
     One task alone gives its own model. A task of weight 0 leaves the merged model and the sums as they are, bit by bit.
     If the method takes over a stream that another one began, the merged model it finds counts as one task.
 
-    With ``recursion`` the rule is applied to two models, the merged one and the incoming one, again and again: the
-    sequential baseline of the literature, for comparison. Utility weights then have no effect.
+    With ``recursion`` the rule is applied to two models at every merge, the merged one and the incoming one. This is
+    the sequential baseline of the literature, for comparison. Utility weights then have no effect.
 
-    A subclass writes :meth:`statistics` and :meth:`solve`. The mean task vector is kept for it. The sums lie in main
+    A subclass writes :meth:`statistics` and :meth:`solve`. This class keeps the mean task vector. The sums lie in main
     memory, in fp32 or the higher precision of the vectors.
     """
 
@@ -49,11 +49,11 @@ class ExactStream(MergeMethod):
 
     @abstractmethod
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
-        """What a task adds to the sums besides its task vector [d], by key, one tensor after the other."""
+        """Yield what a task adds to the sums besides its task vector [d], by key, one tensor after the other."""
 
     @abstractmethod
     def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
-        """The merged task vector [d] from the mean task vector, in whose memory it may be, and the other sums."""
+        """Compute the merged task vector [d] from the mean task vector, whose memory it may use, and the other sums."""
 
     @property
     def tasks(self) -> float:
@@ -80,14 +80,15 @@ class ExactStream(MergeMethod):
         """Subtract what a task added, and read the merged model of the others.
 
         Raises:
-            ValueError: If the sums do not hold the tasks one by one: with ``recursion``, or where another method merged
-                some of them; or if the merged model is not what this method reads from them, for its settings.
+            ValueError: If the sums do not hold the tasks one by one: with ``recursion``, or if another method merged
+                some of them. Also if the merged model is not the one that this method reads from the sums with its
+                settings.
         """
         if share == 0.0:
             return MergeResult(merged)
         self.check_tasks(context)
         self.complete(merged, context)
-        # Merges on another device round otherwise, no more.
+        # Merges on another device differ by rounding only.
         if self.tasks != 1.0 and norm(self.read(context).sub_(merged)) > 0.01 * norm(self.mean(context)):
             raise ValueError(
                 f"{type(self).__name__} does not read the stream's merged model from its sums: the model was merged "
@@ -97,22 +98,22 @@ class ExactStream(MergeMethod):
         return MergeResult(self.model_mean(context) if self.tasks == 1.0 else self.read(context))
 
     def add(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> None:
-        """Take a model [d] into the sums at operating time ``t``; ``merged`` stands for what they do not know yet."""
+        """Take a model [d] into the sums at operating time ``t``; ``merged`` fills in what they do not know yet."""
         self._move(incoming, t, merged, context)
         self._concentration = (1.0 - t) ** 2 * self._concentration + t**2
 
     def subtract(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> None:
-        """Take a model [d] out of the sums; ``merged`` stands for what they do not know."""
+        """Take a model [d] out of the sums; ``merged`` fills in what they do not know."""
         self._move(withdrawn, -share / (1.0 - share), merged, context)
         left = (self._concentration - share**2) / (1.0 - share) ** 2
-        # Of a single task left it is 1, up to rounding.
+        # It is 1 for a single remaining task, up to rounding.
         self._concentration = 1.0 if left > 1.0 - 1e-9 else left
 
     def check_tasks(self, context: MergeContext) -> None:
-        """See that the sums hold the tasks one by one, each with its share, so that one can be taken out.
+        """Check that the sums hold the tasks one by one, each with its share, so that one can be taken out.
 
         Raises:
-            ValueError: If they do not, as far as their number tells.
+            ValueError: If the number of tasks shows that they do not.
         """
         expected = math.fsum(share**2 for share in context.shares) or self._concentration
         if self.recursion or not self._mean or not math.isclose(self._concentration, expected, rel_tol=1e-6):
@@ -123,7 +124,7 @@ class ExactStream(MergeMethod):
             )
 
     def complete(self, merged: Tensor, context: MergeContext) -> None:
-        """Take what the sums do not know yet to be as in the merged model [d]."""
+        """Fill in what the sums do not know yet from the merged model [d]."""
         if any(name not in self._mean for name in context.names):
             mean, sums = self._of(merged, context)
             self._mean, self._sums = mean | self._mean, sums | self._sums
@@ -170,7 +171,7 @@ class ExactStream(MergeMethod):
         return mean, {key: tensor.cpu() for key, tensor in self.statistics(task_vector, context)}
 
     def _move(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> None:
-        """Move the sums by ``t`` towards a model's statistics; they are replaced, not changed in place."""
+        """Move the sums by ``t`` towards a model's statistics. The sums are replaced, not changed in place."""
         self.complete(merged, context)
         for kept, found in zip((self._mean, self._sums), self._of(model, context), strict=True):
             for key, tensor in found.items():

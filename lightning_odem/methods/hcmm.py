@@ -11,8 +11,8 @@ class HCMMMerge(RepresentationCorrection):
 
     Stage B is :class:`~lightning_odem.methods.second_moment.SecondMomentMerge`, stage C
     :class:`~lightning_odem.methods.representation.RepresentationCorrection`. Stage A, fine-tuning in the tangent space
-    of the base model, is a matter of the module: ``TaskClassifier(tangent=True)``. The complete method also
-    fine-tunes each task from the merged model, ``ContinualMergeCallback(method="hcmm", finetune_from="merged")``.
+    of the base model, belongs to the module: ``TaskClassifier(tangent=True)``. The complete method also fine-tunes each
+    task from the merged model, ``ContinualMergeCallback(method="hcmm", finetune_from="merged")``.
 
     Args:
         coefficient: Weight of the incoming model in stage B, in [0, 1]; 0.4 for every task as released. None takes the
@@ -20,8 +20,8 @@ class HCMMMerge(RepresentationCorrection):
         layers: Patterns of the weight matrices that stage C corrects; None takes the last one.
         lr: Learning rate of stage C. The released 2e-8 was made for CLIP; elsewhere it may be too small to change
             anything.
-        loss: ``"l1"`` or ``"l2"``, of stage C.
-        weight_decay: AdamW's, in stage C.
+        loss: Loss of stage C, ``"l1"`` or ``"l2"``.
+        weight_decay: AdamW's weight decay in stage C.
         clip: Largest norm of the gradient in stage C.
 
     Raises:

@@ -9,7 +9,7 @@ from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 class LinearInterpolation(MergeMethod):
     """Interpolation (1 - c) merged + c incoming with the same c for every task.
 
-    Unlike the running average it forgets: after k tasks the first model counts (1 - c)^(k - 1). It needs no data.
+    Unlike the running average it forgets: after k tasks the first model has weight (1 - c)^(k - 1). It needs no data.
 
     Utility weights: a task of weight 0 leaves the merged model untouched; otherwise they have no effect.
 

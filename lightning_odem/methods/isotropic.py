@@ -18,14 +18,14 @@ NORM = "norm"
 
 
 def flatten_spectrum(matrix: Tensor, rows: int | None = None, sum_: Callable[[Tensor], None] | None = None) -> Tensor:
-    r"""The matrix [m, n] with every singular value replaced by their mean over min(m, n).
+    r"""Replace every singular value of a matrix [m, n] by their mean over min(m, n).
 
-    Directions that are zero up to rounding stay zero, since their singular vectors are arbitrary. Of a matrix whose
-    rows several processes share each gets its own rows: they need of each other :math:`M^T M` alone.
+    Directions that are zero up to rounding stay zero, since their singular vectors are arbitrary. If several processes
+    share the rows of a matrix, each gets its own rows; they exchange only :math:`M^T M`.
 
     Args:
         matrix: The matrix, or this process's rows of it.
-        rows: m, where ``matrix`` has only some of the rows.
+        rows: m, if ``matrix`` has only some of the rows.
         sum_: Sums over the processes in place, see :class:`~lightning_odem.methods.MergeContext`.
 
     Example:
@@ -56,19 +56,19 @@ class IsotropicMerge(ExactStream):
 
     .. math:: \Psi_k = \psi_0 + \lambda\, \bar\sigma\, U V^T, \qquad \bar\sigma = \mathrm{mean}(\Sigma).
 
-    So no direction that many tasks share drowns those of single ones. Other parameters are averaged. With unequal
+    So directions that many tasks share do not drown those of single tasks. Other parameters are averaged. With unequal
     utility weights the sum is :math:`n_k \sum_j p_j \tau_j`, see :class:`~lightning_odem.methods.ExactStream`. The
     layers of a packed attention weight are matrices of their own, see :func:`~lightning_odem.methods.layout.parts`.
 
-    :math:`\lambda` is otherwise fitted on validation data, and what is right differs much between models. The default
-    needs none: all matrices together move as far from the base model as the tasks' models do in the mean.
+    Other work fits :math:`\lambda` on validation data, and the right value differs much between models. The default
+    needs no data: all matrices together move as far from the base model as the tasks' models do in the mean.
 
     Published for CLIP ViT-B/32 and 8 tasks (fine-tuned 90.4): one-shot 82.8 %, as a recursion 71.7 %.
 
     State: one vector of the model's size. One merge costs one singular value decomposition per matrix.
 
     Args:
-        scale: :math:`\lambda`, above 0, 1 for the flattened sum itself; or ``"norm"`` as above.
+        scale: :math:`\lambda`, above 0; 1 gives the flattened sum itself. ``"norm"`` is the default described above.
         layers: Patterns of the weight matrices to flatten, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
         recursion: Feed the merged model back in, as the sequential baselines of the literature do.

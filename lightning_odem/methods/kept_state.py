@@ -1,4 +1,4 @@
-"""A merge method's state as it is before a merge, to go back to."""
+"""A merge method's state before a merge, kept so that the method can go back to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -11,11 +11,11 @@ from lightning_odem.methods.registry import method_name
 
 
 class KeptState:
-    """The state of a method, with the method's own tensors: plain containers are copied, tensors are not.
+    """The state of a method with the method's own tensors. Plain containers are copied, tensors are not.
 
     So methods have to replace the tensors of their state, not change them in place, as
-    :meth:`~lightning_odem.methods.MergeMethod.state_dict` asks; :meth:`check` sees whether they did. A state of several
-    vectors of the model's size is then held once, and twice only while the next one is made.
+    :meth:`~lightning_odem.methods.MergeMethod.state_dict` asks. :meth:`check` tests whether they did. A state of
+    several vectors of the model's size is then held once, and twice only while the next one is computed.
 
     Args:
         method: The method.
@@ -43,7 +43,7 @@ class KeptState:
         self._versions = [(key, tensor, tensor._version) for key, tensor in tensors]
 
     def check(self) -> None:
-        """See that the tensors are as they were.
+        """Check that the tensors are unchanged.
 
         Raises:
             ValueError: If one was changed in place.
@@ -62,7 +62,7 @@ class KeptState:
 
 
 def copy_containers(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with the same tensors and all else copied.
+    """Copy everything in a state but its tensors.
 
     Example:
         >>> state = {"norms": [1.0]}

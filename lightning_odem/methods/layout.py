@@ -1,4 +1,4 @@
-"""Flat vectors seen as the tensors they are made of, weight matrices apart from the rest."""
+"""Views of flat vectors as the tensors they consist of; weight matrices are kept apart from the rest."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,11 +27,11 @@ def tensors(vector: Tensor, context: MergeContext) -> dict[str, Tensor]:
 def weight_matrices(
     context: MergeContext, layers: Sequence[str] | None = None, *, convolutions: bool = True
 ) -> list[str]:
-    """Names of the parameters that are weight matrices: at least two dimensions, out x (everything else), both above 1.
+    """List the parameters that are weight matrices: at least two dimensions, out x (everything else), both above 1.
 
-    So a convolution counts as the matrix [out, in * kh * kw], while a position embedding [1, n, d] and a layer of one
-    output are vectors. Of a grouped convolution each group is a matrix, so a depth-wise one holds vectors, as far as
-    the context knows of the groups. Shapes cannot tell an embedding table [n, d] from a linear layer; ``layers`` can.
+    So a convolution counts as the matrix [out, in * kh * kw], while a position embedding [1, n, d] and a layer with one
+    output are vectors. If the context knows the groups of a grouped convolution, each group is a matrix; a depth-wise
+    convolution then holds vectors. Shapes cannot tell an embedding table [n, d] from a linear layer; ``layers`` can.
 
     Args:
         context: Names and shapes of the merged parameters.
@@ -40,7 +40,7 @@ def weight_matrices(
         convolutions: Whether parameters of more than two dimensions count.
 
     Raises:
-        ValueError: If a pattern matches none of them: most often a misspelt name.
+        ValueError: If a pattern matches none of them; most often a name is misspelt.
 
     Example:
         >>> shapes = [(8, 3, 3, 3), (8,), (1, 16, 8), (4, 8)]
@@ -64,9 +64,9 @@ def weight_matrices(
 
 
 def matrices(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk through weight matrices: for each name its views [rows, columns] in all vectors, which share their memory.
+    """Walk through weight matrices: for each name, yield its views [rows, columns] in all vectors. They share memory.
 
-    Tells ``context.on_step`` how many are done.
+    ``context.on_step`` is told how many are done.
     """
     pieces = [tensors(vector, context) for vector in vectors]
     for index, name in enumerate(names):
@@ -85,10 +85,10 @@ class Part(NamedTuple):
     """A matrix within a parameter.
 
     Args:
-        key: The name of the parameter, followed by the number where it holds several matrices.
+        key: The name of the parameter, followed by the number if it holds several matrices.
         name: The name of the parameter.
         number: Which of the parameter's matrices this is.
-        rows: Number of rows, of which a process that has shards may hold a part.
+        rows: Number of rows of the whole matrix; a process that has shards may hold only some of them.
     """
 
     key: str
@@ -100,20 +100,20 @@ class Part(NamedTuple):
 def parts(
     context: MergeContext, names: Sequence[str], *vectors: Tensor, outputs_first: bool = False
 ) -> Iterator[tuple[Part, tuple[Tensor, ...]]]:
-    """Walk through weight matrices as :func:`matrices`, those apart that one parameter holds.
+    """Walk through weight matrices like :func:`matrices`, but split parameters that hold several of them.
 
-    A packed attention weight holds two or three layers, and a grouped convolution a matrix for each group. So a network
-    merges alike however its layers are written.
+    A packed attention weight holds two or three layers, and a grouped convolution a matrix for each group. So the merge
+    of a network does not depend on how its layers are written.
 
     Args:
         context: Names, shapes, groups and transposed weights.
         names: The parameters.
         *vectors: Flat vectors.
-        outputs_first: Give matrices [out, in] also of weights that are stored as [in, out]. Of those a process that has
-            shards would hold columns.
+        outputs_first: Give matrices [out, in] also for weights that are stored as [in, out]. With shards, a process
+            would hold columns of these matrices.
 
     Yields:
-        The part; and its views [rows, columns], of a matrix that processes share those of this process's rows.
+        The part, and its views [rows, columns]. If processes share the matrix, the views hold this process's rows.
     """
     whole = dict(zip(context.names, context.shapes, strict=True))
     for name, views in zip(names, matrices(context, names, *vectors), strict=True):
@@ -137,13 +137,13 @@ def _packed_layers(name: str, outputs: int, inputs: int) -> int:
     """How many layers a parameter holds side by side, as its name and shape tell."""
     if not name.endswith(PACKED):
         return 1
-    if name.endswith("c_attn.weight"):  # of keys and values only, where queries come from elsewhere
+    if name.endswith("c_attn.weight"):  # keys and values only: the queries come from elsewhere
         return outputs // inputs if outputs in (2 * inputs, 3 * inputs) else 1
     return 3 if outputs % 3 == 0 else 1
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Walk through the tensors that are not among ``names``: for each its views in all vectors."""
+    """Walk through the tensors that are not among ``names``: for each, yield its views in all vectors."""
     pieces = [tensors(vector, context) for vector in vectors]
     for name in context.names:
         if name not in names:

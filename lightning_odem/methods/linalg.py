@@ -13,12 +13,12 @@ _LARGE = 256
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """The tensor in fp64, on the CPU if its device has none (Apple's GPU)."""
+    """The tensor in fp64, moved to the CPU if its device has no fp64 (Apple's GPU)."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def total(number: float, sum_: Callable[[Tensor], None] | None) -> float:
-    """The sum of a number over shards, see :class:`~lightning_odem.methods.MergeContext`; itself where there are none.
+    """The sum of a number over shards, see :class:`~lightning_odem.methods.MergeContext`; itself without shards.
 
     Example:
         >>> total(2.0, None), total(2.0, lambda numbers: numbers.mul_(3))
@@ -32,7 +32,7 @@ def total(number: float, sum_: Callable[[Tensor], None] | None) -> float:
 
 
 def norm(vector: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
-    """Euclidean norm of a vector, accumulated in fp64; of the whole one if ``sum_`` sums over the shards of it."""
+    """Euclidean norm of a vector, accumulated in fp64; with ``sum_``, that of the whole vector from its shards."""
     square = math.fsum(float(exact(piece).square().sum()) for piece in vector.split(_BLOCK))
     return math.sqrt(total(square, sum_))
 
@@ -53,11 +53,11 @@ def cosine(a: Tensor, b: Tensor, sum_: Callable[[Tensor], None] | None = None) -
 def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition U diag(S) V^T without the directions that are zero up to rounding.
 
-    The basis of a null space is arbitrary, so no rule should depend on it. A singular value counts as zero below
-    S_1 * max(m, n) * eps, with the eps of the matrix's own dtype. Computed in fp64: directions of close singular
-    values come out of an fp32 decomposition with only a few digits. Large matrices of fp32 or less go through the
-    eigenvectors of their smaller Gram matrix, two to five times faster on a CPU. Squaring costs digits, but where the
-    threshold is that of a large fp32 matrix, a singular value that counts keeps at least seven of its own.
+    The basis of a null space is arbitrary, so no rule should depend on it. A singular value counts as zero below S_1 *
+    max(m, n) * eps, with the eps of the matrix's own dtype. Computed in fp64: directions of close singular values come
+    out of an fp32 decomposition with only a few digits. Large matrices of fp32 or less go through the eigenvectors of
+    their smaller Gram matrix, two to five times faster on a CPU. Squaring costs digits. But with the threshold of a
+    large fp32 matrix, a singular value that counts keeps at least seven digits.
 
     Args:
         matrix: Shape [m, n], not zero-sized.

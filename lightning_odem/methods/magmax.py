@@ -1,4 +1,4 @@
-"""MagMax: of every parameter the largest change that any task made."""
+"""MagMax: every parameter gets the largest change that any task made."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,15 @@ from lightning_odem.methods.needs import BaseModel
 class MagMaxMerge(MergeMethod):
     r"""Selection by maximum magnitude (Marczak et al., ECCV 2024, arXiv 2407.06322).
 
-    Each entry of the merged task vector is that of the task which changed it most, and
-    :math:`\Psi_k = \psi_0 + \lambda \tau`. The rule is a stream: the merged model holds all that is to be remembered,
-    so an entry is replaced where :math:`|\lambda \tau_k| \ge |\Psi_{k-1} - \psi_0|`; of equal ones the later counts,
-    as in the released code. It starts from :math:`\psi_0 + \lambda \tau_1`. Up to ties the order does not matter.
+    Each entry of the merged task vector comes from the task that changed it most, and
+    :math:`\Psi_k = \psi_0 + \lambda \tau`. The merged model holds all that the rule has to remember, so it works as a
+    stream: an entry is replaced where :math:`|\lambda \tau_k| \ge |\Psi_{k-1} - \psi_0|`. Between equal changes the
+    later one counts, as in the released code. The stream starts from :math:`\psi_0 + \lambda \tau_1`. The order does
+    not matter, up to ties.
 
-    Utility weights: the rule knows none. A task of weight 0 leaves the merged model untouched; otherwise they have no
-    effect. The paper's best numbers fine-tune each task from the model before it; from the shared base model, as here
-    by default, it is the paper's "independent" variant.
+    Utility weights: the rule has none. A task of weight 0 leaves the merged model untouched; otherwise they have no
+    effect. The paper's best numbers come from fine-tuning each task from the model before it. Fine-tuning from the
+    shared base model, the default here, is the paper's "independent" variant.
 
     Args:
         scale: Scaling coefficient, above 0; 0.5 is the published one.
@@ -41,11 +42,11 @@ class MagMaxMerge(MergeMethod):
         self.scale = scale
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
-        """The first task's model, its task vector scaled."""
+        """The first task's model with its task vector scaled."""
         return MergeResult(torch.lerp(context[BaseModel], incoming, self.scale))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        """Take over the entries in which the incoming task moved further, in the memory of ``merged``."""
+        """Take over the entries that the incoming task moved further, in the memory of ``merged``."""
         if t == 0.0:
             return MergeResult(merged)
         scaled = torch.lerp(context[BaseModel], incoming, self.scale)

@@ -19,7 +19,7 @@ Rest = Literal["base", "average"]
 def input_directions(update: Tensor, rank: int) -> Tensor:
     """The ``rank`` input directions that an update [m, n] acts on most: its leading right singular vectors [n, r].
 
-    There are fewer where the update has no more.
+    There are fewer if the update has fewer.
     """
     return singular(update)[2][:, :rank].to(update)
 
@@ -37,20 +37,20 @@ def correction(
 ) -> Tensor:
     r"""The low-rank filter B A [n, n] that gives back what the null-space filter took from the task.
 
-    With the filter :math:`P = I - U U^T` for the directions U = ``seen`` and the task's own leading input directions
-    V, Adam minimises
-    :math:`\|\tau V - (\Delta + \tau P + \tau B A) V\|_F^2 + \|\Delta U - (\Delta + \tau P + \tau B A) U\|_F^2`:
-    act like the incoming model on V and like the merged one on U. A starts at N(0, 0.02^2), B at 0.
+    The filter is :math:`P = I - U U^T` for the directions U = ``seen``. V are the task's own leading input directions.
+    Adam minimises
+    :math:`\|\tau V - (\Delta + \tau P + \tau B A) V\|_F^2 + \|\Delta U - (\Delta + \tau P + \tau B A) U\|_F^2`: the
+    result should act like the incoming model on V and like the merged one on U. A starts at N(0, 0.02^2), B at 0.
 
     Args:
         task_vector: tau, shape [m, n].
-        update: Delta, that of the merged model, shape [m, n].
+        update: Delta, the update of the merged model, shape [m, n].
         seen: U, shape [n, r].
         task_rank: Number of directions V.
         lora_rank: Rank of B A.
         steps: Steps of Adam.
-        lr: Its learning rate.
-        generator: Draws A, on the CPU.
+        lr: Adam's learning rate.
+        generator: Draws A on the CPU.
     """
     own = input_directions(task_vector, task_rank)
     directions = torch.cat([own, seen], dim=1)
@@ -71,35 +71,37 @@ def correction(
 class NUFILTMerge(MergeMethod):
     r"""Null-space filtering (Qiu et al., ICLR 2026, arXiv 2509.21413).
 
-    To each targeted weight matrix the task vector is added after a filter on its input side,
+    The task vector is added to each targeted weight matrix after a filter on its input side,
     :math:`\Delta_k = \Delta_{k-1} + \tau_k (P + B A)`. P removes the input directions U that the merged update uses
-    most, so what was merged before keeps acting on them as it did; B A, learned without data (:func:`correction`),
-    gives the task's own leading directions back. Targeted matrices start from :math:`\Psi_1 = \psi_1`, P = I.
+    most, so what was merged before keeps its effect on them. B A gives the task's own leading directions back; it is
+    learned without data (:func:`correction`). Targeted matrices start from :math:`\Psi_1 = \psi_1`, P = I.
 
-    Utility weights: a task of weight 0 leaves the merged model untouched; otherwise they have no effect on the
-    targeted matrices, the rule is a sum. The order of the tasks matters.
+    Utility weights: a task of weight 0 leaves the merged model untouched; otherwise they have no effect on the targeted
+    matrices, since the rule is a sum. The order of the tasks matters.
 
-    What differs from the released code:
+    Differences from the released code:
 
-    - It targets the attention and first MLP layers of CLIP (``layers=["*attn*", "*fc1*"]`` there), here by default
-      every weight matrix, convolutions as [out, in * kh * kw].
-    - Everything else stays as in the base model, as there; that is odd for biases and norms, and
+    - The released code targets the attention and first MLP layers of CLIP (``layers=["*attn*", "*fc1*"]``). The default
+      here targets every weight matrix, convolutions as [out, in * kh * kw].
+    - Everything else stays as in the base model, as in the released code. That is odd for biases and norms;
       ``others="average"`` takes their running average instead.
-    - ``null_rank`` is 128 of 768 input directions there; in small layers that would be all of them and nothing new
-      could be merged, so here it is at most the share ``null_share`` of a layer's inputs. In CLIP this has no effect.
+    - ``null_rank`` is 128 of 768 input directions in the released code. In small layers that would be all of them, and
+      nothing new could be merged. So here it is at most the share ``null_share`` of a layer's inputs. In CLIP this has
+      no effect.
     - Directions that the merged update does not have are never removed. The released code filters the first task's
       vector too, by an arbitrary basis.
 
     Args:
         variant: ``"full"``, or ``"null_space"`` without B A: no optimisation, and most of the gain.
         null_rank: Number of input directions U that are protected; 128 is the published one.
-        null_share: The most of a layer's input directions that are protected, in (0, 1]; a sixth, the published share.
+        null_share: Largest share of a layer's input directions that is protected, in (0, 1]; the default of a sixth is
+            the published share.
         task_rank: Number of directions of the task that are given back; 8 is the published one.
         lora_rank: Rank of B A; 64 is the published one.
         steps: Steps of Adam; 50 is the published number.
-        lr: Its learning rate; 1e-3 is the published one.
+        lr: Adam's learning rate; 1e-3 is the published one.
         seed: Seed of A's first values.
-        others: ``"base"`` (published) or ``"average"`` for what is no targeted weight matrix.
+        others: ``"base"`` (published) or ``"average"`` for all parameters that are not targeted weight matrices.
         layers: Patterns of the weight matrices to target, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
 
@@ -141,7 +143,7 @@ class NUFILTMerge(MergeMethod):
         self.layers = check_patterns("layers", layers)
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
-        """The targeted matrices of the first task; the others are the base model's (or the task's, averaged)."""
+        """Take the targeted matrices of the first task; the others are the base model's (or the task's, averaged)."""
         names = weight_matrices(context, self.layers)
         if self.others == "average":
             return MergeResult(incoming)

@@ -28,39 +28,40 @@ class ODEMerge(MergeMethod):
     r"""ODE-M on exact sums: an operating point on a path from the base model, then the gradient flow from there.
 
     The idea of ODE-M (Lin & Kang, 2026) is that calibration samples choose an operating point on a path between models.
-    Its path leads from the merged model to the incoming one, see :class:`~lightning_odem.methods.PaperODEMerge`. This
-    one leads from the base model along the sum of all task vectors with flattened spectra, which is kept exactly
-    whatever the order of the tasks, see :class:`~lightning_odem.methods.IsotropicMerge`:
+    The path of ODE-M leads from the merged model to the incoming one, see
+    :class:`~lightning_odem.methods.PaperODEMerge`. This path leads from the base model along the sum of all task
+    vectors with flattened spectra. The sum is kept exactly, whatever the order of the tasks, see
+    :class:`~lightning_odem.methods.IsotropicMerge`:
 
     .. math:: \theta(\lambda) = \psi_0 + \lambda c_k\, \bar\sigma\, U V^T, \qquad U \Sigma V^T = \bar\tau_k,
 
-    for each weight matrix, with the tasks' mean for everything else. At :math:`\lambda = 1` all matrices together are
-    as far from the base model as the tasks' models in the mean; :math:`c_k` sees to that.
+    for each weight matrix, with the tasks' mean for everything else. The factor :math:`c_k` is chosen so that at
+    :math:`\lambda = 1` all matrices together are as far from the base model as the tasks' models in the mean.
 
-    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the last merge's
-       value, at first at 1, and takes about four passes without gradient, see
-       :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss it is taken instead.
-       The entropy, which falls with every distance, is not searched: :math:`\lambda` stays 1.
-    2. **Gradient flow.** From there :math:`\dot\theta = -a(t) D g` is followed on three quarters of the samples, see
-       :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. Each piece is judged on the other quarter: the
-       first one after which the loss has not fallen by more than its standard error is taken back and ends the flow.
-       Its length is :math:`\kappa \rho \frac{N}{B} \sqrt{E}`, with :math:`\rho` the distance of the incoming model from
-       the mean of those before, root mean square per weight.
+    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the value of the
+       last merge, in the first merge at 1. It takes about four passes without gradient, see
+       :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss, it is taken instead.
+       The entropy falls with every distance, so it is not searched: :math:`\lambda` stays 1.
+    2. **Gradient flow.** From there the flow follows :math:`\dot\theta = -a(t) D g` on three quarters of the samples,
+       see :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. The other quarter judges each piece. The first
+       piece after which the loss has not fallen by more than its standard error is taken back and ends the flow. The
+       length of the flow is :math:`\kappa \rho \frac{N}{B} \sqrt{E}`, where :math:`\rho` is the distance of the
+       incoming model from the mean of those before, root mean square per weight.
 
-    A merge whose gradients do not help costs about nine passes without and three quarters of one with gradient. Besides
-    the module, the merged, the incoming and the base model it holds two vectors of the model's size in the search, and
-    in the flow the point, a gradient and Adam's two moments. Between merges the mean task vector is kept in main
-    memory. A task of weight 0 changes nothing; one that alone has a weight gives its own model.
+    A merge whose gradients do not help costs about nine passes without gradient and three quarters of one with
+    gradient. Besides the module, the merged, the incoming and the base model, the search holds two vectors of the
+    model's size. The flow holds the point, a gradient and Adam's two moments. Between merges the mean task vector is
+    kept in main memory. A task of weight 0 changes nothing. If only one task has a weight, the result is its own model.
 
     Args:
         batch_size: Samples B per minibatch of the flow.
-        descent: Length :math:`\kappa`, >= 0; 0 leaves the flow out.
+        descent: Length :math:`\kappa`, >= 0; 0 omits the flow.
         epochs: Pieces E of the flow, each one epoch over its samples.
-        seed: Seed of the minibatches; each merge begins with it.
+        seed: Seed of the minibatches; each merge starts from it.
 
     Raises:
         ValueError: For a number outside its range.
-        NonFiniteLossError: When merging, if the loss is finite nowhere on the path, or not in the flow.
+        NonFiniteLossError: When merging, if the loss is not finite anywhere on the path, or not finite in the flow.
     """
 
     needs = (BaseModel(), Calibration())
@@ -106,13 +107,14 @@ class ODEMerge(MergeMethod):
         return MergeResult(theta, path)
 
     def remove(self, merged: Tensor, withdrawn: Tensor, share: float, context: MergeContext) -> MergeResult:
-        """Subtract the task from the sums and read the path of the others at the last scale, without samples.
+        """Subtract the task from the sums and read the path of the other tasks at the last scale, without samples.
 
-        If the merged model was nearer to the running average than to that point, it is the average of the others. What
-        the gradient flow had added is lost: it was found with the task. The next merge searches and flows again.
+        If the merged model was nearer to the running average than to that point, the result is the average of the
+        others. What the gradient flow had added is lost, since the task was part of it. The next merge searches and
+        flows again.
 
         Raises:
-            ValueError: If the sums do not hold the tasks one by one, as of a stream that another method began.
+            ValueError: If the sums do not hold the tasks one by one, as in a stream that another method began.
         """
         if share == 0.0:
             return MergeResult(merged)
@@ -130,9 +132,9 @@ class ODEMerge(MergeMethod):
         return state and {**state, "scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; an empty one begins a new stream, or takes over that of another method.
+        """Take up a state; an empty one begins a new stream, or takes over the stream of another method.
 
-        That of the ODEMerge of version 0.4 and before is dropped: the merged model counts as one task then.
+        A state that the ODEMerge of version 0.4 or before wrote is dropped: the merged model then counts as one task.
 
         Raises:
             ValueError: If another method wrote it.
@@ -147,7 +149,7 @@ class ODEMerge(MergeMethod):
     def _operating_point(
         self, point: Tensor, path: Trajectory, objective: CalibrationObjective, context: MergeContext
     ) -> Tensor:
-        """The point of lowest loss on the path, or the running average if that is better; ``point`` is overwritten."""
+        """The point of lowest loss on the path, or the running average if that is better; overwrites ``point``."""
         average_loss = objective.loss(self._sums.model_mean(context))
         start, direction = self._path(context)
         bracket = Bracket(
@@ -167,7 +169,7 @@ class ODEMerge(MergeMethod):
         return start.add_(direction, alpha=bracket.lowest)
 
     def _path(self, context: MergeContext) -> tuple[Tensor, Tensor]:
-        """Where the path begins and, for scale 1, how far it leads: two new vectors [d]."""
+        """Compute where the path begins and how far it leads for scale 1: two new vectors [d]."""
         start = self._sums.read(context)
         direction = torch.zeros_like(start)
         for begin, along, base in matrices(context, weight_matrices(context), start, direction, context[BaseModel]):
@@ -181,7 +183,7 @@ class ODEMerge(MergeMethod):
         return start.add_(direction, alpha=self._scale or 1.0)
 
     def _is_average(self, merged: Tensor, context: MergeContext) -> bool:
-        """Whether the last merge took the running average: the flow from there has not led as far as to the path."""
+        """Whether the last merge took the running average: the flow from there has not led as far as the path."""
         if self._scale is None:
             return True
         to_point, to_average = (
@@ -198,7 +200,7 @@ class ODEMerge(MergeMethod):
         objective: CalibrationObjective,
         context: MergeContext,
     ) -> None:
-        """Follow the flow in the memory of ``theta``, as long as held-out samples confirm it; overwrites ``before``."""
+        """Follow the flow in the memory of ``theta`` while held-out samples confirm it; overwrites ``before``."""
         seen, unseen = hold_out(objective, 0.25)
         judges = list(unseen.buffer.micro_batches(max(-(-len(unseen.buffer) // JUDGES), 1)))
         steps = minibatches_per_epoch(seen.buffer, self.batch_size)
@@ -232,7 +234,7 @@ class ODEMerge(MergeMethod):
 
 
 def falls(before: list[float], after: list[float], batches: list[MicroBatch]) -> bool:
-    """Whether the loss of micro-batches has fallen, weighted by their shares, by more than its standard error.
+    """Whether the loss of micro-batches, weighted by their shares, has fallen by more than its standard error.
 
     Example:
         >>> batches = 2 * [MicroBatch((), "a", share=0.5, transferred=False)]

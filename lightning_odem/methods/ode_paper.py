@@ -25,50 +25,53 @@ class PaperODEMerge(MergeMethod):
     r"""Algorithm 1 of the paper (Lin & Kang, 2026), with a shortened last step.
 
     The flow carries the last merged model towards the incoming one, :math:`\dot\theta = v_t(\theta)`, and stops at the
-    operating time :math:`t_k`. The field :math:`v_t` is the transport :math:`(\theta_1 - \theta) / (1 - t)`, with its
-    part along the calibration loss's gradient damped where the loss would rise above the chord between the two models,
+    operating time :math:`t_k`. The field :math:`v_t` is the transport :math:`(\theta_1 - \theta) / (1 - t)`. Its part
+    along the calibration loss's gradient is damped where the loss would rise above the chord between the two models,
     see :class:`~lightning_odem.flow.RectifiedField`. At t = 1 the path ends in the incoming model. With equal weights
     and no damping anywhere the merged model is the running average.
 
-    One merge costs ceil(t / h) gradients on the whole calibration buffer and two passes without gradient. Besides the
-    two models one gradient is held. No state is kept from merge to merge.
+    One merge costs ceil(t / h) gradients on the whole calibration buffer and two passes without gradient. It holds one
+    gradient besides the two models. No state is kept from merge to merge.
 
     The defaults are the paper's. None of the other choices is in the paper: blocks of the rectification, another
     operating time, gradients on minibatches, gradients that serve several steps, and steps as long as the loss allows.
 
-    A task of weight 0 leaves the merged model as it is. Batch-norm statistics stand at those of the utility time while
-    the path is followed, and are afterwards those of the time that was reached.
+    A task of weight 0 leaves the merged model as it is. On the path, batch-norm statistics are those of the utility
+    time; afterwards they are those of the time that was reached.
 
     Args:
         step_size: Step length h in (0, 1]; 0.05 is the paper's.
         solver: ``"euler"`` (the paper's) or ``"heun"`` (order 2, two gradients per step).
         granularity: Blocks in which the transport is rectified, see :class:`~lightning_odem.flow.RectifiedField`.
-            ``"vector"`` (the paper's): all parameters together; ``"tensor"``: each by itself; ``"row"``: each entry of
-            the first dimension of those with two or more, which in a weight matrix or a convolution is an output, and
-            the others whole; ``"coordinate"``: every weight. Theorem 3.4 holds for all; finer blocks take more out of
-            the transport. None needs further gradients or a further vector of the model's size.
+            ``"vector"`` (the paper's): all parameters together. ``"tensor"``: each parameter by itself. ``"row"``: each
+            entry along the first dimension of parameters with two or more dimensions, which is an output of a weight
+            matrix or a convolution; other parameters whole. ``"coordinate"``: every weight. Theorem 3.4 holds for all.
+            Finer blocks take more out of the transport. No choice needs further gradients or a further vector of the
+            model's size.
         operating_time: How far the flow goes. ``"utility"`` (the paper's): to :math:`t_k = w_k / \sum_j w_j`. A number
             in [0, 1]: to that time in every merge. ``"became"``: to the minimum of a quadratic model of all tasks'
-            losses, see :func:`~lightning_odem.methods.became.became_time`; one more gradient on every sample.
-            ``"search"``: to the point of lowest loss on calibration samples that the gradients do not see, among those
-            h apart between the times that :math:`t_k` would be if the task's weight were ``search_to`` times smaller
-            and larger. One more vector of the model's size is held. The report has the losses of all candidates.
+            losses, see :func:`~lightning_odem.methods.became.became_time`; this takes one more gradient on every
+            sample. ``"search"``: to the point of lowest loss on calibration samples that the gradients do not see. The
+            candidates are h apart. They lie between the times that :math:`t_k` would be if the task's weight were
+            ``search_to`` times smaller and larger. The search holds one more vector of the model's size. The report has
+            the losses of all candidates.
         search_to: Factor c >= 1 of the search. Weights keep their meaning: the odds :math:`t / (1 - t)` of old and new
-            are changed by c at most, a task of weight 0 has time 0 and one that alone has a weight time 1. With 2 the
-            path goes to :math:`2t / (1 + t)`, short of twice as far and of 1; two equal tasks are searched from
-            1/3 to 2/3. The cost grows by that, and by one pass over the held-out samples per candidate.
+            change by c at most. A task of weight 0 has time 0; a task that alone has a weight has time 1. With 2 the
+            path goes to :math:`2t / (1 + t)`, which is less than twice as far and less than 1; for two equal tasks the
+            search goes from 1/3 to 2/3. The cost grows with the length of the path, and by one pass over the held-out
+            samples per candidate.
         holdout: Share of each task's samples that the search holds out, in (0, 1).
-        batch_size: None (the paper's): every gradient is one on the whole buffer. A number: every gradient is one on a
-            random minibatch of so many samples, which also bounds the memory of a pass. N samples make ceil(N / B)
-            steps of equal length per h, so that as many samples are differentiated as by whole-buffer gradients:
-            ceil(t / h) epochs. The loss budget is that of the whole buffer, for one more pass; losses on the way are
-            the minibatches'.
-        reuse: Steps per gradient; with 4 a merge costs a fourth, see :class:`~lightning_odem.flow.ReusedGradient`.
+        batch_size: None (the paper's): every gradient is taken on the whole buffer. A number: every gradient is taken
+            on a random minibatch of that many samples, which also bounds the memory of a pass. N samples then make
+            ceil(N / B) steps of equal length per h, so as many samples are differentiated as by whole-buffer gradients:
+            ceil(t / h) epochs. The loss budget is that of the whole buffer, for one more pass. Losses on the way are
+            those of the minibatches.
+        reuse: Steps per gradient; with 4 a merge costs a quarter, see :class:`~lightning_odem.flow.ReusedGradient`.
         step_control: Whether the loss decides on the length of the steps, see
-            :class:`~lightning_odem.flow.StepControl`; h is that of the first. One more pass without gradient per try,
-            on the whole buffer also with minibatches, and one more vector of the model's size. The report has the
-            steps that were taken back.
-        seed: Seed of the minibatches; each merge begins with it.
+            :class:`~lightning_odem.flow.StepControl`; h is the length of the first step. Each try costs one more pass
+            without gradient, on the whole buffer even with minibatches. One more vector of the model's size is held.
+            The report has the steps that were taken back.
+        seed: Seed of the minibatches; each merge starts from it.
 
     Raises:
         ValueError: For a step size outside (0, 1], an unknown solver, granularity or operating time, or a number
@@ -151,14 +154,15 @@ class PaperODEMerge(MergeMethod):
             lowest.write_(trajectory.theta)
             trajectory.cut(end := lowest.best_t)
             if trajectory.estimated:
-                trajectory.loss[-1] = objective.loss(trajectory.theta)  # that of all samples, as at any end
+                trajectory.loss[-1] = objective.loss(trajectory.theta)  # the loss of all samples, as at any end
             trajectory.held_out_t, trajectory.held_out_loss = lowest.t, lowest.loss
         return MergeResult(trajectory.theta, trajectory, t=None if self.operating_time == "utility" else end)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep nothing: a state that :class:`~lightning_odem.ODEMerge` of this or an earlier version wrote is dropped.
+        """Keep nothing. A state that :class:`~lightning_odem.ODEMerge` of this or an earlier version wrote is dropped.
 
-        So a stream of that method can go on with this one, whose merges would leave its sums behind.
+        So a stream of that method can continue with this one. The sums of that method would be out of date after a
+        merge.
 
         Raises:
             ValueError: If another method wrote the state.

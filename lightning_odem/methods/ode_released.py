@@ -34,43 +34,48 @@ class ReleasedODEMerge(MergeMethod):
 
     1. Every task has a ceiling
        :math:`C_j(t) = (1 - t) \ell_j(\theta_0) + t \ell_j(\theta_1) + B_{max} (1 - t)^2`.
-    2. Constrained are the two tasks of largest :math:`\ell_j - C_j(t)`, and up to two of largest positive
+    2. The two tasks of largest :math:`\ell_j - C_j(t)` are constrained, and up to two of largest positive
        :math:`\langle g_j, u\rangle`; :math:`g_j` is the gradient on the first batch of the task.
     3. A share of descent is added to the transport: :math:`w = u - \eta g_M` with :math:`g_M = \sum_j s_j G_j /
        \|G_j\|^p` and :math:`\eta = r \|u\| / \|g_M\|`; :math:`G_j` sums the gradients on the task's batches.
     4. v is the velocity nearest to w with :math:`\langle g_j, v\rangle \le \min((C_j(t') - \ell_j) / h, 0)` for the
        constrained tasks, see :func:`~lightning_odem.flow.constraints.project_`.
     5. :math:`\theta` moves by s h v with the first s of 1, 0.7, 0.49, ... (8 in all) after which no task is above
-       :math:`C_j(t')`, or not at all. Time goes on by h in any case; the rate 1 / (1 - t) makes up for some of it.
+       :math:`C_j(t')`, or not at all. Time advances by h in any case; the rate 1 / (1 - t) makes up for some of it.
 
-    Losses and ceilings that differ by less than a billionth of the largest of them are equal, and so are the inner
-    products of step 2: of equal tasks those that arrived first are constrained. At t = 0 all are, each being
-    :math:`B_{max}` below its ceiling.
+    Losses and ceilings that differ by less than a billionth of the largest of them count as equal. The same holds for
+    the inner products of step 2. Among equal tasks, those that arrived first are constrained. At t = 0 all tasks are
+    equal, since each is :math:`B_{max}` below its ceiling.
 
-    Ceilings may sink below a model that stays. Then it stays until a single step brings every task below its ceiling,
-    which can be for the rest of the path: steps of length 0 in the report tell.
+    Ceilings may sink below a model that does not move. The model then stays until a single step brings every task below
+    its ceiling, which may take the rest of the path. The report shows this as steps of length 0.
 
     The weights :math:`s_j` are the tasks' shares of the calibration loss: equal with the buffer's quota ``"equal"``, as
-    published, their utility weights with ``"utility"``. Constraints count every task alike. A task without samples in
+    published, their utility weights with ``"utility"``. Constraints treat every task alike. A task without samples in
     the buffer is not seen. The calibration's batch size, 128 as published, is part of the rule here.
 
-    Differences from the released code: the operating time follows from the utility weights and the last step is
-    shortened to end there, where it takes floor(1 / (k h)) steps of a path to 1 / k; the projection has no defect that
-    drops all constraints where a multiplier is above 1; ``refine`` refines after every merge, while the code does so
-    once, after the last merge of a stream whose length it knows; t = 1 takes the incoming model without a path. The
-    published runs hold 2048 calibration samples. There rounding chooses among equal tasks, and may refuse a step that
-    ends at a ceiling.
+    Differences from the released code:
 
-    A step costs, in batches, one gradient on each of the first 8 of every task, and one pass without gradient over
-    them per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
-    to four constraints' gradients and two in the making. The trajectory's losses are means over the tasks by their
-    shares; there is no gamma, so ``gamma``, ``alignment_ratio`` and ``damped_share`` stay empty, and ``alignment`` is
-    :math:`\langle g_M, u\rangle`.
+    - The operating time follows from the utility weights, and the last step is shortened to end there. The released
+      code takes floor(1 / (k h)) steps of a path to 1 / k.
+    - The released projection drops all constraints if a multiplier is above 1. This one does not have that defect.
+    - ``refine`` refines after every merge. The released code refines once, after the last merge of a stream whose
+      length it knows.
+    - t = 1 takes the incoming model without a path.
+
+    The published runs hold 2048 calibration samples. In them rounding chooses among equal tasks, and may refuse a step
+    that ends at a ceiling.
+
+    A step costs one gradient on each of the first 8 batches of every task, and one pass without gradient over these
+    batches per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
+    to four constraints' gradients and two that are being computed. The trajectory's losses are means over the tasks by
+    their shares; ``alignment`` is :math:`\langle g_M, u\rangle`. There is no gamma, so ``gamma``, ``alignment_ratio``
+    and ``damped_share`` stay empty.
 
     Args:
         step_size: Step length h in (0, 1].
         budget: :math:`B_{max} \ge 0`, in units of the loss: slack of the ceilings at the start of a path.
-        descent: :math:`r \ge 0`, length of the descent relative to the transport's; 0 leaves it out.
+        descent: :math:`r \ge 0`, length of the descent relative to the transport's; 0 omits it.
         norm_power: p in [0, 1]; 1 makes all tasks' gradients equally long, 0 leaves them as they are.
         refine: Whether to follow each merge up by 80 small steps of AdamW on the buffer, see
             :func:`~lightning_odem.methods.refinement.refine`. The published runs do so at their end.
@@ -125,7 +130,7 @@ class ReleasedODEMerge(MergeMethod):
             allowed = ceilings(later)
             bounds = [min((allowed[task] - losses[task]) / (later - now), 0.0) for task in gradients]
             project_(velocity, list(gradients.values()), bounds)
-            # Vectors go as soon as they are used up: the next ones are not held beside them.
+            # Free vectors as soon as they are used, so that the next ones are not held beside them.
             del gradients
             move = velocity.mul_(later - now)
             scale, losses = _search_(theta, move, probe, losses, allowed)
@@ -145,7 +150,7 @@ class ReleasedODEMerge(MergeMethod):
     def _descend(
         self, t: float, theta: Tensor, incoming: Tensor, probe: TaskLosses, excess: list[str]
     ) -> tuple[Tensor, dict[str, Tensor], float]:
-        """The velocity w before its projection, the gradients of the constrained tasks and <g_M, u>."""
+        """Return the velocity w before its projection, the gradients of the constrained tasks and <g_M, u>."""
         field = TransportField()
         macro = torch.zeros_like(theta)
         gradients: dict[str, Tensor] = {}
@@ -160,7 +165,7 @@ class ReleasedODEMerge(MergeMethod):
             if rises[task] > 0.0:
                 admit(sensitive, task, rises, _SENSITIVE_TASKS, _ROUNDING * rises[task])
             gradients = {task: gradients[task] for task in gradients if task in {*excess, *sensitive}}
-            # As in merge: not held beside the next ones.
+            # As in merge: do not hold them beside the next ones.
             del gradient, total
         transport = field(t, theta, incoming, macro, 0.0)
         length = norm(macro)
@@ -188,14 +193,14 @@ def _excess(losses: Mapping[str, float], ceilings: Mapping[str, float]) -> list[
 
 
 def _tolerance(losses: Mapping[str, float], ceilings: Mapping[str, float]) -> float:
-    """What rounding may make of a loss or a ceiling."""
+    """How much rounding may change a loss or a ceiling."""
     return _ROUNDING * max(map(abs, (*losses.values(), *ceilings.values())))
 
 
 def _search_(
     theta: Tensor, move: Tensor, probe: TaskLosses, losses: dict[str, float], ceilings: Mapping[str, float]
 ) -> tuple[float, dict[str, float]]:
-    """Move ``theta`` in place by the first share of ``move`` that every ceiling admits; that share, and the losses."""
+    """Move ``theta`` in place by the first share of ``move`` that every ceiling admits; return share and losses."""
     tolerance = _tolerance(losses, ceilings)
     for attempt in range(_TRIES):
         scale = _BACKTRACK**attempt

@@ -16,11 +16,11 @@ _ROUNDING = 1e-9
 
 
 def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
-    r"""The part of a task vector that OPCM keeps beside the accumulated update, both of shape [m, n].
+    r"""Return the part of a task vector that OPCM keeps beside the accumulated update, both of shape [m, n].
 
     With the singular value decomposition :math:`\Delta = U S V^T` of the update, the task vector in that basis,
     :math:`U^T \tau V`, loses its diagonal and its leading r x r block. r counts the leading directions whose singular
-    values sum up to at most ``alpha`` of all, but for a billionth, which is rounding: the direction that crosses the
+    values sum up to at most ``alpha`` of all, give or take a billionth for rounding. The direction that crosses the
     threshold is not among them. The blocks beside the leading one stay. Directions that the update does not have are
     left alone; the released code removes the diagonal of an arbitrary basis of them.
 
@@ -38,7 +38,8 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
     u, s, v = singular(update)
     task_vector, rows = exact(task_vector), v.T
     within = u.T @ task_vector
-    # Half the products of going to the basis and back: of the entries outside the block only the diagonal is needed.
+    # This takes half the products of going to the basis and back: outside the block only the diagonal entries are
+    # needed.
     removed = (within * rows).sum(1, keepdim=True) * rows
     if len(s):
         cumulated = s.cumsum(0)
@@ -58,18 +59,21 @@ class OPCMMerge(MergeMethod):
       :math:`\Psi_k = \psi_0 + A_k / \lambda_k` with :math:`\lambda_k = \|A_k\| / \bar n_k`;
     - ``"sum"``, the released code: :math:`A_k = A_{k-1} + \hat\tau_k`. Utility weights have no effect.
 
-    For equal utilities both give the same models, as A differs by the factor k only. :math:`\Psi_1 = \psi_1`. A task
-    of weight 0 leaves the merged model and the mean norm untouched; any other counts fully in the mean norm, which the
-    papers know only without weights. The order of the tasks matters.
+    For equal utilities both give the same models, as A differs by the factor k only. :math:`\Psi_1 = \psi_1`. A task of
+    weight 0 leaves the merged model and the mean norm untouched; any other task counts fully in the mean norm. The
+    papers define the mean norm only without weights. The order of the tasks matters.
 
-    Other differences from the released code: it projects the weights of ``nn.Linear`` only, here convolutions too
-    (``convolutions=False`` gives its rule) and whatever else has two dimensions, such as embedding tables (``layers``
-    can leave them out); it skips parameters that lie directly in a module with children, here none is; with alpha 1
-    it removes the diagonal only, here the whole block.
+    Other differences from the released code:
 
-    One merge costs one singular value decomposition per matrix, in fp64. The state are the scale and the norms, a few
-    numbers: A is the merged model's update times the scale. If the method takes over a stream that another one began,
-    the merged model it finds counts as one task.
+    - The released code projects the weights of ``nn.Linear`` only. Here convolutions are projected too
+      (``convolutions=False`` gives the released rule), and everything else that has two dimensions, such as embedding
+      tables (``layers`` can leave them out).
+    - The released code skips parameters that lie directly in a module with children. Here none is skipped.
+    - With alpha 1 the released code removes the diagonal only. Here the whole block is removed.
+
+    One merge costs one singular value decomposition per matrix, in fp64. The state consists of the scale and the norms,
+    a few numbers: A is the merged model's update times the scale. If the method takes over a stream that another one
+    began, the merged model it finds counts as one task.
 
     Args:
         alpha: Share in [0, 1] of the singular values whose directions are protected; 0.5 is the published one.

@@ -1,4 +1,4 @@
-"""A short supervised fine-tuning of a merged model on the calibration buffer, close to where it stands."""
+"""A short supervised fine-tuning of a merged model on the calibration buffer, close to its starting point."""
 
 import torch
 from torch import Tensor
@@ -19,24 +19,24 @@ def refine(
     penalty: float = 1e-3,
     rise: float = 0.02,
 ) -> Tensor:
-    r"""The refinement that the released code of ODE-M ends with.
+    r"""Refine a merged model as the released code of ODE-M does at its end.
 
-    Steps of AdamW, without weight decay, on the loss of one random batch of every task, counted by its share, plus
-    :math:`\lambda \|\theta - \theta_a\|^2 / \|\theta_a\|^2`. The gradient is clipped to norm 1, the point is kept in a
-    ball around the start :math:`\theta_a`. The best point is chosen by the loss on the first four batches of each
-    task. The random batches depend on the buffer's seed and its number of tasks only.
+    AdamW, without weight decay, minimises the loss on one random batch of every task, weighted by its share, plus
+    :math:`\lambda \|\theta - \theta_a\|^2 / \|\theta_a\|^2`. The gradient is clipped to norm 1. The point is kept in a
+    ball around the start :math:`\theta_a`. The best point is chosen by the loss on the first four batches of each task.
+    The random batches depend on the buffer's seed and its number of tasks only.
 
     It holds up to nine vectors of the model's size: start, point, offset, best point, gradient, Adam's two moments and
     two of its temporaries.
 
     Args:
         theta: The start :math:`\theta_a`, shape [d]; not modified.
-        objective: Losses and gradients on the buffer; its ``batch_size`` is that of the random batches.
-        steps: Steps, each one gradient and one pass without.
+        objective: Losses and gradients on the buffer; its ``batch_size`` is the size of the random batches.
+        steps: Number of steps. Each takes one gradient and one pass without gradient.
         lr: Learning rate, in units of the weights.
-        radius: Of the ball, relative to the norm of the start.
+        radius: Radius of the ball, relative to the norm of the start.
         penalty: :math:`\lambda`.
-        rise: How much the loss of any task may rise above that of the start.
+        rise: How much the loss of any task may rise above its loss at the start.
 
     Returns:
         The point of lowest mean loss at which no task's loss rose too much; ``theta`` itself if none is better.
@@ -58,7 +58,7 @@ def refine(
         gradient.add_(offset, alpha=2.0 * penalty / size**2)
         point.grad = gradient.div_(max(norm(gradient), 1.0))
         optimizer.step()
-        # Not held while the next one is taken.
+        # Do not hold it while the next one is computed.
         del point.grad, gradient
         distance = norm(torch.sub(point, theta, out=offset))
         if distance > radius * size:

@@ -54,17 +54,17 @@ Rule = TypeVar("Rule", type[MergeMethod], MergeFunction)
 def register_method(name: str, needs: Iterable[Need[Any]] = ()) -> Callable[[Rule], Rule]:
     """Give a name to a merge method of your own, so that ``ContinualMergeCallback(method=name)`` finds it.
 
-    Decorates a subclass of :class:`~lightning_odem.methods.MergeMethod` that can be made without arguments, or a
-    function ``(merged, incoming, t, context) -> theta``, see :class:`~lightning_odem.methods.FunctionMerge`.
+    The decorator takes a subclass of :class:`~lightning_odem.methods.MergeMethod` that can be made without arguments,
+    or a function ``(merged, incoming, t, context) -> theta``, see :class:`~lightning_odem.methods.FunctionMerge`.
 
     Args:
         name: The name.
-        needs: What of the context a function uses besides the base model, such as ``[Calibration()]``, see
-            :class:`~lightning_odem.methods.MergeMethod`; a subclass declares it itself.
+        needs: What a function uses of the context besides the base model, such as ``[Calibration()]``, see
+            :class:`~lightning_odem.methods.MergeMethod`. A subclass declares its needs itself.
 
     Raises:
-        ValueError: If the name is taken, or a need is none.
-        TypeError: If what is decorated is neither.
+        ValueError: If the name is taken, or a need is not a need.
+        TypeError: If the decorated object is neither.
 
     Example:
         >>> @register_method("overshoot")
@@ -92,12 +92,13 @@ def register_method(name: str, needs: Iterable[Need[Any]] = ()) -> Callable[[Rul
 
 
 def resolve_method(method: str | MergeMethod) -> MergeMethod:
-    """A merge method, with its defaults, from its registered name or from the import path of a class or function.
+    """Make a merge method with its defaults from its registered name or from the import path of a class or function.
 
     An instance is returned as it is.
 
     Raises:
-        ValueError: For an unknown name, listing the known ones; for a path that leads to nothing; for unknown needs.
+        ValueError: For an unknown name, listing the known ones; for an import path that does not exist; for unknown
+            needs.
 
     Example:
         >>> resolve_method("ode_paper").step_size

@@ -1,4 +1,4 @@
-"""Averaging followed by fine-tuning on the calibration set: what Algorithm 1's gradients buy without its flow."""
+"""Averaging followed by fine-tuning on the calibration set: what Algorithm 1's gradients achieve without its flow."""
 
 import math
 from itertools import chain
@@ -15,21 +15,21 @@ from lightning_odem.methods.needs import Calibration
 class ReplayMerge(MergeMethod):
     r"""The running average, fine-tuned with Adam on the calibration set: a control for methods that use that set.
 
-    Algorithm 1 takes :math:`\lceil t / h \rceil` gradients on the whole set; here the same samples pass through as many
-    epochs of random minibatches, see :meth:`~lightning_odem.calibration.CalibrationBuffer.minibatches`. Both use the
+    Algorithm 1 takes :math:`\lceil t / h \rceil` gradients on the whole set; this method takes as many epochs of random
+    minibatches of the same samples, see :meth:`~lightning_odem.calibration.CalibrationBuffer.minibatches`. Both use the
     same labelled samples and the same number of sample gradients, so neither data nor cost explains a difference
     between their accuracies. The result need not lie near the path between the two models.
 
-    Adam starts afresh with every merge. Besides the incoming model four vectors are held: the point, one gradient and
-    Adam's two moments; a step takes one more for a moment. Where t = 1 it fine-tunes the incoming model.
+    Adam starts afresh with every merge. Four vectors are held besides the incoming model: the point, one gradient and
+    Adam's two moments. A step briefly takes one more. At t = 1 the method fine-tunes the incoming model.
 
     Args:
-        lr: Adam's learning rate; not tuned. Adam moves a weight by about this much per step at most, so by 0.016 in
-            the 160 steps that a merge takes at t = 1/2 with 1024 samples. Its usual 0.001 would allow ten times that,
-            more than most weights of a pretrained network measure.
+        lr: Adam's learning rate; not tuned. Adam moves a weight by about this much per step at most, so by 0.016 in the
+            160 steps that a merge takes at t = 1/2 with 1024 samples. Its usual 0.001 would allow ten times that, which
+            is larger than most weights of a pretrained network.
         batch_size: Samples per minibatch; also bounds the memory of a pass.
-        step_size: Step length h in (0, 1] of the Algorithm 1 whose cost is to be matched; 0.05 is its default.
-        seed: Seed of the minibatches; each merge begins with it.
+        step_size: Step length h in (0, 1] of the Algorithm 1 run whose cost is matched; 0.05 is the default there.
+        seed: Seed of the minibatches; each merge starts from it.
 
     Raises:
         ValueError: For an argument out of its range.
@@ -66,7 +66,7 @@ class ReplayMerge(MergeMethod):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(f"the calibration loss is {loss}", step, t)
             optimizer.step()
-            # The gradient goes before the next one comes: one less vector held.
+            # Free the gradient before the next one comes, so that one vector less is held.
             optimizer.zero_grad()
         if not theta.isfinite().all():
             raise NonFiniteLossError("a weight is not finite", steps, t)

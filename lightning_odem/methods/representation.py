@@ -23,38 +23,38 @@ _LOSSES = {"l1": l1_loss, "l2": mse_loss}
 class RepresentationCorrection(MergeMethod):
     r"""Any merge method followed by a representation correction, stage C of HCMM (arXiv 2509.23592).
 
-    After the merge, the features z of the incoming task's training samples are pulled back to those of the merged
-    model before: one epoch of AdamW on a few weight matrices of :math:`\Psi_k` minimises
+    After the merge, the features z of the incoming task's training samples are pulled back to those of the previous
+    merged model. One epoch of AdamW on a few weight matrices of :math:`\Psi_k` minimises
 
     .. math:: \mathbb{E}_{x \in D_k} |z(x; \Psi_k) - z(x; \Psi_{k-1})|
 
     averaged over the features' dimensions, or the squared difference. It protects what came before at the expense of
-    the incoming task. Features are what the module's ``features(inputs)`` returns, its predictions if it has none;
-    batch-norm layers use the merged statistics on both sides, those of the utility time.
+    the incoming task. Features are what the module's ``features(inputs)`` returns, or its predictions if it has no such
+    method. Batch-norm layers use the merged statistics of the utility time on both sides.
 
-    The released code corrects CLIP's visual projection, which it finds by its shape; in any other backbone it
-    corrects nothing. Here it is the last weight matrix among the merged parameters unless ``layers`` says otherwise:
-    name the right ones if the features do not depend on that.
+    The released code corrects CLIP's visual projection, which it finds by its shape; in any other backbone it corrects
+    nothing. By default this class corrects the last weight matrix among the merged parameters. Name other matrices in
+    ``layers`` if the features do not depend on that one.
 
-    Each batch costs a pass without and one with gradient and two writes of the weights into the module, which is less
-    than to store the features of a whole epoch: a shuffled or augmented epoch does not come a second time. Memory:
-    three vectors of the model's size (the model before, the corrected model, a gradient) beside those of the wrapped
-    method, and Adam's two moments of the corrected matrices.
+    Each batch costs a pass without gradient, a pass with gradient and two writes of the weights into the module. That
+    is less than storing the features of a whole epoch, since a shuffled or augmented epoch does not come a second time.
+    Memory: three vectors of the model's size (the previous model, the corrected model, a gradient) besides those of the
+    wrapped method, and Adam's two moments of the corrected matrices.
 
     State, first task and the operating time reached are the wrapped method's. A task of utility weight 0 changes
-    nothing, and nothing is corrected where the method chose the time 0. Of a path the loss at its end, and with it
-    barrier and envelope excess, is that of the corrected model, for one more pass over the calibration samples.
+    nothing. Nothing is corrected if the method chose the time 0. The loss at the end of a path, and with it barrier and
+    envelope excess, is that of the corrected model; this takes one more pass over the calibration samples.
 
     Args:
         method: The merge method, an instance, a registered name or an import path.
         layers: Patterns of the weight matrices to correct, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes the last one.
-        lr: Learning rate, constant. 2e-8 is the released code's default, 1e-7 what its class-incremental script sets,
-            both for CLIP ViT-B/16, and 0 what its domain-incremental script sets: no correction. AdamW moves an entry
-            by about lr per batch whatever the size of the gradient, so a sensible value is a small fraction of the
-            entries' own size over the number of batches.
+        lr: Learning rate, constant. 2e-8 is the released code's default. Its class-incremental script sets 1e-7; both
+            are for CLIP ViT-B/16. Its domain-incremental script sets 0: no correction. AdamW moves an entry by about lr
+            per batch for any size of the gradient, so a sensible value is a small fraction of the entries' own size
+            over the number of batches.
         loss: ``"l1"`` (the default of the released code) or ``"l2"`` (what its class-incremental script sets).
-        weight_decay: AdamW's; 0.01 is PyTorch's default, which the released code leaves.
+        weight_decay: AdamW's weight decay; 0.01 is PyTorch's default, which the released code keeps.
         clip: Largest norm of the gradient of the corrected matrices together; 1 as released.
 
     Raises:
@@ -87,7 +87,7 @@ class RepresentationCorrection(MergeMethod):
         self.clip = clip
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
-        """The wrapped method's first model; there is nothing before it to correct towards."""
+        """The wrapped method's first model; there is no earlier model to correct towards."""
         return self.method.start(incoming, context)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

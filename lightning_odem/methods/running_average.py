@@ -1,4 +1,4 @@
-"""The running average of a stream's models, kept by methods whose merged model is another one."""
+"""The running average of a stream's models, for methods whose merged model is a different one."""
 
 from typing import Any
 
@@ -32,7 +32,8 @@ class RunningAverage:
     def write_(self, vector: Tensor, context: MergeContext) -> Tensor:
         """Overwrite a vector [d] with the average, and return it.
 
-        Where the average is not known, as of parameters that are new to the merge, it is taken to be what is there.
+        Where the average is not known, for example for parameters that are new to the merge, the vector keeps its
+        values.
 
         Raises:
             ValueError: If a tensor was kept in another shape.
@@ -50,7 +51,7 @@ class RunningAverage:
         return vector
 
     def move(self, incoming: Tensor, t: float, context: MergeContext) -> None:
-        """Take in a model [d] at operating time ``t``; tensors that are not part of it stay."""
+        """Take in a model [d] at operating time ``t``; tensors that are not part of the model stay."""
         pieces = tensors(incoming, context).items()
         self._tensors = self._tensors | {name: self._tensors[name].lerp(piece.cpu(), t) for name, piece in pieces}
 

@@ -16,10 +16,10 @@ Gradient = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class CalibrationPart(CalibrationObjective):
-    """The calibration loss on some of the samples, measured and counted by the objective of all.
+    """The calibration loss on some of the samples, measured and counted by the objective of all samples.
 
     Args:
-        objective: The calibration loss, or itself a part of one.
+        objective: The calibration loss, or a part of one.
         buffer: The samples.
     """
 
@@ -30,7 +30,7 @@ class CalibrationPart(CalibrationObjective):
         self._objective = objective
 
     def loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> tuple[float, Tensor]:
-        """Loss and gradient at ``theta`` [d], of these samples unless others are given."""
+        """Loss and gradient at ``theta`` [d] on these samples, unless others are given."""
         return self._objective.loss_and_grad(theta, self.micro_batches() if batches is None else batches)
 
     def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
@@ -39,16 +39,16 @@ class CalibrationPart(CalibrationObjective):
 
 
 def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[CalibrationPart, CalibrationPart]:
-    """The calibration loss on the samples to learn from, and on those held out.
+    """Split the calibration loss into one on the samples to learn from and one on the held-out samples.
 
-    Held out are the last ones of each task. A buffer keeps samples in a random, class-balanced order, so this is a
-    random, nearly balanced choice, the same in every merge until the task's quota shrinks. Nothing is copied. Tasks
-    keep their shares of the loss in both parts, among those that have samples there.
+    The last samples of each task are held out. A buffer keeps samples in a random, class-balanced order, so this is a
+    random, nearly balanced choice. It is the same in every merge until the task's quota shrinks. Nothing is copied. In
+    both parts, the tasks that have samples there keep their shares of the loss relative to each other.
 
     Args:
         objective: The calibration loss; its buffer is not changed.
         fraction: Share of a task's samples to hold out, in (0, 1), rounded. A task with two samples or more keeps at
-            least one on each side, one with a single sample holds none out.
+            least one on each side. A task with a single sample holds none out.
 
     Raises:
         ValueError: If no task that counts has two samples.
@@ -77,21 +77,21 @@ def _part(objective: CalibrationObjective, index: dict[str, slice]) -> Calibrati
 
 
 def samples_per_epoch(buffer: CalibrationBuffer) -> int:
-    """Samples which count in the loss: those of tasks that have a share of it."""
+    """Count the samples of tasks that have a share of the loss."""
     return sum(buffer.counts[task] for task in buffer.shares())
 
 
 def minibatches_per_epoch(buffer: CalibrationBuffer, size: int) -> int:
-    """Random minibatches of a size that make one pass over the samples which count in the loss."""
+    """Number of random minibatches of a size in one pass over the samples that count in the loss."""
     return -(-samples_per_epoch(buffer) // size)
 
 
 def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuffer, size: int, seed: int) -> Gradient:
-    """Loss and gradient, each call on the next random minibatch, epoch after epoch without end.
+    """Return a function that takes loss and gradient on the next random minibatch, epoch after epoch without end.
 
     Args:
-        objective: Measures and counts; its ``batch_size`` bounds what goes through the module at once.
-        buffer: Where the samples are from: the objective's buffer or a part of it.
+        objective: Measures and counts; its ``batch_size`` bounds the samples that go through the module at once.
+        buffer: The source of the samples: the objective's buffer or a part of it.
         size: Samples per minibatch.
         seed: Seed of the minibatches.
     """

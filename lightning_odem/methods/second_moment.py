@@ -13,7 +13,7 @@ from lightning_odem.methods.needs import SecondMoments
 def share_of_new(old: Tensor | None, new: Tensor, coefficient: float) -> Tensor:
     r"""How much the incoming model counts in each entry, :math:`a F / ((1 - a) \bar F + a F)`.
 
-    It is a itself where a moment is missing (NaN), as all are if ``old`` is None, and where both are zero.
+    It is a itself where a moment is missing (NaN) and where both are zero. All moments are missing if ``old`` is None.
 
     Example:
         >>> share_of_new(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3.0, 3.0, 0.0]), 0.5)
@@ -29,7 +29,8 @@ class SecondMomentMerge(MergeMethod):
     r"""Averaging weighted by optimizer second moments, stage B of HCMM (arXiv 2509.23592).
 
     Adam's running mean of squared gradients at the end of a task's training, F ("exp_avg_sq"), tells how much the
-    task's loss depends on each parameter. Merged and incoming model are averaged with it entry by entry,
+    task's loss depends on each parameter. The merged and the incoming model are averaged with these weights entry by
+    entry,
 
     .. math::
         \Psi_k = \frac{(1 - a) \bar F_{k-1} \Psi_{k-1} + a F_k \psi_k}{(1 - a) \bar F_{k-1} + a F_k}, \qquad
@@ -38,24 +39,24 @@ class SecondMomentMerge(MergeMethod):
     from :math:`\Psi_1 = \psi_1, \bar F_1 = F_1`. With equal moments it is the running average. In the paper each task
     is fine-tuned from the merged model, ``ContinualMergeCallback(finetune_from="merged")``.
 
-    Where an entry has no moment, because the optimizer never stepped it or another method began the stream, both
-    models are interpolated plainly with a, as in the released code, and of the two moments the one that is there is
-    kept. The same where both moments are zero, when the fraction is 0/0: weights that no loss depends on, for which
-    the released code gives NaN.
+    An entry has no moment if the optimizer never stepped it or another method began the stream. There the models are
+    interpolated plainly with a, as in the released code, and the moment that exists is kept. The same happens where
+    both moments are zero and the fraction is 0/0, at weights that no loss depends on; the released code gives NaN for
+    them.
 
-    F is not an empirical Fisher information. The released code, and so this method, takes the raw moment after the
-    last step: an average over about the last 1 / (1 - beta_2) steps of the gradients as the optimizer got them,
-    clipped or not, without Adam's bias correction and not normalised between tasks. So a task with larger gradients
-    counts more, and one trained for only a few hundred steps counts less. The paper's class-incremental experiments
-    are merged like this; the script of its domain-incremental ones interpolates plainly.
+    F is not an empirical Fisher information. The released code, and so this method, takes the raw moment after the last
+    step. It averages the squared gradients of about the last 1 / (1 - beta_2) steps as the optimizer got them, clipped
+    or not. It has no bias correction and is not normalised between tasks. So a task with larger gradients counts more,
+    and one trained for only a few hundred steps counts less. The paper's class-incremental experiments are merged like
+    this; the script of its domain-incremental ones interpolates plainly.
 
     State: the mean moments, one vector of the model's size on the CPU.
 
     Args:
         coefficient: a in [0, 1], the incoming model's weight; None (the default) takes the operating time, so that
-            utility weights count. 0.4 is the default of the released code, for every task, whose scripts choose among
-            0.3 to 0.6; then a task of utility weight 0 leaves the merged model and the moments untouched, and other
-            weights have no effect.
+            utility weights count. The default of the released code is 0.4 for every task; its scripts choose among 0.3
+            to 0.6. With a number, a task of utility weight 0 leaves the merged model and the moments untouched, and
+            other weights have no effect.
 
     Raises:
         ValueError: For a coefficient outside [0, 1]; when merging, if the state belongs to a model of another size.
@@ -75,7 +76,7 @@ class SecondMomentMerge(MergeMethod):
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        """Average in the memory of ``merged``, with three more vectors beside the moments."""
+        """Average in the memory of ``merged``, with three more vectors besides the moments."""
         if t == 0.0:
             return MergeResult(merged)
         coefficient = t if self.coefficient is None else self.coefficient

@@ -5,10 +5,10 @@ from lightning_odem.methods.registry import METHODS, method_name
 
 
 def check_sharding(method: MergeMethod) -> None:
-    """Refuse a method that needs whole vectors, where each process has its shards of the parameters only.
+    """Refuse a method that needs whole vectors when each process has only its shards of the parameters.
 
     Raises:
-        ValueError: With the methods that can.
+        ValueError: If the method needs whole vectors; the message lists the methods that do not.
 
     Example:
         >>> from lightning_odem.methods import resolve_method

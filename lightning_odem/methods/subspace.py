@@ -10,10 +10,11 @@ from lightning_odem.methods.linalg import exact, singular
 
 
 def orthonormal(directions: Tensor) -> Tensor:
-    """An orthonormal basis of the span of k directions.
+    """Find an orthonormal basis of the span of k directions.
 
-    Directions that the others make up to rounding add nothing: the basis has as many rows as the numerical rank, none
-    if all directions are zero. Computed in fp64, by a QR decomposition and the singular values of its small factor.
+    A direction that is a combination of the others, up to rounding, adds nothing. The basis has as many rows as the
+    numerical rank, and none if all directions are zero. Computed in fp64, by a QR decomposition and the singular values
+    of its small factor.
 
     Args:
         directions: Shape [k, n], neither zero.
@@ -36,7 +37,7 @@ class Subspace:
 
     Args:
         origin: The point of coefficients zero, shape [d].
-        bases: For each of the P tensors in turn its basis :math:`B_p`, shape [r_p, n_p]; the n_p sum to d.
+        bases: The basis :math:`B_p` of each of the P tensors in turn, shape [r_p, n_p]; the n_p sum to d.
 
     Example:
         >>> plane = Subspace(torch.zeros(3), [torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0]])])
@@ -61,6 +62,6 @@ class Subspace:
         return torch.cat(moves) + self.origin
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """The gradient of a loss by the coefficients, from its gradient [d] by the weights: the chain rule."""
+        """Turn the gradient [d] of a loss by the weights into its gradient by the coefficients, by the chain rule."""
         pieces = gradient.split([basis.shape[1] for basis in self.bases])
         return torch.cat([basis @ piece for basis, piece in zip(self.bases, pieces, strict=True)])

@@ -19,18 +19,19 @@ class TaskArithmeticMerge(MergeMethod):
 
     - ``"utility"``, eq. 48-49 of the ODE-M paper: :math:`\Psi_k = \psi_0 + \lambda \bar\delta_k` with
       :math:`\bar\delta_k = (1 - t) \bar\delta_{k-1} + t \tau_k`, the utility-weighted mean of the task vectors. It is
-      computed as :math:`(1 - t) \Psi_{k-1} + t (\psi_0 + \lambda \tau_k)`, the same without a vector to keep. With
-      scale 1 it is the running average.
-    - ``"sum"``, FusionBench (behind the published tables): :math:`\Psi_k = \Psi_{k-1} + \lambda \tau_k`. Utility
-      weights have no effect but that a task of weight 0 leaves the merged model untouched.
+      computed as :math:`(1 - t) \Psi_{k-1} + t (\psi_0 + \lambda \tau_k)`, which is the same and keeps no further
+      vector. With scale 1 it is the running average.
+    - ``"sum"``, FusionBench (behind the published tables): :math:`\Psi_k = \Psi_{k-1} + \lambda \tau_k`. A task of
+      weight 0 leaves the merged model untouched; otherwise utility weights have no effect.
 
-    Both start from :math:`\Psi_1 = \psi_0 + \lambda \tau_1` and do not depend on the order of the tasks. (Eq. 1 of the
-    paper has every method start from the first model itself, which eq. 49 does only with scale 1.)
+    Both start from :math:`\Psi_1 = \psi_0 + \lambda \tau_1` and do not depend on the order of the tasks. (In eq. 1 of
+    the paper every method starts from the first model itself. Eq. 49 does so only with scale 1.)
 
     Note:
-        The scale means something else in each: equal utilities and K tasks give the same model for ``"utility"`` with
-        scale K s as for ``"sum"`` with scale s. The published s (0.3 for 8 tasks, 0.1 for 14 and 20) so belongs to
-        ``"sum"``; with it ``"utility"`` stays close to the base model, and its match is 2.4, 1.4 and 2.0.
+        The scale has a different meaning in each recursion. With equal utilities and K tasks, ``"utility"`` with scale
+        K s gives the same model as ``"sum"`` with scale s. The published s (0.3 for 8 tasks, 0.1 for 14 and 20) belongs
+        to ``"sum"``. With these values ``"utility"`` stays close to the base model; the matching values for it are 2.4,
+        1.4 and 2.0.
 
     Args:
         scale: Scaling coefficient, above 0; 0.3 is the published default.
@@ -57,7 +58,7 @@ class TaskArithmeticMerge(MergeMethod):
         self.recursion = recursion
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
-        """The first task's model, its task vector scaled."""
+        """The first task's model with its task vector scaled."""
         return MergeResult(torch.lerp(context[BaseModel], incoming, self.scale))
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

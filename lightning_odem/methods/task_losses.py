@@ -35,7 +35,7 @@ class TaskLosses:
             self.shares[batch.task] = self.shares.get(batch.task, 0.0) + batch.share
 
     def __call__(self, theta: Tensor) -> dict[str, float]:
-        """Loss of each task at ``theta`` [d], in one pass; a batch counts as much as any other, however small."""
+        """Loss of each task at ``theta`` [d], in one pass. All batches count equally, whatever their size."""
         losses = iter(self.objective.losses(theta, [batch for held in self.batches.values() for batch in held]))
         return {task: fmean(islice(losses, len(held))) for task, held in self.batches.items()}
 
@@ -44,5 +44,5 @@ class TaskLosses:
         return self.objective.loss_and_grad(theta, batches)[1]
 
     def mean(self, losses: Mapping[str, float]) -> float:
-        """The mean over the tasks, each counted by its share."""
+        """The mean over the tasks, weighted by their shares."""
         return math.fsum(share * losses[task] for task, share in self.shares.items())

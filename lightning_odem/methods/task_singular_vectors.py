@@ -17,34 +17,34 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class TaskSingularVectorsMerge(MergeMethod):
-    r"""TSV-Merge (Gargiulo et al., CVPR 2025, arXiv 2412.00081), as a stream that equals its one-shot form.
+    r"""TSV-Merge (Gargiulo et al., CVPR 2025, arXiv 2412.00081) as a stream that equals its one-shot form.
 
-    Of the task vector :math:`\tau_k = U_k S_k V_k^T` of each weight matrix [m, n] the leading
-    :math:`r_K = \lfloor \min(m, n) / K \rfloor` (at least one) singular directions are kept. Those of all K tasks side
-    by side are made orthonormal, :math:`\hat U` and :math:`\hat V` being the orthonormal matrices nearest to
+    Each weight matrix [m, n] has a task vector :math:`\tau_k = U_k S_k V_k^T`. Its leading
+    :math:`r_K = \lfloor \min(m, n) / K \rfloor` (at least one) singular directions are kept. The directions of all K
+    tasks are made orthonormal: :math:`\hat U` and :math:`\hat V` are the orthonormal matrices nearest to
     :math:`[U_1 \dots U_K]` and :math:`[V_1 \dots V_K]`, and
 
     .. math:: \Psi_K = \psi_0 + \lambda\, \hat U\, \mathrm{diag}(S_1, \dots, S_K)\, \hat V^T.
 
-    As more tasks come each keeps fewer directions, and the leading ones among those it has: so truncated factors are
-    all that the one-shot rule needs of earlier tasks, and the order does not matter. Other parameters are averaged.
-    Utility weights multiply singular values, :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task
-    alone gives its own model, a task of weight 0 changes nothing, bit by bit. The layers of a packed attention weight
-    are matrices of their own.
+    As more tasks come, each task keeps fewer directions, the leading ones among those it has. So the one-shot rule
+    needs only truncated factors of earlier tasks, and the order does not matter. Other parameters are averaged. Utility
+    weights multiply singular values, :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task alone
+    gives its own model. A task of weight 0 changes nothing, bit by bit. The layers of a packed attention weight are
+    matrices of their own.
 
-    If the method takes over a stream that another one began, the merged model it finds counts as one task.
+    In a stream that another method began, the merged model counts as one task.
 
     Published, one-shot, CLIP ViT-B/16 and 8, 14, 20 tasks: 89.0, 84.6, 80.6 %.
 
-    State: the factors, at most two vectors of the model's size for square matrices whatever K, and the running average.
-    One merge costs one singular value decomposition of the update and two of the factors per matrix.
+    State: the factors and the running average. For square matrices the factors take at most two vectors of the model's
+    size, whatever K is. One merge costs one singular value decomposition of the update and two of the factors per
+    matrix.
 
     Args:
-        scale: lambda, above 0; 1 is the authors'.
-        layers: Patterns of the weight matrices to merge so, see
+        scale: lambda, above 0; 1 is the authors' choice.
+        layers: Patterns of the weight matrices to merge in this way, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
-        recursion: Feed the merged model back in, as the sequential baselines of the literature do. Utility weights
-            then have no effect.
+        recursion: Feed the merged model back in, as sequential baselines do; utility weights then have no effect.
 
     Raises:
         ValueError: For a scale that is not positive; when merging, for patterns that match nothing.
@@ -69,10 +69,10 @@ class TaskSingularVectorsMerge(MergeMethod):
         return MergeResult(incoming)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        """Shorten the factors kept, add the task's and put all together."""
+        """Shorten the factors kept, add the task's factors and join all of them."""
         if t == 0.0:
             return MergeResult(merged)
-        if t == 1.0:  # nothing before it has a weight
+        if t == 1.0:  # no earlier task has a weight
             return self.start(incoming, context)
         if self.recursion:
             self.load_state_dict({})
@@ -117,7 +117,7 @@ class TaskSingularVectorsMerge(MergeMethod):
         self._factors = [{key: _triple(factors) for key, factors in task.items()} for task in state.get("factors", [])]
 
     def _of(self, model: Tensor, count: int, context: MergeContext) -> dict[str, Factors]:
-        """The leading factors of a model's update by matrix, on the CPU."""
+        """Compute the leading factors of a model's update by matrix, on the CPU."""
         names = weight_matrices(context, self.layers)
         update = model - context[BaseModel]
         return {
@@ -127,14 +127,14 @@ class TaskSingularVectorsMerge(MergeMethod):
 
 
 def joined(tasks: Sequence[tuple[float, Factors]]) -> Tensor:
-    """The matrix [m, n] of all tasks' factors U, S, V, each S times its share, their directions made orthonormal."""
+    """Join all tasks' factors U, S, V into a matrix [m, n]: each S times its share, all directions orthonormal."""
     shares = torch.cat([share * exact(s) for share, (_, s, _) in tasks])
     left, right = (nearest_orthonormal(torch.cat([exact(task[1][side]) for task in tasks], 1)) for side in (0, 2))
     return left * shares @ right.T
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:
-    """The matrix with orthonormal columns (rows, where it is wide) nearest to ``matrix``: U V^T of its U S V^T.
+    """Find the matrix with orthonormal columns (rows, if it is wide) nearest to ``matrix``: U V^T of its U S V^T.
 
     Example:
         >>> nearest_orthonormal(torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 0.0]]))

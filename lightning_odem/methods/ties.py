@@ -29,7 +29,7 @@ def trim(vector: Tensor, density: float) -> Tensor:
 
 
 def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
-    """The sign of the sum of the vectors in each entry; where that is 0, the sign that most entries have.
+    """Return the sign of the sum of the vectors in each entry; where the sum is 0, the sign that most entries have.
 
     Example:
         >>> elect_sign([torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 1.0, -1.0])])
@@ -40,7 +40,7 @@ def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "sum") -> Tensor:
-    """In each entry the sum, or mean, of the values that have the elected sign; 0 where none has.
+    """Return in each entry the sum, or mean, of the values that have the elected sign; 0 where none has it.
 
     Example:
         >>> vectors = [torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 1.0, -1.0])]

@@ -21,17 +21,17 @@ from lightning_odem.methods.subspace import Subspace, orthonormal
 def trajectory_subspace(
     merged: Tensor, incoming: Tensor, t: float, base: Tensor, snapshots: Sequence[Tensor], sizes: Sequence[int]
 ) -> Subspace:
-    """The training trajectory's subspace with the running average at its origin.
+    """Build the subspace of the training trajectory, with the running average at its origin.
 
-    Each tensor has coefficients of its own. Its directions are those from the merged model to every snapshot and to
-    the incoming model, and the one from the base to the merged model. A coefficient of 1 moves the tensor as far as
-    the whole way from the merged to the incoming model: the natural unit, which differs much from tensor to tensor.
+    Each tensor has coefficients of its own. Its directions lead from the merged model to every snapshot and to the
+    incoming model, and from the base to the merged model. A coefficient of 1 moves the tensor by the whole distance
+    from the merged to the incoming model. This natural unit differs much from tensor to tensor.
 
     Args:
-        merged: Shape [d], as the other models.
+        merged: Shape [d], like the other models.
         incoming: The end of the trajectory.
         t: Operating time.
-        base: Where the history begins.
+        base: The model at which the history begins.
         snapshots: Points of the trajectory.
         sizes: Elements of each tensor, which sum to d.
     """
@@ -47,7 +47,7 @@ def trajectory_subspace(
 def norm_gradient(gradient: Callable[[Tensor], Tensor], theta: Tensor, at_theta: Tensor, epsilon: float) -> Tensor:
     r"""Gradient of the norm of a gradient, :math:`\nabla \|g\| = H g / \|g\|`, without a second backward pass.
 
-    The Hessian H meets the unit vector along g as the central difference of two gradients.
+    The product of the Hessian H with the unit vector along g is the central difference of two gradients.
 
     Args:
         gradient: The gradient [d] as a function of the point.
@@ -68,41 +68,42 @@ def norm_gradient(gradient: Callable[[Tensor], Tensor], theta: Tensor, at_theta:
 class TRMStyleMerge(MergeMethod):
     r"""A reconstruction of Trajectory Regularized Merging from its abstract (Deng & Wang, 2026, arXiv 2605.08311).
 
-    TRM-style, not TRM: only the abstract was at hand, and no code. It says that a merge is an optimisation within an
-    augmented trajectory subspace, under three objectives: task alignment, prediction consistency and gradient
-    responsiveness. Everything more definite is reconstructed: which directions span the subspace, coefficients per
-    tensor, all three losses, their weights, the optimiser, the starting point and every default. Results must not be
-    taken for those of the paper.
+    This is TRM-style, not TRM: only the abstract was available, and no code. It says that a merge is an optimisation
+    within an augmented trajectory subspace, under three objectives: task alignment, prediction consistency and gradient
+    responsiveness. Everything more specific is reconstructed: the directions that span the subspace, coefficients per
+    tensor, all three losses, their weights, the optimiser, the starting point and every default. The results are not
+    results of the paper.
 
-    The subspace is that of :func:`trajectory_subspace`, the start the running average. Over the coefficients Adam
-    minimises, on batches (x, y) of the incoming task's own training data and with g the gradient of the cross-entropy,
+    The subspace is that of :func:`trajectory_subspace`. The start is the running average. With g the gradient of the
+    cross-entropy, Adam minimises over the coefficients, on batches (x, y) of the incoming task's own training data,
 
     .. math:: \mathrm{CE}(\theta; x, y) + \lambda_c \, \mathrm{KL}(p_{\theta_0}(x) \,\|\, p_\theta(x))
         + \lambda_r \max(0, \kappa \|g(\theta_0)\| - \|g(\theta)\|).
 
     - Alignment: cross-entropy of the predictions.
-    - Consistency: with the merged model's predictions on the same batch. Where a module has a head per task, both are
-      the predictions of the incoming task's head, for the data of earlier tasks are not there.
-    - Responsiveness: a hinge on the norm of the gradient on the same batch, over all merged parameters. It is silent
-      while the norm is above the fraction kappa of what it was at the merged model; without that limit it would just
-      raise the loss, whose minimum has no gradient. Its own gradient is a finite difference, see
-      :func:`norm_gradient`, which is coarse under half precision.
+    - Consistency: divergence from the merged model's predictions on the same batch. If a module has a head per task,
+      both are the predictions of the incoming task's head, because the data of earlier tasks are not available.
+    - Responsiveness: a hinge on the norm of the gradient on the same batch, over all merged parameters. It is zero
+      while the norm is above the fraction kappa of its value at the merged model. Without that limit it would just
+      raise the loss, whose minimum has no gradient. Its own gradient is a finite difference, see :func:`norm_gradient`,
+      which is coarse under half precision.
 
-    No data of earlier tasks is used. A step costs three gradients on a batch and one pass without, two gradients more
-    while the hinge speaks. Besides the models and snapshots it holds the basis, S + 2 vectors, and up to eight for
-    points and gradients. Batches come in the order of the task's training dataloader, epoch after epoch.
+    No data of earlier tasks is used. A step costs three gradients on a batch and one pass without gradient, and two
+    more gradients while the hinge is active. Besides the models and snapshots it holds the basis (S + 2 vectors) and up
+    to eight vectors for points and gradients. Batches come in the order of the task's training dataloader, epoch after
+    epoch.
 
     Args:
         steps: Adam's steps; 0 gives the running average.
-        lr: Adam's learning rate, as a fraction of each tensor's way from the merged to the incoming model. At 0.01,
-            100 steps take a coefficient about that way at most.
+        lr: Adam's learning rate, as a fraction of each tensor's distance from the merged to the incoming model. At
+            0.01, 100 steps move a coefficient by about that distance at most.
         consistency: Weight lambda_c.
         responsiveness: Weight lambda_r.
         kappa: Fraction kappa. It is small because a fraction near 1 would undo the alignment.
-        snapshots: Snapshots S of the training run at most.
+        snapshots: Largest number S of snapshots of the training run.
 
     Raises:
-        ValueError: For an argument out of its range; when merging, if predictions are no class scores or the training
+        ValueError: For an argument out of its range; when merging, if predictions are not class scores or the training
             dataloader gives no batch.
     """
 
@@ -132,7 +133,7 @@ class TRMStyleMerge(MergeMethod):
         self.needs = (BaseModel(), Snapshots(snapshots), TrainingData())
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
-        """Optimise the coefficients, from the running average on.
+        """Optimise the coefficients, starting from the running average.
 
         Raises:
             NonFiniteLossError: If the loss or a weight becomes infinite or NaN.
@@ -167,7 +168,7 @@ class TRMStyleMerge(MergeMethod):
     def loss_and_grad(
         self, theta: Tensor, merged: Tensor, batch: Any, data: TaskData, epsilon: float
     ) -> tuple[float, Tensor]:
-        """The three losses' weighted sum on one batch and its gradient by the weights.
+        """Compute the weighted sum of the three losses on one batch and its gradient by the weights.
 
         Args:
             theta: The point, shape [d].

@@ -18,14 +18,14 @@ class AccuracyMatrix(PredictionCounts):
     .. math:: a_{k,i} = \frac{1}{N_i} \sum_{n=1}^{N_i} 1\big(\hat{y}_{k,n} = y_n\big)
 
     Where :math:`y_n` are the labels of the :math:`N_i` samples of task :math:`i`, and :math:`\hat{y}_{k,n}` the
-    predictions of the merged model as it is after merge :math:`k \ge i`.
+    predictions of the merged model after merge :math:`k \ge i`.
 
     As input to ``update`` the metric accepts the following input:
 
     - ``preds`` (:class:`~torch.Tensor`): Scores of shape ``(B, C)`` or class ids of shape ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids in an int tensor of shape ``(B,)``
     - ``merge`` (:class:`int`): Index of the merge after which the model predicts, from 0
-    - ``task`` (:class:`int`): Index of the task that the batch is of, from 0 to ``merge``
+    - ``task`` (:class:`int`): Index of the task of the batch, from 0 to ``merge``
 
     As output of ``compute`` the metric returns the following output:
 

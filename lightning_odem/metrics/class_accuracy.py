@@ -1,4 +1,4 @@
-"""The accuracy that tasks with classes are measured by unless they bring a metric of their own."""
+"""The accuracy that measures tasks with classes unless they bring a metric of their own."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class ClassAccuracy(Metric):
       ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids of shape ``(B,)``
 
-    Class ids are integers or booleans; how many classes there are need not be known.
+    Class ids are integers or booleans. The number of classes need not be known.
 
     As output of ``compute`` the metric returns the following output:
 
@@ -75,7 +75,7 @@ class ClassAccuracy(Metric):
 
 
 def _are_scores(values: Any) -> bool:
-    # One column of scores is no choice between classes: its argmax is 0 whatever the score.
+    # A single column of scores does not choose between classes: its argmax is 0 whatever the score is.
     return isinstance(values, Tensor) and values.dim() == 2 and values.shape[1] > 1
 
 

@@ -14,8 +14,8 @@ class PredictionCounts(Metric):
     """States and input checks shared by the metrics of this package.
 
     The states ``correct`` and ``total`` are int64 tables of counts that :meth:`_count` grows as cells arrive.
-    torchmetrics can only sum states of one shape; the two overridden methods pad with zeros first, so that batches,
-    copies and ranks that have seen different tasks add up.
+    torchmetrics can only sum states of the same shape. The two overridden methods pad with zeros first, so that
+    batches, copies and ranks that have seen different tasks can be added.
     """
 
     is_differentiable: bool = False
@@ -70,10 +70,10 @@ class PredictionCounts(Metric):
 
 
 def _class_ids(preds: Tensor, target: Tensor) -> Tensor:
-    """Predicted class ids [B] of scores [B, C] or class ids [B] that fit the target [B]."""
+    """Predicted class ids [B] from scores [B, C] or class ids [B] that fit the target [B]."""
     if target.ndim != 1 or not _is_integer(target):
         raise ValueError(f"Expected integer `target` of shape [B], got {target.dtype} of shape {tuple(target.shape)}.")
-    # One column of scores is no choice between classes: its argmax is 0 whatever the score.
+    # A single column of scores does not choose between classes: its argmax is 0 whatever the score is.
     if preds.ndim not in (1, 2) or len(preds) != len(target) or preds.shape[1:] == (1,):
         raise ValueError(
             f"Expected `preds` of shape [B, C] (scores of 2 or more classes) or [B] (class ids) for {len(target)} "

@@ -3,11 +3,11 @@ r"""The metrics as pure functions of accuracies and utility weights.
 All of them are weighted means with these rules in common:
 
 - They are computed in fp64 and returned as a 0-dim tensor of the accuracies' dtype.
-- Weights are relative: multiplying all of them by one positive number changes nothing.
-- An accuracy that is NaN (not measured) makes the mean NaN, unless its task has weight 0 and so does not enter.
-- A mean over no task, or over tasks that all have weight 0 while another task of the stream has not, is undefined: NaN.
-- Scores may be of any metric. Where lower ones are better (``higher_is_better=False``), BWT, forgetting and forward
-  transfer are those of the scores with their sign changed: a negative BWT means forgotten, whatever the metric.
+- Weights are relative: multiplying all of them by the same positive number changes nothing.
+- An accuracy of NaN (not measured) makes the mean NaN, unless its task has weight 0 and so does not count.
+- A mean over no task is undefined: NaN. So is a mean over tasks of weight 0 if another task of the stream has a weight.
+- Scores may be of any metric. If lower scores are better (``higher_is_better=False``), BWT, forgetting and forward
+  transfer use the scores with their sign changed. So a negative BWT means forgetting for every metric.
 - Invalid weights (see :func:`check_weights`) and shapes that do not match raise a :class:`ValueError`.
 """
 
@@ -73,16 +73,16 @@ def backward_transfer(matrix: Tensor, weights: Tensor, higher_is_better: bool = 
 
     .. math:: \text{BWT}_w = \frac{\sum_{i<K} w_i \, (a_{K,i} - a_{i,i})}{\sum_{i<K} w_i}
 
-    What the later merges did to the earlier tasks, each compared with the accuracy right after its own merge;
-    negative where accuracy was lost. The last task has no later merge and does not enter.
+    It measures the effect of later merges on earlier tasks. Each task is compared with its accuracy right after its own
+    merge. The result is negative if accuracy was lost. The last task has no later merge and does not count.
 
     Args:
         matrix: Accuracy matrix, shape [K, K]. Entries above the diagonal are ignored.
         weights: Utility weight of each task, shape [K].
-        higher_is_better: Whether that is so of the scores.
+        higher_is_better: Whether higher scores are better.
 
     Returns:
-        NaN for K < 2 and where all earlier tasks have weight 0.
+        The mean; NaN for K < 2 and if all earlier tasks have weight 0.
 
     Raises:
         ValueError: If a weight is invalid, all weights are 0, or the shapes do not match.
@@ -104,16 +104,16 @@ def forgetting(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -
 
     .. math:: \text{F}_w = \frac{\sum_{j<K} w_j \, \big(\max_{j \le l < K} a_{l,j} - a_{K,j}\big)}{\sum_{j<K} w_j}
 
-    The drop from the best accuracy a task ever had since it was merged to the accuracy it has now. Chaudhry et al.
-    take the plain mean, which equal weights give.
+    It measures the drop from the best accuracy that a task has had since it was merged to its accuracy now. Chaudhry et
+    al. take the plain mean, which equal weights give.
 
     Args:
         matrix: Accuracy matrix, shape [K, K]. Entries above the diagonal are ignored.
         weights: Utility weight of each task, shape [K].
-        higher_is_better: Whether that is so of the scores.
+        higher_is_better: Whether higher scores are better.
 
     Returns:
-        NaN for K < 2 and where all earlier tasks have weight 0.
+        The mean; NaN for K < 2 and if all earlier tasks have weight 0.
 
     Raises:
         ValueError: If a weight is invalid, all weights are 0, or the shapes do not match.
@@ -140,19 +140,19 @@ def forward_transfer(
 
     .. math:: \text{FWT}_w = \frac{\sum_{i=2}^{K} w_i \, (a_{i-1,i} - b_i)}{\sum_{i=2}^{K} w_i}
 
-    What the merges of other tasks did for a task that was not trained yet. Lopez-Paz & Ranzato take the accuracies of
-    a randomly initialised model as :math:`b_i`; in model merging every task starts from the base model, so here
-    :math:`b_i` is the accuracy of the pretrained base model.
+    It measures the effect of other tasks' merges on a task that was not trained yet. Lopez-Paz & Ranzato take the
+    accuracies of a randomly initialised model as :math:`b_i`; in model merging every task starts from the base model,
+    so here :math:`b_i` is the accuracy of the pretrained base model.
 
     Args:
-        before_training: Accuracy on each task of the merged model as it was before that task was trained,
-            :math:`a_{i-1,i}`, shape [K]. Element 0 is ignored: there was no merged model before the first task.
+        before_training: Accuracy of the merged model on each task before that task was trained, :math:`a_{i-1,i}`,
+            shape [K]. Element 0 is ignored: there was no merged model before the first task.
         baseline: Accuracy on each task of the base model, shape [K]. Element 0 is ignored.
         weights: Utility weight of each task, shape [K].
-        higher_is_better: Whether that is so of the scores.
+        higher_is_better: Whether higher scores are better.
 
     Returns:
-        NaN for K < 2 and where all tasks but the first have weight 0.
+        The mean; NaN for K < 2 and if all tasks but the first have weight 0.
 
     Raises:
         ValueError: If a weight is invalid, all weights are 0, or the shapes do not match.
@@ -175,7 +175,7 @@ def _sign(higher_is_better: bool) -> float:
 def _validate(
     name: str, accuracies: Tensor, weights: Tensor, ndim: int = 1, sign: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Both arguments in fp64, the first with a sign, once the weights are valid and ask for the accuracies' shape."""
+    """Check the weights and the accuracies' shape; return both in fp64, the accuracies with the sign applied."""
     check_weights(weights)
     shape = ndim * (len(weights),)
     if accuracies.shape != shape or not accuracies.is_floating_point():

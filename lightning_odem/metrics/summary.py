@@ -15,8 +15,8 @@ from lightning_odem.metrics.functional import backward_transfer, check_weights, 
 class WeightedSummary(PredictionCounts):
     """Base of the metrics that are a weighted mean over the tasks merged so far.
 
-    ``compute`` returns NaN as long as every task so far has weight 0 or there is none, so that a stream may begin
-    with a task of weight 0.
+    ``compute`` returns NaN while there is no task or every task so far has weight 0, so a stream may begin with a task
+    of weight 0.
 
     Args:
         weights: Utility weight of each task of the stream, by task index; all equal if not given.
@@ -73,7 +73,7 @@ class WeightedAccuracy(WeightedSummary):
     - ``preds`` (:class:`~torch.Tensor`): Scores of shape ``(B, C)`` or class ids of shape ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids in an int tensor of shape ``(B,)``
     - ``merge`` (:class:`int`): Index of the merge after which the model predicts, from 0
-    - ``task`` (:class:`int`): Index of the task that the batch is of, from 0 to ``merge``
+    - ``task`` (:class:`int`): Index of the task of the batch, from 0 to ``merge``
 
     As output of ``compute`` the metric returns the following output:
 
@@ -120,12 +120,12 @@ class WeightedBackwardTransfer(WeightedSummary):
     - ``preds`` (:class:`~torch.Tensor`): Scores of shape ``(B, C)`` or class ids of shape ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids in an int tensor of shape ``(B,)``
     - ``merge`` (:class:`int`): Index of the merge after which the model predicts, from 0
-    - ``task`` (:class:`int`): Index of the task that the batch is of, from 0 to ``merge``
+    - ``task`` (:class:`int`): Index of the task of the batch, from 0 to ``merge``
 
     As output of ``compute`` the metric returns the following output:
 
     - ``bwt_w`` (:class:`~torch.Tensor`): 0-dim tensor, fp64, negative where accuracy was lost. NaN before the second
-      merge, while all earlier tasks have weight 0, and if an accuracy it needs was not measured.
+      merge, while all earlier tasks have weight 0, and if a required accuracy was not measured.
 
     Args:
         weights: Utility weight of each task of the stream, by task index; all equal if not given.
@@ -167,12 +167,12 @@ class WeightedForgetting(WeightedSummary):
     - ``preds`` (:class:`~torch.Tensor`): Scores of shape ``(B, C)`` or class ids of shape ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids in an int tensor of shape ``(B,)``
     - ``merge`` (:class:`int`): Index of the merge after which the model predicts, from 0
-    - ``task`` (:class:`int`): Index of the task that the batch is of, from 0 to ``merge``
+    - ``task`` (:class:`int`): Index of the task of the batch, from 0 to ``merge``
 
     As output of ``compute`` the metric returns the following output:
 
     - ``forgetting_w`` (:class:`~torch.Tensor`): 0-dim tensor, fp64, positive where accuracy was lost. NaN before the
-      second merge, while all earlier tasks have weight 0, and if an accuracy it needs was not measured.
+      second merge, while all earlier tasks have weight 0, and if a required accuracy was not measured.
 
     Args:
         weights: Utility weight of each task of the stream, by task index; all equal if not given.

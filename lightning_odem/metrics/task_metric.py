@@ -1,4 +1,4 @@
-"""What the score of a task is: its name, its unit, and whether more of it is better."""
+"""What the score of a task is: its name, its unit, and whether a higher score is better."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning_odem.metrics.class_accuracy import ClassAccuracy
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """The metric of a task, as far as its numbers have to be read; accuracy by default.
+    """What is needed to read the metric of a task; accuracy by default.
 
     Args:
         name: Name of the metric.
@@ -33,10 +33,10 @@ class TaskMetric:
 
     @classmethod
     def of(cls, metric: Metric | MetricCollection) -> "TaskMetric":
-        """That of a metric; of a collection, that of its first entry.
+        """Read it from a metric, or from the first entry of a collection.
 
-        Fractions are told by the bounds that a metric gives for its plots, 0 and 1. One that does not say which way is
-        better is one of which more is better.
+        A metric is a fraction if the bounds it gives for its plots are 0 and 1. If it does not say which way is better,
+        higher is better.
         """
         if isinstance(metric, MetricCollection):
             name, metric = next(iter(metric.items(keep_base=False, copy_state=False)))
@@ -49,22 +49,22 @@ class TaskMetric:
 
     @property
     def label(self) -> str:
-        """Name with the unit, and the direction if less is better."""
+        """Name with the unit, and the direction if lower is better."""
         remarks = [self.unit] * bool(self.unit) + ["lower is better"] * (not self.higher_is_better)
         return f"{self.name} ({', '.join(remarks)})" if remarks else self.name
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by to be shown."""
+        """The factor by which scores are multiplied for display."""
         return 100.0 if self.unit == "%" else 1.0
 
     def text(self, score: float, sign: str = "", digits: int = 0) -> str:
-        """A score as it is shown, without its unit: one decimal in percent, else about three digits; a dash for NaN.
+        """Format a score without its unit: one decimal in percent, else about three digits; a dash for NaN.
 
         Args:
             score: The score, or a difference of two.
-            sign: ``"+"`` to show that of positive ones as well.
-            digits: How many more to show.
+            sign: ``"+"`` also shows the sign of positive scores.
+            digits: Number of additional digits.
         """
         if math.isnan(score):
             return "—"
@@ -84,14 +84,14 @@ ACCURACY = TaskMetric()
 def find_metric(task: str, *owners: Any) -> Metric | MetricCollection:
     """The metric of a task: from the first of the owners whose ``task_metric(task)`` gives one, else class accuracy.
 
-    It has no state yet, and computes what this process has seen: evaluations are not divided among processes.
+    It has no state yet. It computes from what this process has seen, since evaluations are not divided among processes.
 
     Args:
         task: Name of the task.
         owners: Module and datamodule, or None.
 
     Raises:
-        ValueError: If what is given is no metric.
+        ValueError: If an owner gives something that is not a metric.
     """
     kinds = (Metric, MetricCollection)
     for owner in owners:
@@ -105,7 +105,7 @@ def find_metric(task: str, *owners: Any) -> Metric | MetricCollection:
                 f"task_metric({task!r}) of {type(owner).__name__} gives a torchmetrics.Metric, or a MetricCollection "
                 f"whose first entry is the score, or None for the default; got {metric!r}."
             )
-        # It may be the module's own, which is in use elsewhere.
+        # It may be the module's own metric, which is in use elsewhere.
         metric = metric.clone()
         metric.reset()
         break

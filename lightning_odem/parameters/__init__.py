@@ -1,4 +1,4 @@
-"""A module's parameters: as one flat vector, shared by processes, divided between tasks, copied, read from files."""
+"""A module's parameters as one flat vector: shared by processes, divided between tasks, copied, read from files."""
 
 from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.division import Division

@@ -1,4 +1,4 @@
-"""Checkpoints of whole models as they lie on disk: files, and folders in the layout of Hugging Face."""
+"""Checkpoints of whole models on disk: files, and folders in the layout of Hugging Face."""
 
 import json
 import os
@@ -23,17 +23,17 @@ _HYPER_PARAMETERS = ("hparams_name", "hyper_parameters")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the CPU; no code from it is run.
+    """Read the tensors of a checkpoint by name, on the CPU; no code from it is run.
 
     Args:
         path: A ``.safetensors`` file; a torch file with a state dict, plain or under ``state_dict`` as in Lightning
-            checkpoints; or a folder with one of ``FOLDER_FILES``, whole or in shards. Tensors are mapped into memory
-            where the format allows it and not to be written to.
+            checkpoints; or a folder with one of ``FOLDER_FILES``, whole or in shards. Tensors are mapped into memory if
+            the format allows it. Do not write to them.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or a shard is missing.
-        ValueError: If it is corrupt, needs code to be read or holds no named tensors; of a folder that DeepSpeed, FSDP
-            or ModelParallelStrategy wrote in shards the message has the command that converts it.
+        ValueError: If the checkpoint is corrupt, needs code to be read or holds no named tensors. For a folder that
+            DeepSpeed, FSDP or ModelParallelStrategy wrote in shards, the message has the command that converts it.
 
     Example:
         >>> import tempfile, torch
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def read_hyper_parameters(path: str | os.PathLike) -> dict[str, Any]:
-    """The entries of a Lightning checkpoint from which ``load_from_checkpoint`` makes its module; else nothing."""
+    """The entries of a Lightning checkpoint from which ``load_from_checkpoint`` makes its module; else empty."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return {}
@@ -69,7 +69,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(shards.values()))
-        # The index is from elsewhere and must not lead out of its folder.
+        # The index is untrusted and must not lead out of its folder.
         outside = [name for name in names if Path(name).name != name]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is no index of shards: {error!r}. Download it again.") from error

@@ -12,8 +12,8 @@ class Division:
     """Divides a module's parameters and buffers by name patterns.
 
     Args:
-        exclude: The user's patterns, see :func:`~lightning_odem.parameters.vector.is_excluded`; those in the attribute
-            ``task_specific`` of a module are added to them.
+        exclude: The user's patterns, see :func:`~lightning_odem.parameters.vector.is_excluded`. The patterns in the
+            attribute ``task_specific`` of a module are added to them.
 
     Example:
         >>> net = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -29,7 +29,7 @@ class Division:
         """All patterns of tensors that are not merged.
 
         Raises:
-            ValueError: If ``task_specific`` is a string, whose letters would be taken for patterns.
+            ValueError: If ``task_specific`` is a string; its letters would be taken for patterns.
         """
         own = getattr(module, "task_specific", ())
         if isinstance(own, str):
@@ -38,29 +38,32 @@ class Division:
         return (*self.exclude, *own)
 
     def shared(self, module: nn.Module) -> Callable[[str], bool]:
-        """Selects by name what all tasks share."""
+        """A function that selects by name what all tasks share."""
         patterns = self.patterns(module)
         return lambda name: not is_excluded(name, patterns)
 
     def task_specific(self, module: nn.Module) -> Callable[[str], bool]:
-        """Selects by name what each task keeps for itself; what is excluded but frozen is the same for all tasks."""
+        """A function that selects by name what each task keeps for itself.
+
+        Tensors that are excluded but frozen are not among them: they are the same for all tasks.
+        """
         patterns = self.patterns(module)
         frozen = {canonical_name(name) for name, parameter in module.named_parameters() if not parameter.requires_grad}
         return lambda name: is_excluded(name, patterns) and name not in frozen
 
     def fixed(self, module: nn.Module) -> Callable[[str], bool]:
-        """Selects by name the parameters that are excluded and frozen: the same for all tasks, if they have them."""
+        """A function that selects by name the excluded and frozen parameters: the same for all tasks that have them."""
         own = self.task_specific(module)
         patterns = self.patterns(module)
         return lambda name: is_excluded(name, patterns) and not own(name)
 
     def check(self, module: nn.Module) -> None:
-        """Refuse, before any training, what could not be merged after it.
+        """Refuse, before any training, a module that could not be merged after it.
 
         Raises:
-            ValueError: If a pattern of the user matches nothing, most often a misspelt name; if a tied parameter is
-                excluded by one of its names only; if a parameter to be merged has no values yet or complex ones; or if
-                all of them are frozen.
+            ValueError: If a pattern of the user matches nothing, most often because a name is misspelt; if a tied
+                parameter is excluded by only one of its names; if a parameter to be merged has no values yet or complex
+                ones; or if all parameters to be merged are frozen.
         """
         kind = type(module).__name__
         named = [(canonical_name(name), tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]

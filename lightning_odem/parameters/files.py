@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all, and numbers that JSON can hold."""
+"""Files that are written completely or not at all, and numbers that JSON can hold."""
 
 import errno
 import math
@@ -14,10 +14,10 @@ _DRAFT = re.compile(r"\..+\.\d+")
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Write a file in one step: a reader sees the old one or the new one, never half of it, after a power failure too.
+    """Write a file in one step: a reader sees the old or the new one, never half of it, even after a power failure.
 
     Yields:
-        Where to write; takes the place of ``path`` at the end of the block, and is gone if the block fails.
+        The path to write to. It replaces ``path`` at the end of the block and is removed if the block fails.
 
     Example:
         >>> import tempfile
@@ -49,20 +49,20 @@ def sync(path: str | os.PathLike) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Windows opens no directory, and some network file systems do not sync one.
+        # Windows cannot open a directory, and some network file systems do not sync one.
         if is_file or error.errno not in (errno.EACCES, errno.EINVAL):
             raise
 
 
 def remove_drafts(directory: str | os.PathLike) -> None:
-    """Remove what processes that were killed in :func:`replacing` have left in a directory; no other may be writing."""
+    """Remove drafts that processes killed in :func:`replacing` left in a directory; no other process may be writing."""
     for path in Path(directory).glob(".*"):
         if _DRAFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def nan_to_none(value: Any) -> Any:
-    """None for a float that is not finite, which JSON has no number for."""
+    """None for a float that is not finite, because JSON has no number for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -72,7 +72,7 @@ def none_to_nan(value: Any) -> Any:
 
 
 def map_values(data: Any, convert: Callable[[Any], Any]) -> Any:
-    """Apply ``convert`` to every leaf of nested dicts and lists, but for what is optional by itself: checkpoints."""
+    """Apply ``convert`` to every leaf of nested dicts and lists, except checkpoints, which may be None themselves."""
     if isinstance(data, dict):
         return {key: value if key == "checkpoint" else map_values(value, convert) for key, value in data.items()}
     if isinstance(data, list):

@@ -11,10 +11,10 @@ _PIECE = 2**24
 
 
 def linear_layers(module: nn.Module, parameters: Mapping[Tensor, str]) -> dict[nn.Module, str]:
-    """The layers whose weight is one of the parameters, with its name.
+    """Find the layers whose weight is one of the parameters, with its name.
 
-    They are linear layers, convolutions, transposed ones too, and the ``Conv1D`` of transformers' GPT-2, each with its
-    subclasses. A weight that is computed from other parameters is none.
+    These are linear layers, convolutions (also transposed ones) and the ``Conv1D`` of transformers' GPT-2, each with
+    its subclasses. A layer whose weight is computed from other parameters does not count.
 
     Args:
         module: The module.
@@ -27,7 +27,7 @@ def linear_layers(module: nn.Module, parameters: Mapping[Tensor, str]) -> dict[n
     """
     found = {}
     for layer in module.modules():
-        # Not by its attribute, which a parametrised layer computes.
+        # Not by the attribute, because a parametrised layer computes it.
         weight = layer._parameters.get("weight")
         if weight in parameters and (isinstance(layer, (nn.Linear, _ConvNd)) or _is_conv1d(layer)):
             found[layer] = parameters[weight]  # type: ignore[index]
@@ -35,7 +35,7 @@ def linear_layers(module: nn.Module, parameters: Mapping[Tensor, str]) -> dict[n
 
 
 def number_of_groups(layers: Mapping[nn.Module, str]) -> dict[str, int]:
-    """In how many groups the weights of grouped convolutions are, by name."""
+    """Number of groups in the weights of grouped convolutions, by name."""
     return {name: layer.groups for layer, name in layers.items() if isinstance(layer, _ConvNd) and layer.groups > 1}
 
 
@@ -45,13 +45,13 @@ def inputs_first(layers: Mapping[nn.Module, str]) -> frozenset[str]:
 
 
 def multiplied(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """What a layer multiplies by its weight, as rows [groups, n, in], for each group's matrix its own.
+    """Yield what a layer multiplies by its weight, as rows [groups, n, in], one matrix per group.
 
-    Of a convolution these are the patches of its inputs, with the padding, a part of the samples at a time.
+    For a convolution these are the patches of its inputs, including the padding, for a part of the samples at a time.
 
     Args:
         layer: One of the :func:`linear_layers`.
-        inputs: What it is called on.
+        inputs: The inputs of the layer.
 
     Example:
         >>> import torch
@@ -71,7 +71,8 @@ def multiplied(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
             patches = pad(patches, layer._reversed_padding_repeated_twice, mode)
         for axis, (size, stride, step) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
             patches = patches.unfold(2 + axis, step * (size - 1) + 1, stride)[..., ::step]
-    # Of [samples, channels, places, offsets in the kernel] the places are copied last, as they lie in memory.
+    # Patches are [samples, channels, places, offsets in the kernel]. The places are the last axis of the copy, as they
+    # are in memory.
     samples = max(_PIECE * len(patches) // max(patches.numel(), 1), 1)
     for piece in patches.split(samples):
         piece = piece.unflatten(1, (layer.groups, -1))
@@ -80,5 +81,5 @@ def multiplied(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether this is the ``Conv1D`` of transformers, which is not imported for it: y = x W + b with W [in, nf]."""
+    """Whether this is the ``Conv1D`` of transformers, y = x W + b with W [in, nf]; transformers is not imported."""
     return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__) and hasattr(layer, "nf")

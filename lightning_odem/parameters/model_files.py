@@ -14,10 +14,10 @@ _COUNTER = "num_batches_tracked"
 
 
 def match_names(own: Collection[str], names: Collection[str]) -> dict[str, str]:
-    """For each name of one model the name of the same tensor in another, if that has it.
+    """Map each name of one model to the name of the same tensor in another model, if it has one.
 
-    They are the same but for leading names that all tensors of one model share: ``model.``, ``module.``,
-    ``backbone.``. Of all ways to exchange these the one that finds most names is taken.
+    The names may differ in leading names that all tensors of one model share: ``model.``, ``module.``, ``backbone.``.
+    All ways to exchange these names are tried. The one that matches most names is taken.
 
     Example:
         >>> match_names(["model.0.weight", "model.1.weight"], ["0.weight", "1.weight", "2.weight"])
@@ -32,26 +32,28 @@ def match_names(own: Collection[str], names: Collection[str]) -> dict[str, str]:
 
 
 class ModelFiles:
-    """The models of a merge on disk, checked against each other without reading their weights.
+    """The models of a merge on disk, compared with each other without reading their weights.
 
-    Floating tensors have to be the same ones in all models, in the same shapes; a leading name that one model gives all
-    its tensors does not count. Other tensors, such as position indices, must be equal where a model has them; counters
-    of batch-norm layers may differ. The base model may have more, as a CLIP with its text tower has.
+    All models must have the same floating tensors in the same shapes. A leading name that one model gives all its
+    tensors is ignored. Other tensors, such as position indices, must be equal if a model has them. Counters of
+    batch-norm layers may differ. The base model may have more tensors, such as a CLIP with its text tower.
 
     Args:
-        checkpoints: Paths of the models to merge, in what :func:`~lightning_odem.parameters.read_checkpoint` takes.
+        checkpoints: Paths of the models to merge, in any form that :func:`~lightning_odem.parameters.read_checkpoint`
+            takes.
         base: Path of the base model, or None.
-        exclude: Patterns of tensors that are not merged and may be different ones in each model.
-        own: Tensors of the module the models are for, whose names then hold; by default those of the first model.
+        exclude: Patterns of tensors that are not merged and may differ between models.
+        own: Tensors of the module that the models are for. Their names are then used; by default those of the first
+            model.
 
     Attributes:
-        like: A tensor per name to be merged: floating ones without memory, in the widest dtype of the models; the
-            others with the values they have.
+        like: A tensor per name to be merged. Floating tensors have no memory and the widest dtype of the models. Other
+            tensors have their values.
         excluded: Names, as in the files, that the patterns match.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one cannot be read or the models differ; every difference is listed.
+        ValueError: If a file cannot be read or the models differ; every difference is listed.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class ModelFiles:
             raise ValueError("\n".join(problems))
 
     def read(self, path: str | os.PathLike) -> Snapshot:
-        """The tensors of one of the models that are to be merged, complete and under the common names.
+        """Read the tensors to be merged from one of the models, all of them, under the common names.
 
         Raises:
             ValueError: If a weight is not finite.
@@ -91,7 +93,7 @@ class ModelFiles:
         return {**{name: tensor for name, tensor in self.like.items() if not tensor.is_meta}, **found}
 
     def read_excluded(self, path: str | os.PathLike) -> Snapshot:
-        """Copies of the tensors of one of the models that are not to be merged, under the names in the file."""
+        """Copy the tensors of one of the models that are not to be merged, under the names in the file."""
         return {name: tensor.clone() for name, tensor in self._divide(path)[1].items()}
 
     def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot]:
@@ -106,7 +108,7 @@ class ModelFiles:
         return {name: there for name, there in match_names(self.like, shared).items() if there in shared}
 
     def _problem(self, path: str | os.PathLike, is_base: bool = False) -> str:
-        """In what a model differs from the others; takes its dtypes into account if it does not."""
+        """List how a model differs from the others; take its dtypes into account if it does not differ."""
         shared, excluded = self._divide(path)
         self.excluded |= excluded.keys()
         names = self._names(shared)
@@ -114,7 +116,7 @@ class ModelFiles:
         if not is_base:
             more = shared.keys() - names.values()
             shapes |= {name: shared[name].shape for name in more if shared[name].is_floating_point()}
-        # Counters and position indices come and go between versions of a library.
+        # Counters and position indices appear and disappear between versions of a library.
         expected = {name: own.shape for name, own in self.like.items() if own.is_meta or name in names}
         try:
             check_same_shapes(expected, shapes, self._origin, str(path))

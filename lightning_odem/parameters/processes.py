@@ -1,4 +1,4 @@
-"""What the processes of one job agree on: sums, copies and errors."""
+"""What the processes of one job share: sums, copies and errors."""
 
 import itertools
 import pickle
@@ -14,30 +14,30 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-# Seconds: between two looks for errors of other processes, and for which a process that fails waits for them.
+# Seconds between two looks for errors of other processes, and seconds that a failing process waits for the others.
 _LOOK, _GRACE = 0.2, 60.0
 
 
 class _Block(NamedTuple):
-    """A block that this process is in; ``inner`` numbers those within it.
+    """A block that this process is in; ``inner`` numbers the blocks within it.
 
-    All processes enter the same blocks in the same order, so their numbers are names that all of them know.
+    All processes enter the same blocks in the same order, so the numbers mean the same block in all of them.
     """
 
     name: str
     inner: Iterator[int]
 
 
-# The first is the whole run, at whose end nobody waits. An error ends the numbering of inner blocks, which it may have
-# brought out of step, together with the block.
+# The first block is the whole run; no process waits at its end. An error may bring the numbering of inner blocks out of
+# step, so the numbering ends together with the block.
 _entered = [_Block("run", itertools.count())]
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of torch.distributed's default group, seen from one of them; by default a single one.
+    """The processes of torch.distributed's default group, seen from one of them; by default a single process.
 
-    A single process does nothing in any of the methods.
+    With a single process, none of the methods does anything.
 
     Args:
         rank: Number of this process, from 0.
@@ -54,35 +54,36 @@ class Processes:
 
     @classmethod
     def current(cls) -> "Processes":
-        """Those of the default group, a single one where there is no group."""
+        """The processes of the default group, or a single one if there is no group."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over the processes, in one all-reduce; the same bits in all of them."""
+        """Replace a tensor by its sum over the processes, in one all-reduce, with the same bits in all of them."""
         if self.size > 1:
             self._finish(dist.all_reduce(tensor, async_op=True), tensor.device.type == "cpu")
         return tensor
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace a contiguous tensor by that of the first process."""
+        """Replace a contiguous tensor by the one of the first process."""
         if self.size > 1:
             self._finish(dist.broadcast(tensor, src=0, async_op=True), tensor.device.type == "cpu")
         return tensor
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """End the block in all processes, or in none: an error of one of them is raised in all.
+        """End the block in all processes or in none: an error in one of them is raised in all.
 
-        All processes enter it, and each waits at its end until all have come there. If one fails, the others learn of
-        it there, and while they wait in :meth:`sum_` and :meth:`broadcast_`. They raise an error of the same type and
-        message, whose ``__cause__`` tells the process and its traceback; a RuntimeError if the type cannot be pickled.
+        All processes enter the block, and each waits at its end until all have reached it. If one fails, the others
+        learn of it there, and while they wait in :meth:`sum_` and :meth:`broadcast_`. They raise an error of the same
+        type and message, whose ``__cause__`` names the process and has its traceback. If the type cannot be pickled,
+        they raise a RuntimeError.
 
-        After an error that comes while others wait in a sum, that sum is never finished and the group not fit for
-        another one; after others the processes can go on. Blocks may be nested. Errors travel through the key-value
-        store of the group: while all goes well nothing is exchanged but a counter at the end.
+        If an error occurs while others wait in a sum, that sum never finishes and the group cannot be used for another
+        one. After other errors the processes can go on. Blocks may be nested. Errors travel through the key-value store
+        of the group. Without errors, only a counter is exchanged at the end.
 
         Raises:
-            TimeoutError: If a process comes neither to the end nor to an error within the group's timeout.
+            TimeoutError: If a process reaches neither the end nor an error within the group's timeout.
         """
         if self.size == 1:
             yield
@@ -97,7 +98,7 @@ class Processes:
                 if store.add(f"{block}/failed", 1) == 1:
                     store.set(f"{block}/error", _pack(error, self.rank))  # type: ignore[arg-type]
                 if len(_entered) == 2:
-                    # The store may go with this process: not before all have read it.
+                    # The store may end with this process, so wait until all have read it.
                     _wait(lambda: store.add(f"{block}/failed", 0) == self.size, _GRACE)
             raise
         finally:
@@ -116,7 +117,7 @@ class Processes:
             raise TimeoutError(f"Within {limit} not all of {self.size} processes came to the end of a block.")
 
     def _finish(self, work: dist.Work | None, on_cpu: bool) -> None:
-        """Wait for a collective, or for an error because of which others will never take part in it."""
+        """Wait for a collective, or for an error that keeps others from taking part in it."""
         assert work is not None, "every process is in the default group"
         while not work.is_completed():
             if on_cpu:
@@ -133,7 +134,7 @@ class Processes:
             raise error
 
     def _raise_errors(self, store: dist.Store) -> None:
-        """Raise what another process has met in one of the blocks that this one is in."""
+        """Raise an error that another process had in one of the blocks that this process is in."""
         for block in _entered[1:]:
             if store.check([f"{block.name}/error"]):
                 raise _unpack(store.get(f"{block.name}/error"), self.size)
@@ -144,7 +145,7 @@ def _store() -> dist.Store:
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition came true in time."""
+    """Wait for a condition; return whether it became true in time."""
     started = time.monotonic()
     while not condition():
         waited = time.monotonic() - started
@@ -155,7 +156,7 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _pack(error: BaseException, rank: int) -> bytes:
-    """An error as bytes: what it takes to make it anew, and as text."""
+    """An error as bytes: what is needed to make it again, and its text."""
     parts = b""
     with suppress(Exception):  # the error's type decides what goes wrong when it is pickled
         parts = pickle.dumps((type(error), error.args, vars(error)))
@@ -169,7 +170,7 @@ def _unpack(data: bytes, size: int) -> BaseException:
     error: BaseException = RuntimeError(summary)
     with suppress(Exception):
         kind, args, attributes = pickle.loads(parts)
-        # Not by its constructor, which may take other arguments than the message.
+        # Not with the constructor, which may take arguments other than the message.
         error = kind.__new__(kind, *args)
         vars(error).update(attributes)
     error.__cause__ = RuntimeError(f"Raised in process {rank} of {size} (counted from 0):\n{text}")

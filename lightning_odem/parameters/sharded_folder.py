@@ -1,4 +1,4 @@
-"""Folders in which several processes have saved a model in shards, and what makes one file of them."""
+"""Folders in which several processes have saved a model in shards, and the commands that make one file of them."""
 
 import os
 import shlex
@@ -14,13 +14,13 @@ _FSDP = "python -m lightning.pytorch.utilities.consolidate_checkpoint {folder} -
 
 
 def refuse_sharded_folder(folder: Path) -> None:
-    """Say what a folder of shards is and how to convert it; any other folder passes.
+    """Refuse a folder of shards with a message on how to convert it; any other folder passes.
 
-    Its files are pickles that only running code from them could read, which is not done here.
+    Its files are pickles, and reading them would run code from them.
 
     Raises:
         ValueError: If DeepSpeed or ``torch.distributed.checkpoint`` has written the folder. The message has the command
-            that makes a file for :func:`~lightning_odem.parameters.read_checkpoint` of it.
+            that makes a file of it for :func:`~lightning_odem.parameters.read_checkpoint`.
 
     Example:
         >>> import tempfile
@@ -30,7 +30,7 @@ def refuse_sharded_folder(folder: Path) -> None:
         Traceback (most recent call last):
         ValueError: The folder ... is a checkpoint of DeepSpeed in shards (zero_to_fp32.py). Make one file of it and ...
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name to call a file beside it by
+    folder = Path(os.path.abspath(folder))  # "." has no name from which to name a file beside it
     # The shards lie in a folder within DeepSpeed's, which Lightning calls "checkpoint".
     root = folder.parent if any(folder.glob("*_model_states.pt")) else folder
     if any(root.glob("*/*_model_states.pt")) or (root / "zero_to_fp32.py").is_file():
@@ -55,11 +55,11 @@ def _refusal(folder: Path, kind: str, files: tuple[str, ...], command: str) -> V
 
 
 def _found(folder: Path, patterns: tuple[str, ...]) -> str:
-    """The files that tell what a folder is, the first few of them."""
+    """The first few of the files that tell what a folder is."""
     names = [str(path.relative_to(folder)) for pattern in patterns for path in sorted(folder.glob(pattern))]
     return ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
 
 
 def _is_from_fsdp(folder: Path) -> bool:
-    """Whether Lightning's FSDPStrategy wrote it: with meta.pt, as ModelParallelStrategy, but other names of tensors."""
+    """Whether Lightning's FSDPStrategy wrote it: with meta.pt like ModelParallelStrategy, but other tensor names."""
     return (folder / "meta.pt").is_file() and b"state_dict." not in (folder / ".metadata").read_bytes()

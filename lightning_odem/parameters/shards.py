@@ -1,4 +1,4 @@
-"""Parameters that several processes share: FSDP2's, cut along their first dimension."""
+"""Parameters that several processes share with FSDP2, cut along their first dimension."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ from lightning_odem.parameters.processes import Processes
 
 
 class Shards:
-    """How the processes of a job share parameters: each holds some consecutive rows of every one, its shard.
+    """How the processes of a job share parameters: each holds some consecutive rows of every parameter, its shard.
 
-    Rows are entries of the first dimension. Of R processes each has as many as the others, rounded up, and the last
-    ones what is left of them, perhaps none.
+    Rows are entries along the first dimension. Each process has an equal number of rows, rounded up. The last processes
+    have what is left, perhaps none.
 
     Args:
-        tensors: The parameters by name, cut like this over all processes, see :func:`find_shards`.
+        tensors: The parameters by name, cut in this way over all processes, see :func:`find_shards`.
 
     Attributes:
         shapes: Shapes of the whole parameters by name.
@@ -35,26 +35,26 @@ class Shards:
         self.rank, self.size = self._processes.rank, self._processes.size
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.local_shapes = {name: local(tensor).shape for name, tensor in tensors.items()}
-        # That of the processes' group: sharded parameters may be kept on the CPU between passes.
+        # The device of the processes' group: sharded parameters may be kept on the CPU between passes.
         self._device = torch.device(next(iter(tensors.values())).device_mesh.device_type)
 
     def sum_(self, numbers: Tensor) -> None:
-        """Sum numbers over the processes, in place and to the same bits in each; all of them have to call it."""
+        """Sum numbers over the processes in place, with the same bits in each; all processes have to call it."""
         numbers.copy_(self._processes.sum_(numbers.to(self._device)))
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """This process's shard of a parameter that is given whole, in its memory; any other tensor itself."""
+        """This process's shard of a whole parameter, in its memory; any other tensor is returned itself."""
         if tensor.shape != self.shapes.get(name):
             return tensor
         rows = self._rows(name)
         return tensor[self.rank * rows : (self.rank + 1) * rows]
 
     def whole_shape(self, name: str, tensor: Tensor) -> torch.Size:
-        """Shape of the parameter of which a tensor is this process's shard; of any other tensor its own."""
+        """Shape of the whole parameter if a tensor is this process's shard of it; else the shape of the tensor."""
         return self.shapes[name] if tensor.shape == self.local_shapes.get(name) else tensor.shape
 
     def gather(self, name: str, tensor: Tensor) -> Tensor | None:
-        """The whole of a shard, or of a tensor that is not sharded; all processes have to call it.
+        """Gather the whole tensor of a shard; others are returned themselves. All processes have to call it.
 
         Returns:
             The tensor on the CPU in the first process, None in the others.
@@ -69,20 +69,20 @@ class Shards:
         return None if parts is None else torch.cat(parts)[:total].cpu()
 
     def first_row(self, name: str) -> int:
-        """Which row of the whole parameter this process's shard begins with."""
+        """The row of the whole parameter with which this process's shard begins."""
         return min(self.rank * self._rows(name), self.shapes[name][0])
 
     def _rows(self, name: str) -> int:
-        """Rows of a shard, but for the last ones'."""
+        """Rows of a shard, except the last ones."""
         return -(-self.shapes[name][0] // self.size)
 
 
 def find_shards(named: Mapping[str, Tensor]) -> Shards | None:
-    """How the processes share those of the tensors that are DTensors; None if there are none.
+    """Find how the processes share the DTensors among the tensors; None if there are none.
 
     Raises:
-        ValueError: If one of them is not cut along its first dimension over all processes, as ``fully_shard`` does on a
-            mesh of one dimension: tensor parallelism, hybrid sharding.
+        ValueError: If one of them is not cut along its first dimension over all processes, as ``fully_shard`` cuts on a
+            mesh of one dimension. Examples are tensor parallelism and hybrid sharding.
     """
     sharded = {name: tensor for name, tensor in named.items() if isinstance(tensor, DTensor)}
     for name, tensor in sharded.items():
@@ -98,7 +98,7 @@ def find_shards(named: Mapping[str, Tensor]) -> Shards | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor, in its memory; any other tensor itself."""
+    """This process's shard of a DTensor, in its memory; any other tensor is returned itself."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -106,9 +106,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let FSDP2 give up whole parameters: after a forward pass without backward a module may still have them.
+    """Make FSDP2 drop whole parameters: after a forward pass without backward a module may still have them.
 
-    They stand in the place of the shards, and the next pass would not see what was written to those.
+    They take the place of the shards, so the next pass would not see what was written to the shards.
     """
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
@@ -116,7 +116,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def weights_checkpoint(trainer: L.Trainer) -> dict[str, Any]:
-    """A checkpoint of the weights and nothing of the optimizer; whole, where processes share them, in the first one.
+    """Make a checkpoint of the weights without the optimizer. Shared weights are whole in the first process.
 
     All processes have to call it.
     """
@@ -129,7 +129,7 @@ def weights_checkpoint(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def divisors(module: nn.Module) -> dict[Tensor, float]:
-    """By what FSDP2 divides the sum of a parameter's gradients, where it is not the number of processes."""
+    """The number by which FSDP2 divides the sum of a parameter's gradients, if it is not the number of processes."""
     groups = [
         group
         for submodule in module.modules()

@@ -1,4 +1,4 @@
-"""Copies of a module's state between tasks, and a block that leaves the module as it found it."""
+"""Copies of a module's state between tasks, and a block that restores the module at its end."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def _tensors(module: nn.Module, select: Callable[[str], bool]) -> dict[str, Tens
 def take_snapshot(module: nn.Module, select: Callable[[str], bool] = lambda name: True) -> Snapshot:
     """Copy the selected parameters and buffers to the CPU, each tied tensor once, in their own dtypes.
 
-    Of parameters that several processes share each process copies its own shards.
+    If several processes share parameters, each process copies its own shards.
     """
     return {name: local(tensor).detach().to("cpu", copy=True) for name, tensor in _tensors(module, select).items()}
 
@@ -32,10 +32,10 @@ def take_snapshot(module: nn.Module, select: Callable[[str], bool] = lambda name
 def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Callable[[str], bool]) -> None:
     """Copy a snapshot back into the selected tensors of a module, in place.
 
-    Of sharded parameters both will do, whole tensors and this process's shards.
+    For sharded parameters, the snapshot may hold whole tensors or this process's shards.
 
     Raises:
-        ValueError: If names or shapes differ, or the module is on the meta device; nothing is written then.
+        ValueError: If names or shapes differ, or the module is on the meta device. Nothing is written then.
     """
     tensors = _tensors(module, select)
     if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
@@ -51,11 +51,11 @@ def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Cal
 
 
 def gather_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor | None]]:
-    """The tensors of a snapshot one after the other, whole, so that one process can save them.
+    """Yield the whole tensors of a snapshot one after the other, so that one process can save them.
 
     Yields:
-        Name and tensor, on the CPU; None instead of the tensor on all processes but the first. Of a sharded module
-        every process has to go through all of them, in step.
+        Name and tensor, on the CPU; None instead of the tensor on all processes but the first. If the module is
+        sharded, every process has to go through all of them in step.
     """
     shards = find_shards(_tensors(module, lambda name: name in snapshot))
     for name, tensor in snapshot.items():
@@ -63,16 +63,16 @@ def gather_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterat
 
 
 def whole_snapshot(module: nn.Module, snapshot: Snapshot) -> Snapshot:
-    """A snapshot with whole tensors, in the first process; that of a module without shards is returned itself."""
+    """A snapshot with whole tensors in the first process; without shards the snapshot itself."""
     shards = find_shards(_tensors(module, lambda name: name in snapshot))
     return snapshot if shards is None else dict(gather_snapshot(module, snapshot))  # type: ignore[arg-type]
 
 
 def cut_snapshot(module: nn.Module, tensors: Snapshot) -> Snapshot:
-    """The shards that this process holds of whole tensors, whatever number of processes saved them.
+    """Cut the shards of this process from whole tensors, regardless of how many processes saved them.
 
-    They share the memory of the tensors given: of a memory-mapped file only they are read, when they are used. Where
-    nothing is sharded, the snapshot itself is returned.
+    The shards share the memory of the given tensors, so only they are read from a memory-mapped file, when they are
+    used. If nothing is sharded, the snapshot itself is returned.
 
     Raises:
         ValueError: If the module has the tensor in another shape.
@@ -87,10 +87,11 @@ def cut_snapshot(module: nn.Module, tensors: Snapshot) -> Snapshot:
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Run a block with the module in eval mode and gradients on; afterwards nothing but its parameters has changed.
+    """Run a block with the module in eval mode and gradients on; afterwards only its parameters may have changed.
 
-    Train/eval flags of every submodule, buffers (batch-norm statistics too), ``.grad`` and the random state of Python,
-    NumPy and torch are put back, and torchmetrics updated by the block are reset, also after an exception.
+    Train/eval flags of every submodule, buffers (including batch-norm statistics), ``.grad`` and the random state of
+    Python, NumPy and torch are restored. Torchmetrics that the block updated are reset. This also happens after an
+    exception.
     """
     reshard(module)
     flags = {submodule: submodule.training for submodule in module.modules()}
@@ -111,7 +112,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 parameter.grad = None
             yield
     finally:
-        # Called as after a block that went well: after an exception it would leave the random state as it is.
+        # Called as after a successful block: after an exception it would not restore the random state.
         isolation.__exit__(None, None, None)
         for submodule, flag in flags.items():
             submodule.training = flag

@@ -1,4 +1,4 @@
-"""The module as one of its tasks: with what that task keeps for itself in place."""
+"""The module as one of its tasks, with the task's own parameters in place."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,16 +18,16 @@ AsTask = Callable[[str], AbstractContextManager[None]]
 
 
 def no_task_parameters(task: str) -> AbstractContextManager[None]:
-    """Leave the module as it is, whatever the task."""
+    """Leave the module as it is for every task."""
     return nullcontext()
 
 
 def own_parameters(module: nn.Module, kept: Mapping[str, Mapping[str, Tensor]]) -> AsTask:
-    """As :func:`as_task`, by the name of the task, and fast where it is asked for often.
+    """Like :func:`as_task`, but by the name of the task, and fast for frequent calls.
 
     Args:
         module: The module.
-        kept: What tasks keep for themselves. For a task that is not in it the module stays as it is.
+        kept: What tasks keep for themselves. For a task that is not in it, the module stays as it is.
     """
     found: dict[str, _Swap] = {}
 
@@ -42,10 +42,10 @@ def own_parameters(module: nn.Module, kept: Mapping[str, Mapping[str, Tensor]]) 
 
 
 def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-    """Run a block with a task's own parameters in a module; afterwards the module has those that it had.
+    """Run a block with a task's own parameters in a module; afterwards the module has its former ones again.
 
-    Tensors are put in the place of others, not copied into them, so they may have other shapes, as a head with other
-    classes. They are not copied at all where they are on the module's device. They take no gradient. Parameters that
+    Tensors replace others instead of being copied into them, so they may have other shapes, such as a head with other
+    classes. They are not copied at all if they are on the module's device. They take no gradient. Parameters that
     processes share are written in place instead, so their shapes have to be the same.
 
     Args:
@@ -67,7 +67,7 @@ def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> AbstractContextMana
 
 
 def put_task_parameters(module: nn.Module, own: Snapshot) -> None:
-    """Give a module a task's own parameters for good: written in place where shapes agree, else put in their place.
+    """Give a module a task's own parameters for good: written in place if shapes agree, else as new tensors.
 
     Raises:
         ValueError: If the module lacks one of them.
@@ -82,7 +82,7 @@ def put_task_parameters(module: nn.Module, own: Snapshot) -> None:
 
 
 class _Swap:
-    """The places of a task's own tensors in a module, and what is put there."""
+    """The places of a task's own tensors in a module, and the tensors to put there."""
 
     def __init__(self, module: nn.Module, own: Mapping[str, Tensor]) -> None:
         self._module, self._own = module, own
@@ -112,7 +112,7 @@ class _Swap:
 
 
 def _places(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[Place]]:
-    """Where a module has the named tensors, tied ones in several places."""
+    """Find where a module has the named tensors; tied tensors have several places."""
     found: dict[int, tuple[str, list[Place]]] = {}
     for prefix, owner in module.named_modules():
         for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
@@ -142,7 +142,7 @@ def _put(places: list[Place], tensor: Tensor) -> None:
 
 
 def _like(tensor: Tensor, value: Tensor, requires_grad: bool = False) -> Tensor:
-    """A value in the place of a tensor: on its device, in its dtype, a parameter if that is one."""
+    """A value that can replace a tensor: on its device, in its dtype, a parameter if the tensor is one."""
     with torch.no_grad():
         value = value.to(tensor.device, tensor.dtype)
     return nn.Parameter(value, requires_grad=requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -12,7 +12,7 @@ from lightning_odem.parameters.shards import Shards, divisors, find_shards, loca
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name without the parts that ``torch.compile`` puts into those of compiled submodules."""
+    """A parameter's name without the parts that ``torch.compile`` adds to names in compiled submodules."""
     return name.replace("_orig_mod.", "")
 
 
@@ -28,17 +28,17 @@ def is_excluded(name: str, patterns: Sequence[str]) -> bool:
 
 
 class NoGradientError(ValueError):
-    """A loss that depends on none of the parameters."""
+    """The loss depends on none of the parameters."""
 
 
 class ParameterVector:
-    """The parameters a merge moves, read and written as one flat vector.
+    """The parameters that a merge changes, read and written as one flat vector.
 
     These are the module's parameters that are trainable and not excluded, each tied parameter once, in the module's
     own order. The vector is fp32, or fp64 if a parameter is; lower-precision parameters are cast when written.
 
-    Of parameters that several processes share (FSDP2) the vector consists of this process's shards: no process ever
-    holds a whole one.
+    If several processes share the parameters (FSDP2), the vector consists of this process's shards. No process ever
+    holds a whole vector.
 
     Args:
         module: The module; its parameters are used in place, never rebound to other storage.
@@ -47,11 +47,12 @@ class ParameterVector:
     Attributes:
         names: The parameters' names, in their order in the vector.
         tensors: The parameters.
-        shapes: Their shapes, those of the whole parameters.
-        shards: How processes share them, a :class:`~lightning_odem.parameters.Shards`; None where they are not shared.
+        shapes: Shapes of the whole parameters.
+        shards: How processes share them, a :class:`~lightning_odem.parameters.Shards`; None if they are not shared.
 
     Raises:
-        ValueError: If no parameter is left, only some of them are shared, or they are in a way that is not supported.
+        ValueError: If no parameter is left, only some of them are shared, or they are shared in a way that is not
+            supported.
 
     Example:
         >>> from torch import nn
@@ -105,7 +106,7 @@ class ParameterVector:
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy tensors kept by name (a superset is fine) into a new vector.
 
-        Of sharded parameters both will do, whole tensors and this process's shards.
+        For sharded parameters, the tensors may be whole or this process's shards.
 
         Raises:
             ValueError: If a name is missing or a shape differs; the message lists every case.
@@ -121,9 +122,9 @@ class ParameterVector:
         torch._foreach_copy_(self._parts(), self.views(flat))
 
     def not_finite(self, flat: Tensor) -> list[str]:
-        """Names of the parameters that have infinite or NaN entries in a vector [d], in any of the processes.
+        """Names of the parameters with infinite or NaN entries in a vector [d], in any of the processes.
 
-        One pass over the vector, and one number read from the device, where there are none.
+        If there are none, this takes one pass over the vector and reads one number from the device.
         """
         largest = torch.linalg.vector_norm(flat, torch.inf) if len(flat) else flat.new_zeros(())
         broken = (~largest.isfinite()).double()
@@ -137,26 +138,26 @@ class ParameterVector:
         return [name for name, count in zip(self.names, counts.tolist(), strict=True) if count]
 
     def unrounded(self, flat: Tensor) -> dict[str, Tensor]:
-        """Copies, on the CPU, of the pieces of a vector that parameters of lower precision cannot hold, by name."""
+        """Copy to the CPU the pieces of a vector that parameters of lower precision cannot hold, by name."""
         pieces = zip(self.names, self.tensors, self.views(flat), strict=True)
         return {name: piece.to("cpu", copy=True) for name, tensor, piece in pieces if _is_low(tensor)}
 
     @contextmanager
     def collect_gradient(self, out: Tensor | None = None) -> Iterator[Tensor]:
-        """Add the gradients of every ``backward`` in the block into one vector, which is yielded.
+        """Add the gradients of every ``backward`` in the block into one vector and yield it.
 
-        Each parameter's gradient is added and freed as soon as autograd has it, that of an excluded one just freed, so
-        besides the vector there is never a second full set. Works wherever ``backward`` works, re-entrant activation
-        checkpointing included. Existing ``.grad`` are put back afterwards.
+        Each parameter's gradient is added and freed as soon as autograd has it. The gradient of an excluded parameter
+        is only freed. So there is never a second full set besides the vector. This works wherever ``backward`` works,
+        including re-entrant activation checkpointing. Existing ``.grad`` are restored afterwards.
 
-        Of sharded parameters the gradients of all processes are added: every one has to call ``backward`` as often as
-        the others, each time on losses that depend on the same parameters.
+        For sharded parameters the gradients of all processes are added. Every process has to call ``backward`` equally
+        often, each time on losses that depend on the same parameters.
 
         Args:
             out: The vector, zeros of shape [d]; by default a new one.
 
         Raises:
-            NoGradientError: After the block, if not one of the parameters received a gradient.
+            NoGradientError: After the block, if none of the parameters received a gradient.
         """
         flat = torch.zeros(len(self), dtype=self.dtype, device=self.device) if out is None else out
         parameters = [*self.tensors, *self._others]
@@ -192,15 +193,15 @@ class ParameterVector:
             )
 
     def _parts(self) -> list[Tensor]:
-        """What this process holds of the parameters, in their memory."""
+        """The parts of the parameters that this process holds, in their memory."""
         if self.shards is None:
             return self.tensors
         reshard(self._module)
-        # Asked for anew: FSDP2 may move shards to other memory.
+        # Not cached: FSDP2 may move shards to other memory.
         return [local(parameter) for parameter in self.tensors]
 
     def _gradient_scales(self) -> dict[Tensor, float]:
-        """Factors that make sums over the processes of what FSDP2 gives, by default means."""
+        """Factors that turn what FSDP2 gives, by default means, into sums over the processes."""
         if self.shards is None:
             return {}
         return {**dict.fromkeys(self.tensors, self.shards.size), **divisors(self._module)}
@@ -213,7 +214,7 @@ class ParameterVector:
 
 
 def whole_shapes(tensors: Mapping[str, Tensor], shards: Shards | None) -> dict[str, torch.Size]:
-    """Shapes of tensors by name; for the shards of parameters those of the whole ones."""
+    """Shapes of tensors by name; for shards, the shapes of the whole parameters."""
     return {name: shards.whole_shape(name, tensor) if shards else tensor.shape for name, tensor in tensors.items()}
 
 

@@ -23,20 +23,20 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
     Accepts a ``.safetensors`` file, or a torch file that holds a state dict, either plain or under ``state_dict`` as in
     Lightning checkpoints. A leading name that all entries share and the module does not have (``model.``,
     ``backbone.``, ``module.``) is stripped. A classifier that came with the weights (see ``CLASSIFIERS``) is left out
-    where the module has no parameters of that name; a missing BatchNorm ``num_batches_tracked`` keeps the module's own
-    value.
+    if the module has no parameters of that name. If BatchNorm's ``num_batches_tracked`` is missing, the module's own
+    value stays.
 
     Args:
-        module: Receives the weights, in its own dtypes and on its own device.
-        path: The file. Nothing but tensors and plain containers is read from it, no code is run.
+        module: Module that receives the weights, in its own dtypes and on its own device.
+        path: The file. Only tensors and plain containers are read from it, and no code is run.
 
     Returns:
         The names, as in the file, of the classifier entries that were left out.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is corrupt, needs code to be read, holds no state dict, or does not fit the module; then
-            all missing and unexpected names and differing shapes are listed and the module is unchanged.
+        ValueError: If the file is corrupt, needs code to be read, holds no state dict, or does not fit the module. In
+            the last case all missing and unexpected names and differing shapes are listed, and the module is unchanged.
 
     Example:
         >>> import tempfile
@@ -77,8 +77,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_file(path: str | os.PathLike) -> Any:
     """The content of a ``.safetensors`` or torch file: tensors on the CPU and plain containers, nothing else.
 
-    Tensors are mapped into memory where the format allows it, so that only those that are used are read. They are not
-    to be written to.
+    Tensors are mapped into memory if the format allows it, so only those that are used are read. Do not write to them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -90,7 +89,7 @@ def read_file(path: str | os.PathLike) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Only the zip format, torch's since 1.6, can be mapped.
+        # Only the zip format can be mapped, which torch has used since 1.6.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
@@ -104,7 +103,7 @@ def read_file(path: str | os.PathLike) -> Any:
 
 
 def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict that a file's content is, or has under ``state_dict``.
+    """Find the state dict in a file's content: the content itself, or its entry ``state_dict``.
 
     Raises:
         ValueError: If there is none.
@@ -123,7 +122,7 @@ def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _match(state: dict[str, Tensor], own: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Map the module's names to the file's; and the file's names that are a classifier's."""
+    """Map the module's names to the file's names; also return the file's names that belong to a classifier."""
     extra = tuple(f"{name}." for name in CLASSIFIERS if not any(key.startswith(f"{name}.") for key in own))
     tops = {name.partition(".")[0] for name in own}
     names, ignored = {name: name for name in state}, []

@@ -16,17 +16,18 @@ from lightning_odem.metrics import TaskMetric
 from lightning_odem.report.merge_record import MergeRecord
 from lightning_odem.report.record import StreamReport
 
-# Okabe and Ito's colour-blind-safe palette without its black, which is the mean's, and its yellow, too pale for a line
+# Okabe and Ito's colour-blind-safe palette without its black, which marks the mean, and its yellow, which is too pale
+# for a line
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 BLUE, ORANGE, GREEN, RED = COLORS[:4]
 MARKERS = "osD^vP*Xp<>"
 
 
 def plot_accuracy_matrix(report: StreamReport) -> Figure:
-    """Heat map of the score on each task, in percent or as it is: base model and incoming models on top, merged below.
+    """Heat map of the score on each task, in percent or as it is: base and incoming models on top, merged models below.
 
-    The brighter the better. Where tasks have unlike metrics, colours go from the worst to the best of each task. A dash
-    marks a score that was not measured.
+    Brighter is better. If tasks have different metrics, colours go from the worst to the best score of each task. A
+    dash marks a score that was not measured.
 
     Args:
         report: A report of at least one merge.
@@ -68,7 +69,7 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
 def plot_accuracy_over_stream(report: StreamReport) -> Figure:
     """ACC_w (eq. 2) and the score on each task against the number of merges, in percent or as it is.
 
-    Where tasks have unlike metrics, each metric has axes of its own and there is no mean.
+    If tasks have different metrics, each metric has axes of its own and there is no mean.
 
     Args:
         report: A report of at least one merge.
@@ -102,17 +103,17 @@ def plot_accuracy_over_stream(report: StreamReport) -> Figure:
 
 
 def plot_path(record: MergeRecord) -> Figure:
-    """One merge: calibration loss along the path, damping and alignment ratio of its steps below.
+    """One merge: the calibration loss along the path, with damping and alignment ratio of its steps below.
 
-    Where a method knows no damping the lengths of the steps stand there instead.
+    For a method without damping, the lengths of the steps are shown instead.
 
-    The loss is compared with the chord between the losses of its endpoints, above which the barrier is measured
-    (Def. 3.2), and with the envelope of Theorem 3.4. Both are drawn up to the operating time, where the path ends.
-    Losses of minibatches are a thin line, without a barrier of their own: that is measured at the ends. Held-out losses
-    and steps that were taken back are drawn where the path has them.
+    The loss is compared with the chord between the losses of its endpoints, above which the barrier is measured (Def.
+    3.2), and with the envelope of Theorem 3.4. Both are drawn up to the operating time, where the path ends. Losses of
+    minibatches are a thin line without a barrier of their own, since the barrier is measured at the ends. Held-out
+    losses and steps that were taken back are drawn if the path has them.
 
     Args:
-        record: A merge that followed a path: ``record.path["t"]`` has two points at least.
+        record: A merge that followed a path: ``record.path["t"]`` has at least two points.
 
     Raises:
         ValueError: If the merge followed no path.
@@ -149,7 +150,7 @@ def plot_path(record: MergeRecord) -> Figure:
         rejected = record.path["rejected_t"], record.path["rejected_loss"]
         upper.plot(*rejected, "x", color="black", ms=5, label="steps taken back")
     if record.barrier > 0:
-        # The largest of many estimates would be the noise's.
+        # The largest of many estimates would be noise.
         highest = -1 if record.estimated else int(np.argmax(loss - chord))
         label = f"barrier = {record.barrier:.3g}"
         upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=RED, lw=2, marker="_", label=label)
@@ -179,7 +180,7 @@ def plot_path(record: MergeRecord) -> Figure:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, without matplotlib's global state."""
+    """An empty figure with a size in inches, without matplotlib's global state."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -192,7 +193,7 @@ def _task_labels(report: StreamReport) -> list[str]:
 
 
 def _norm(values: np.ndarray, metric: TaskMetric | None) -> Normalize:
-    """Colours of percent up to 100 (of errors from 0), of others as far as they go."""
+    """Colour range: up to 100 for percent (from 0 for errors), the range of the values for other metrics."""
     measured = [value for value in values.flat if math.isfinite(value)]
     if metric is None:
         return Normalize(0, 1)
@@ -204,7 +205,7 @@ def _norm(values: np.ndarray, metric: TaskMetric | None) -> Normalize:
 
 
 def _from_worst_to_best(values: np.ndarray, metrics: list[TaskMetric]) -> np.ndarray:
-    """Scores [rows, tasks] as places in [0, 1] between the worst and the best of each task."""
+    """Scores [rows, tasks] as positions in [0, 1] between the worst and the best of each task."""
     signed = values * [1 if metric.higher_is_better else -1 for metric in metrics]
     known = np.ma.masked_invalid(signed)
     lowest, highest = known.min(axis=0), known.max(axis=0)
@@ -212,7 +213,7 @@ def _from_worst_to_best(values: np.ndarray, metrics: list[TaskMetric]) -> np.nda
 
 
 def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -> dict[tuple[int, int], str]:
-    """What stands in the cells of a heat map, by row and column."""
+    """The texts in the cells of a heat map, by row and column."""
     texts = {}
     for (row, column), value in np.ndenumerate(values):
         if not (triangular and column > row):

@@ -1,4 +1,4 @@
-"""A progress bar for merges that gets on with the Trainer's own."""
+"""A progress bar for merges that works together with the Trainer's own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -26,8 +26,8 @@ from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 class StreamReport:
     """Everything measured on a stream so far; ``report.json`` is this object.
 
-    Accuracies are fractions in [0, 1]; where a task has brought another metric they are its scores. A value that was
-    not or could not be measured is NaN (``null`` in JSON).
+    Accuracies are fractions in [0, 1]. If a task has brought another metric, they are the scores of that metric. A
+    value that was not or could not be measured is NaN (``null`` in JSON).
 
     Args:
         tasks: Names in the order they were merged.
@@ -35,13 +35,13 @@ class StreamReport:
         accuracy: Row k holds the accuracy of the model after merge k on tasks 1..k (ragged, row k has k entries).
         pretrained: Accuracy of the base model on each task.
         fine_tuned: Accuracy of each incoming model on its own task.
-        before_training: Accuracy on each task of the merged model as it was before that task was trained.
-        merges: One record per merge. After a removal the checkpoint of the last one is that of the model without the
+        before_training: Accuracy of the merged model on each task before that task was trained.
+        merges: One record per merge. After a removal, the last record names the checkpoint of the model without the
             task.
-        removed: One record per task that was taken out again. Nothing else of it is left in the report, and nothing is
-            measured at a removal: the last row of ``accuracy`` is of the model before it, if that task is in its
-            ``measured_with``.
-        metrics: What the scores are of tasks that are not measured by accuracy, by task.
+        removed: One record per task that was taken out again. Nothing else of the task is left in the report. Nothing
+            is measured at a removal, so the last row of ``accuracy`` belongs to the model before it, if that row's task
+            is in ``measured_with``.
+        metrics: The metrics of tasks that are not measured by accuracy, by task.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -63,13 +63,13 @@ class StreamReport:
         metrics: Mapping[str, TaskMetric] = {},
         **measured: float,
     ) -> "StreamReport":
-        """A report with one merge more; this one stays as it is.
+        """Return a report with one more merge; this one stays as it is.
 
         Args:
             record: The merge.
             weight: Utility weight of its task.
-            accuracy: Accuracy on every task, this one the last.
-            metrics: What was measured of tasks.
+            accuracy: Accuracy on every task, with this task last.
+            metrics: The metrics of tasks.
             **measured: ``pretrained``, ``fine_tuned`` and ``before_training`` of the task.
         """
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
@@ -77,13 +77,13 @@ class StreamReport:
         return replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
 
     def without(self, task: str) -> "StreamReport":
-        """A report without the row and the column of a task, and with a note of it; this one stays as it is."""
+        """Return a report without a task's row and column but with a record of it; this one stays as it is."""
         gone = self.tasks.index(task)
         names = [entry.name for entry in fields(self) if entry.name not in ("removed", "metrics")]
         left: dict[str, list] = {name: _without(getattr(self, name), gone) for name in names}
         left["accuracy"] = [_without(row, gone) for row in left["accuracy"]]
         left["merges"] = [replace(record, further=_but(record.further, task)) for record in left["merges"]]
-        # Names mean the tasks as they are now: one that comes again is measured anew.
+        # Names mean the tasks as they are now: a task that comes again is measured again.
         before = [
             replace(record, measured_with=[name for name in record.measured_with if name != task])
             for record in self.removed
@@ -92,16 +92,16 @@ class StreamReport:
         return StreamReport(**left, removed=[*before, note], metrics=_but(self.metrics, task))
 
     def metric_of(self, task: str) -> TaskMetric:
-        """What the scores of a task are."""
+        """The metric of a task."""
         return self.metrics.get(task, ACCURACY)
 
     def measured(self) -> dict[str, TaskMetric]:
-        """What the scores of each task are of which there is one."""
+        """The metric of each task that has a score."""
         scores = {task: [row[index] for row in self.accuracy[index:]] for index, task in enumerate(self.tasks)}
         return {task: self.metric_of(task) for task, found in scores.items() if not all(map(math.isnan, found))}
 
     def metric(self, size: int | None = None) -> TaskMetric | None:
-        """What the scores are of the first tasks, or of all; None if they are unlike, and means over them NaN."""
+        """The common metric of the first tasks, or of all; None if they differ, and means over them are NaN."""
         found = {self.metric_of(task) for task in self.tasks[:size]}
         return found.pop() if len(found) == 1 else None if found else ACCURACY
 
@@ -112,7 +112,7 @@ class StreamReport:
         return tensor(rows, dtype=float64).view(size, size)
 
     def weighted_accuracy(self, accuracies: list[float]) -> float:
-        """Weighted mean of scores on the first tasks of the stream; NaN if all of these have weight 0."""
+        """Weighted mean of scores on the first tasks of the stream; NaN if all these tasks have weight 0."""
         return self._summarize(lambda values, weights, _: weighted_accuracy(values, weights), accuracies)
 
     def acc(self, merge: int = -1) -> float:
@@ -141,7 +141,7 @@ class StreamReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
         """Rebuild a report from :meth:`as_dict` or from the parsed ``report.json``."""
-        data = {"removed": [], "metrics": {}, **data}  # which older reports lack
+        data = {"removed": [], "metrics": {}, **data}  # older reports lack these
         values = {entry.name: data[entry.name] for entry in fields(cls)}
         values["merges"] = [MergeRecord(**record) for record in values["merges"]]
         values["removed"] = [RemovalRecord(**record) for record in values["removed"]]

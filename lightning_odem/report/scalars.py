@@ -1,4 +1,4 @@
-"""The numbers of the last merge under the names loggers show."""
+"""The numbers of the last merge under the names that loggers show."""
 
 import math
 
@@ -7,11 +7,11 @@ from lightning_odem.report.record import StreamReport
 
 
 def latest_scalars(report: StreamReport) -> dict[str, float]:
-    """Scalars of the last merge, all under ``merge/``; what is undefined (BWT of the first task) is left out.
+    """Scalars of the last merge, all under ``merge/``. Undefined ones (BWT of the first task) are left out.
 
-    Accuracies and their summaries are fractions; the scores of tasks with another metric stand under its name in place
-    of ``acc``, those beside the score as ``merge/<name>/<task>``. Times are seconds, evaluations are passes over the
-    calibration set; ``merge/scale`` is the scale that a search has chosen, 0 where it is the running average.
+    Accuracies and their summaries are fractions. Scores of tasks with another metric have its name in place of ``acc``.
+    Further values besides the score are named ``merge/<name>/<task>``. Times are seconds, evaluations are passes over
+    the calibration set. ``merge/scale`` is the scale that a search has chosen, or 0 for the running average.
 
     Example:
         >>> from lightning_odem.report import MergeRecord

@@ -1,4 +1,4 @@
-"""The figure of a merge that searched its operating point."""
+"""The figure of a merge that searched for its operating point."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -8,7 +8,7 @@ from lightning_odem.report.merge_record import MergeRecord
 
 
 def plot_search(record: MergeRecord) -> Figure:
-    """One merge: the calibration loss over the scale of the path, and held-out losses of the gradient flow beside it.
+    """One merge: the calibration loss over the scale of the path, with held-out losses of the gradient flow beside it.
 
     Horizontal lines are the losses of the merged model before and after, of the incoming model and of the running
     average.
@@ -17,7 +17,7 @@ def plot_search(record: MergeRecord) -> Figure:
         record: A merge that searched: ``record.path`` has ``scale``, see :class:`~lightning_odem.flow.Trajectory`.
 
     Raises:
-        ValueError: If the merge searched no operating point.
+        ValueError: If the merge did not search for an operating point.
 
     Example:
         >>> path = {"t": [0.0, 0.5], "loss": [1.0, 0.7], "scale": [0.5, 0.7, 1.0], "scale_loss": [0.8, 0.75, 0.9]}

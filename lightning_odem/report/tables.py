@@ -14,7 +14,7 @@ from lightning_odem.metrics import TaskMetric
 from lightning_odem.report.merge_record import MergeRecord
 from lightning_odem.report.record import StreamReport
 
-# rich's own open boxes draw the rule in characters that not every file encoding has
+# rich's own open boxes draw the rule in characters that some file encodings lack
 RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _GAP = 2
 
@@ -22,9 +22,9 @@ _GAP = 2
 def render_table(report: StreamReport, width: int | None = None) -> str:
     """Accuracy matrix with ACC_w (eq. 2) and BWT_w (eq. 3) after every merge, in percent or in the metric's own unit.
 
-    Columns carry the task names where they fit. Otherwise they are numbered, the rows tell which number is which task,
-    and columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
-    undefined or was not measured; of unlike metrics ACC and BWT are undefined.
+    Columns have the task names if these fit. Otherwise columns are numbered, and the rows tell which number is which
+    task. Columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
+    undefined or was not measured. ACC and BWT are undefined if metrics differ.
 
     Args:
         report: What to show.
@@ -61,7 +61,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
-    """What each merge did to the calibration loss and what it cost.
+    """Table of the effect of each merge on the calibration loss, and of its cost.
 
     Args:
         report: What to show.
@@ -84,7 +84,7 @@ def render_summary(report: StreamReport, width: int | None = None) -> str:
 
 
 def _unlike(report: StreamReport, width: int) -> str:
-    """Why there is no mean over the tasks, where there is none."""
+    """The reason why there is no mean over the tasks, if there is none."""
     if report.metric() is not None:
         return ""
     found = ", ".join(dict.fromkeys(report.metric_of(task).label for task in report.tasks))
@@ -161,13 +161,13 @@ def number(value: float, spec: str) -> str:
 
 
 def column_widths(rows: list[list[str]]) -> list[int]:
-    """Width each column needs, the gap to the next one included."""
+    """Width that each column needs, including the gap to the next one."""
     columns = zip(*rows, strict=True)
     return [_GAP + max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
 
 
 def columns_per_block(widths: list[int], width: int) -> int:
-    """Columns beside the first one, for the fewest blocks of about equal size that are not too wide."""
+    """Number of columns beside the first one that gives the fewest blocks of about equal size that are not too wide."""
     label, *columns = [min(widths[0], width // 3), *widths[1:]]
     for blocks in range(1, len(columns) + 1):
         size = math.ceil(len(columns) / blocks)

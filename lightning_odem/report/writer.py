@@ -18,9 +18,9 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
 
     Args:
         report: What to write.
-        directory: Made if it does not exist.
-        first_path: Index of the first merge whose path is drawn, -1 for the last one. Earlier figures stay as they
-            are, which saves drawing all of them again after every merge.
+        directory: Directory to write to. It is created if it does not exist.
+        first_path: Index of the first merge whose path is drawn, -1 for the last one. Earlier figures stay as they are,
+            so they are not all drawn again after every merge.
 
     Returns:
         The files written.
@@ -40,5 +40,5 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     for name, figure in figures.items():
         written.append(directory / f"{name}.png")
         figure.savefig(written[-1])
-    # The last one: where it is up to date, the others are.
+    # Written last: if it is up to date, the others are too.
     return [*written, report.save(directory / "report.json")]

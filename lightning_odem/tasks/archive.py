@@ -15,8 +15,8 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 class NpzArchive:
     """A MedMNIST-format file, checked on opening and read split by split.
 
-    Opening reads the labels and the headers of the images only. The checksum of every array read is verified, and
-    pickled objects are refused.
+    Opening reads only the labels and the headers of the images. The checksum of every array that is read is verified.
+    Pickled objects are refused.
 
     Args:
         path: The file, with ``{train,val,test}_images`` uint8 [N, H, W] or [N, H, W, 3] and ``{train,val,test}_labels``
@@ -26,7 +26,7 @@ class NpzArchive:
         labels: Labels int64 [N] by split.
 
     Raises:
-        ValueError: If the file cannot be read or holds anything else; the message names the file and what was found.
+        ValueError: If the file cannot be read or holds other data; the message names the file and what was found.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,7 +73,7 @@ class NpzArchive:
     def _array(self, key: str) -> npt.NDArray:
         with self._open(key) as member:
             array = np.lib.format.read_array(member, allow_pickle=False)
-            # Reading to the end makes zipfile verify the checksum, also where a damaged header asks for less.
+            # Reading to the end makes zipfile verify the checksum, even if a damaged header asks for less.
             if member.read():
                 raise ValueError("there is more data than its header says")
         return array

@@ -14,13 +14,13 @@ from lightning_odem.tasks.task import Task
 class TaskStream(LightningDataModule):
     """Tasks in the order in which they arrive.
 
-    A stream of one task can be given to ``Trainer.fit`` in the place of that task. One of several tasks is for
-    ``fit_tasks``, or to iterate over.
+    A stream of one task can be given to ``Trainer.fit`` in place of that task. A stream of several tasks is for
+    ``fit_tasks`` or for iteration.
 
     Args:
-        builders: By name, what builds each task that could be chosen, in the default order. A builder takes the
-            keywords ``weight``, ``train_transform``, ``batch_size``, ``num_workers`` and ``seed`` and must be cheap: it
-            checks that files exist but reads no image.
+        builders: Functions by name that build the available tasks, in the default order. A builder takes the keywords
+            ``weight``, ``train_transform``, ``batch_size``, ``num_workers`` and ``seed`` and must be cheap: it checks
+            that files exist but reads no images.
         tasks: Names of the tasks to take, in this order; all by default.
         order_seed: Shuffle the tasks taken with this seed; None keeps their order.
         weights: Utility weight per task; 1 for tasks not named.
@@ -31,7 +31,7 @@ class TaskStream(LightningDataModule):
         seed: Seed of the training shuffles and of the splits that are cut by this package.
 
     Attributes:
-        pretraining: A source task to pretrain a base model on, where the stream has one.
+        pretraining: A source task on which to pretrain a base model, if the stream has one.
 
     Raises:
         ValueError: If ``tasks`` or ``weights`` name an unknown task, or ``tasks`` is empty or names one twice.
@@ -110,11 +110,11 @@ class TaskStream(LightningDataModule):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes of the only task, where they are known."""
+        """Names of the classes of the only task, if they are known."""
         return self._only().class_names
 
     def prepare_data(self) -> None:
-        """Download the data of the only task where it was asked to."""
+        """Download the data of the only task if requested."""
         self._only().prepare_data()
 
     def setup(self, stage: str | None = None) -> None:

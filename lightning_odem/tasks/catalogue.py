@@ -25,8 +25,8 @@ class Entry(NamedTuple):
         num_classes: Number of classes.
         place: File or folder in ``root`` that must exist.
         train: Keywords for the training split.
-        test: Keywords for the test split; None where there are no official splits.
-        val: Keywords for the validation split; None where there is none.
+        test: Keywords for the test split; None if there are no official splits.
+        val: Keywords for the validation split; None if there is none.
         first_label: The smallest label.
         downloads: Whether torchvision can download it.
     """
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class _SUN397(datasets.SUN397):
-    """SUN397 in an order that does not depend on the file system, so that splits cut from it do not either."""
+    """SUN397 in an order that does not depend on the file system, so splits of it do not depend on it either."""
 
     _image_files: list[Path]
     _labels: list[int]

@@ -1,8 +1,8 @@
-"""Names of classes, as CLIP's text tower is told them.
+"""Names of classes for CLIP's text tower.
 
-Class names are here only where torchvision has none, or has others than the heads that the published vision towers were
-fine-tuned with (which is why CIFAR-100 has underscores, and "cra" for crab). They are in the order of torchvision's
-labels.
+This module lists class names only if torchvision has none, or if they differ from those in the heads with which the
+published vision towers were fine-tuned. (That is why CIFAR-100 has underscores, and "cra" for crab.) They are in the
+order of torchvision's labels.
 """
 
 _DIGITS = list("0123456789")

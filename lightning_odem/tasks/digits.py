@@ -33,9 +33,10 @@ class DigitsStream(TaskStream):
     """The 1797 handwritten digits that come with scikit-learn, one domain shift per task.
 
     Each task has the same ten classes (domain-incremental learning) and the same images, 1294 for training, 144 for
-    validation and 359 for test, in a guise that hurts a net trained on the upright ones; see
-    :mod:`lightning_odem.tasks.shifts`. The images are split once by ``seed``, before they are shifted: no guise of a
-    test image is in the training samples of any task, nor of ``pretraining``, the upright digits to pretrain a base on.
+    validation and 359 for test, in a form on which a net trained on upright digits does worse; see
+    :mod:`lightning_odem.tasks.shifts`. The images are split once by ``seed``, before they are shifted. So no form of a
+    test image is in the training samples of any task, nor in those of ``pretraining``, the upright digits for
+    pretraining a base model.
 
     Args:
         tasks: Any of rotated, inverted, slanted, striped, noisy (the default, in this order), mirrored, occluded,

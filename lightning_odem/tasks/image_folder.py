@@ -16,8 +16,8 @@ from lightning_odem.tasks.task import Task
 class ImageFolderStream(TaskStream):
     """One task per folder: ``root/<task>/{train,val,test}/<class>/*.png``, in alphabetical order.
 
-    Each split is a ``torchvision.datasets.ImageFolder``, so any format it knows will do. Where a task has no ``val``, a
-    tenth of its training samples is cut off by ``seed``, with the classes in proportion.
+    Each split is a ``torchvision.datasets.ImageFolder``, so any format that it reads works. If a task has no ``val``, a
+    tenth of its training samples is split off by ``seed``, with the classes in proportion.
 
     Args:
         root: Folder of the task folders.
@@ -60,7 +60,7 @@ def _build(folder: Path, image_size: int, seed: int, **options: Any) -> Task:
 
 
 def _read(folder: Path, splits: list[str], image_size: int, seed: int) -> Splits:
-    # A class may lack images in one split; the class folders, and with them the labels, are the same in all.
+    # A class may lack images in one split. The class folders, and so the labels, are the same in all splits.
     datasets = {split: ImageFolder(folder / split, loader=_load, allow_empty=True) for split in splits}
     transform = preprocessing(image_size)
     parts = {split: Selection(data, data.targets, transform=transform) for split, data in datasets.items()}

@@ -16,13 +16,13 @@ class NpzStream(TaskStream):
     """One task per MedMNIST-format ``.npz`` file of a folder, in alphabetical order of the file names.
 
     A file holds ``{train,val,test}_images`` uint8 [N, H, W] (grey) or [N, H, W, 3] and ``{train,val,test}_labels``
-    integer [N] or [N, 1]. Where there is no ``val`` pair, a tenth of the training samples is cut off by ``seed``, with
+    integer [N] or [N, 1]. If there is no ``val`` pair, a tenth of the training samples is split off by ``seed``, with
     the classes in proportion. The number of classes is the largest label of all splits plus one.
 
     Args:
         root: The folder.
         channels: 3 repeats grey images to RGB (so that all tasks fit one model), 1 turns colour to grey.
-        image_size: Height and width of the images; None keeps those of the files.
+        image_size: Height and width of the images; None keeps the sizes in the files.
         **kwargs: Common arguments of :class:`~lightning_odem.tasks.TaskStream`.
 
     Raises:

@@ -7,15 +7,15 @@ from torch.utils.data import RandomSampler
 
 
 class EpochSampler(RandomSampler):
-    """A shuffle that depends on the seed and the epoch alone.
+    """A shuffle that depends only on the seed and the epoch.
 
-    Lightning calls :meth:`set_epoch` before every epoch, so a run resumed between two epochs reads its samples in
-    the order of the uninterrupted one. Without a Trainer the generator just runs on from epoch to epoch. Being a
-    ``RandomSampler``, it is replaced by a shuffling ``DistributedSampler`` where Lightning needs one.
+    Lightning calls :meth:`set_epoch` before every epoch, so a run resumed between two epochs reads its samples in the
+    order of the uninterrupted one. Without a Trainer the generator continues from epoch to epoch. Because this is a
+    ``RandomSampler``, Lightning replaces it by a shuffling ``DistributedSampler`` if it needs one.
 
     Args:
         dataset: The training samples.
-        seed: Seed of the generator; the global random state is neither read nor moved.
+        seed: Seed of the generator; the global random state is neither read nor changed.
 
     Example:
         >>> sampler = EpochSampler(range(100), seed=0)

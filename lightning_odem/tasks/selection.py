@@ -16,8 +16,8 @@ from lightning_odem.tasks.splits import hold_out
 class Selection(Dataset[tuple[Tensor, int]]):
     """Some samples of a dataset, under given labels and through a transform.
 
-    It cuts splits, shifts labels, turns PIL images into tensors and adds augmentation: ``targets`` stays right, which
-    ``torch.utils.data.Subset`` does not offer.
+    It cuts splits, shifts labels, turns PIL images into tensors and adds augmentation. Unlike with
+    ``torch.utils.data.Subset``, ``targets`` stays correct.
 
     Args:
         dataset: Map-style dataset whose items start with the image.
@@ -58,7 +58,7 @@ class Selection(Dataset[tuple[Tensor, int]]):
         return image, int(self.targets[index])
 
     def hold_out(self, fraction: float, seed: int) -> tuple["Selection", "Selection"]:
-        """The samples that stay and those held out; see :func:`~lightning_odem.tasks.splits.hold_out`."""
+        """Split into the samples that stay and those held out; see :func:`~lightning_odem.tasks.splits.hold_out`."""
         stay, held = (
             Selection(self.dataset, self.labels, self.indices[part], self.transform)
             for part in hold_out(self.targets, fraction, seed)
@@ -67,10 +67,10 @@ class Selection(Dataset[tuple[Tensor, int]]):
 
 
 def preprocessing(image_size: int | None, channels: int = 3) -> v2.Transform:
-    """The fixed part of reading an image: to a uint8 tensor [channels, image_size, image_size].
+    """The fixed part of reading an image: conversion to a uint8 tensor [channels, image_size, image_size].
 
-    Grey is repeated, or colour turned to grey; the shorter side is resized (bicubic, antialiased) and the centre is
-    cropped, as CLIP does. ``image_size=None`` keeps the size.
+    Grey images are repeated, or colour images turned to grey. The shorter side is resized (bicubic, antialiased) and
+    the centre is cropped, as in CLIP. ``image_size=None`` keeps the size.
 
     Example:
         >>> preprocessing(32)(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape

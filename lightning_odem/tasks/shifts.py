@@ -1,7 +1,8 @@
 """Domain shifts of grey images: pure functions from uint8 [N, H, W] to uint8 [N, H, W].
 
-Random parts are drawn from a generator of their own that always starts alike, so a shift gives image i of an array the
-same guise every time. Each takes a small convolutional net trained on upright digits from 96 % to below 50 %.
+Random parts are drawn from a separate generator that always starts in the same state. So a shift changes image i of an
+array in the same way every time. Each shift lowers the accuracy of a small convolutional net trained on upright digits
+from 96 % to below 50 %.
 """
 
 import numpy as np

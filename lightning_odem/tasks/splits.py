@@ -1,4 +1,4 @@
-"""The three datasets of one task, and the rule by which a missing one is cut out of another."""
+"""The three datasets of one task, and the rule that cuts a missing one out of another."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -34,8 +34,8 @@ class Splits(NamedTuple):
 def hold_out(labels: npt.ArrayLike, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Cut a part out of a split, with the classes in proportion.
 
-    The shuffled samples are put in order of their class and every ``1 / fraction``-th of them is held out, so that each
-    class gives its share to within one sample, however small it is.
+    The shuffled samples are sorted by class, and every ``1 / fraction``-th of them is held out. So each class gives its
+    share to within one sample, however small the class is.
 
     Args:
         labels: Integer labels [N].

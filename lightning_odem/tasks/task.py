@@ -16,7 +16,7 @@ from lightning_odem.tasks.splits import LabelledDataset, Splits
 
 
 class Task(LightningDataModule):
-    """One task: what one fit trains on and one merge adds.
+    """One task: the data of one fit, and what one merge adds.
 
     Batches are ``(images, labels)``: uint8 [B, C, H, W] and int64 [B]. Nothing is read before :meth:`setup` or the
     first dataloader, and only once.
@@ -28,13 +28,13 @@ class Task(LightningDataModule):
         weight: Utility weight w_k of the task; not negative. 0 leaves the merged model as it is.
         source: Where the data comes from (a file, a folder, a package), for error messages.
         train_transform: Augmentation of single training images, uint8 [C, H, W] to uint8. Validation, test and
-            :meth:`calibration_dataset` never see it. It draws from torch's global random state, in worker processes
-            seeded by ``seed``.
+            :meth:`calibration_dataset` never see it. It draws from torch's global random state, which ``seed`` seeds in
+            worker processes.
         batch_size: Samples per batch in all dataloaders.
         num_workers: Worker processes per dataloader; 0 reads in the main process.
-        seed: Seed of the training shuffle, which is otherwise independent of the global random state.
-        prepare: Called in ``prepare_data``, hence in one process only, before the data is first read; for downloads.
-        class_names: Names of the classes in the order of their labels; by default those that the data has.
+        seed: Seed of the training shuffle. The shuffle does not depend on the global random state.
+        prepare: Called in ``prepare_data`` before the data is first read, so in one process only; for downloads.
+        class_names: Names of the classes in the order of their labels; by default those in the data.
 
     Raises:
         ValueError: If the weight is negative or not finite, or there are no classes. On reading: if a split is empty,
@@ -91,9 +91,9 @@ class Task(LightningDataModule):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of their labels, None where they have none; reads the data if need be.
+        """Names of the classes in the order of their labels, None if they have none; reads the data if necessary.
 
-        Those in the attribute ``classes`` of torchvision's datasets are spelt out: ``polar_bear`` as ``polar bear``.
+        Names from the attribute ``classes`` of torchvision's datasets are spelt out: ``polar_bear`` as ``polar bear``.
         """
         if self._class_names is not None:
             return list(self._class_names)
@@ -104,12 +104,12 @@ class Task(LightningDataModule):
         return names and [re.sub(r"(?<=[a-z])[_/](?=[a-z])", " ", name) for name in names]
 
     def prepare_data(self) -> None:
-        """Download the data where the task was asked to."""
+        """Download the data if requested."""
         if self._prepare is not None and "splits" not in self.__dict__:
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the data; all splits at once, whatever the stage, and only the first time."""
+        """Read and check the data: all splits at once for any stage, and only the first time."""
         _ = self.splits
 
     def calibration_dataset(self) -> LabelledDataset:

@@ -15,24 +15,23 @@ from lightning_odem.tasks.task import Task
 class TorchvisionStream(TaskStream):
     """Datasets of torchvision by name, one per task.
 
-    Official splits are kept. SUN397, RESISC45 and EuroSAT come without: a fifth of their samples becomes the test
-    split. Where there is no validation split, a tenth of the training samples is cut off for it. Both cuts are drawn by
-    ``seed``, with the classes in proportion, so they are not those of other publications. Labels start at 0 (EMNIST's
-    letters are shifted). Images are as torchvision gives them (EMNIST's are transposed), resized and centre-cropped to
-    RGB.
+    Official splits are kept. SUN397, RESISC45 and EuroSAT have none: a fifth of their samples becomes the test split.
+    If there is no validation split, a tenth of the training samples is split off for it. ``seed`` draws both splits,
+    with the classes in proportion, so they differ from those of other publications. Labels start at 0 (EMNIST's letters
+    are shifted). Images are as torchvision gives them (EMNIST's are transposed), resized and centre-cropped to RGB.
 
     ``SUITE_8``, ``SUITE_14`` and ``SUITE_20`` list the usual suites. RESISC45 is in all of them but not in torchvision:
-    put its folder of classes, ``NWPU-RESISC45``, into ``root``; it is split as SUN397 is.
+    put its folder of classes, ``NWPU-RESISC45``, into ``root``. It is split like SUN397.
 
     Args:
-        root: Folder that torchvision is given as ``root``.
+        root: Folder that torchvision gets as ``root``.
         tasks: Names from ``SUITE_20``.
         image_size: Height and width of the images; 224 fits the usual vision transformers.
         download: Download what is missing when a fit begins (not possible for stanford-cars, resisc45 and fer2013).
         **kwargs: The other common arguments of :class:`~lightning_odem.tasks.TaskStream`.
 
     Raises:
-        FileNotFoundError: If a dataset is not in ``root`` and is not to be downloaded.
+        FileNotFoundError: If a dataset is not in ``root`` and ``download`` is off.
         ValueError: If a task is unknown.
         RuntimeError: On reading, if torchvision cannot read a dataset.
     """
@@ -77,7 +76,7 @@ def _read(name: str, root: Path, image_size: int, seed: int) -> Splits:
         }
     except ImportError:
         raise
-    except Exception as error:  # every dataset has a reader of its own, with errors of its own
+    except Exception as error:  # every dataset has its own reader with its own errors
         raise RuntimeError(f"Task {name!r}: torchvision cannot read it in {root}: {error!r}.") from error
     for split, fraction in (("test", 0.2), ("val", 0.1)):
         if split not in parts:

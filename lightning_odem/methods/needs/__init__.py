@@ -1,4 +1,4 @@
-"""What merge methods use besides the two models: each need is one class in one file."""
+"""What merge methods use besides the two models. Each need is one class in one file."""
 
 from lightning_odem.methods.needs.base_model import BaseModel
 from lightning_odem.methods.needs.calibration import Calibration

@@ -12,9 +12,9 @@ class BaseModel(Need[Tensor]):
     source = "the base model"
 
     def is_met(self, offer: Offer) -> bool:
-        """Where a base model is given."""
+        """Whether a base model is given."""
         return offer.base
 
     def build(self, sources: Sources) -> Tensor:
-        """Its merged parameters as a vector."""
+        """The merged parameters of the base model as a vector."""
         return sources.vector.gather(sources.base)

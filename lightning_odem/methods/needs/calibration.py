@@ -17,7 +17,7 @@ class Calibration(Need[CalibrationObjective]):
     from_samples = True
 
     def is_met(self, offer: Offer) -> bool:
-        """Where there are samples and a loss."""
+        """Whether there are samples and a loss."""
         return offer.calibration
 
     def build(self, sources: Sources) -> CalibrationObjective:
@@ -26,7 +26,7 @@ class Calibration(Need[CalibrationObjective]):
         return sources.calibration.objective(sources.vector)
 
     def account(self, built: CalibrationObjective, record: "MergeRecord") -> None:
-        """Count gradients, passes without one, and the time they took."""
+        """Count gradients, passes without gradient, and the time they took."""
         record.gradient_evaluations = built.gradient_evaluations
         record.loss_evaluations = built.loss_evaluations
         record.sample_gradients += built.sample_gradients

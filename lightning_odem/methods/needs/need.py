@@ -1,4 +1,4 @@
-"""What a need is: from the check before a training to what a merge is given."""
+"""What a need is, from the check before a training to the value that a merge gets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,14 +16,15 @@ T = TypeVar("T")
 class Need(ABC, Generic[T]):
     """Something that a merge method uses besides the two models; T is the type of what it gets.
 
-    A method declares instances, ``needs = (BaseModel(), Snapshots(8))``, and reads ``context[Snapshots]``. Callback,
-    comparisons and merges of checkpoints know no need by name: they go through those of the method. So a new need is
-    one subclass, of which :meth:`build` has to be written and the rest may be.
+    A method declares instances, ``needs = (BaseModel(), Snapshots(8))``, and reads ``context[Snapshots]``. The
+    callback, comparisons and merges of checkpoints know no need by name; they go through the needs of the method. So a
+    new need is one subclass. It has to define :meth:`build` and may define the rest.
 
-    Needs are equal if class and attributes are. One instance serves many trainings, so it keeps nothing of them.
+    Needs are equal if their classes and attributes are equal. One instance serves many trainings, so it stores nothing
+    from them.
 
     Attributes:
-        source: Where it comes from, as the refusal of a merge without it says.
+        source: Where the need comes from; the error for a merge without it quotes this.
         from_samples: Whether calibration samples are drawn for it.
 
     Example:
@@ -39,40 +40,43 @@ class Need(ABC, Generic[T]):
     from_samples: bool = False
 
     def check(self, run: TrainingRun) -> None:
-        """Before a training: refuse one that cannot leave what is needed.
+        """Before a training: refuse a training that cannot provide what is needed.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: If the training cannot provide it.
         """
 
     def see(self, run: TrainingRun, kept: dict[str, Any]) -> None:
-        """After every training batch: put into ``kept`` what is to be remembered until the end.
+        """After every training batch: put into ``kept`` what has to be remembered until the end.
 
-        ``kept`` travels in checkpoints, so it holds tensors on the CPU, numbers and strings in plain containers, and
-        what is in it is replaced, not changed in place.
+        ``kept`` is saved in checkpoints, so it holds tensors on the CPU, numbers and strings in plain containers.
+        Replace its contents; do not change them in place.
         """
 
     def collect(self, run: TrainingRun, kept: dict[str, Any]) -> Any:
-        """At the end of a training: what it leaves for the merge, of the same kind as ``kept``."""
+        """At the end of a training: return what it leaves for the merge, in the same form as ``kept``."""
 
     @property
     def collects(self) -> bool:
-        """Whether something of the training is needed."""
+        """Whether something has to be collected in the training."""
         return type(self).collect is not Need.collect
 
     def is_met(self, offer: Offer) -> bool:
-        """Whether a merge that has these sources can build it; by default one that has what was collected, if any."""
+        """Whether a merge with these sources can build the need; by default, if it has what was collected, if any."""
         return not self.collects or offer.collected.get(type(self)) is not None
 
     @abstractmethod
     def build(self, sources: Sources) -> T:
-        """When a merge starts: what the method finds in its context. An error leaves the incoming model as it is."""
+        """When a merge starts: return what the method finds in its context.
+
+        An error leaves the incoming model as it is.
+        """
 
     def account(self, built: T, record: "MergeRecord") -> None:
-        """After the merge: write into the record what the use of it has cost."""
+        """After the merge: write the cost of using the need into the record."""
 
     def join(self, other: "Need[T]") -> "Need[T]":
-        """What serves both this and another need of its class; this one, where all are alike."""
+        """Return a need that serves both this one and another of its class; by default this one, as all are alike."""
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -86,7 +90,7 @@ class Need(ABC, Generic[T]):
 
 
 def combine(needs: Iterable[Need[Any]]) -> tuple[Need[Any], ...]:
-    """Needs without those that occur again; of one class there is one, which serves all.
+    """Remove duplicate needs: one need of each class is left, which serves all of that class.
 
     Example:
         >>> from lightning_odem.methods.needs import BaseModel, Snapshots

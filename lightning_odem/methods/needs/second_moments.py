@@ -29,20 +29,20 @@ class SecondMoments(Need[Tensor]):
         """Refuse optimizers that keep no second moments.
 
         Raises:
-            ValueError: With the optimizer found and those that would do.
+            ValueError: If one keeps none; the message names it and the optimizers that would do.
         """
         check_second_moments(run.trainer.optimizers, run.method)
 
     def collect(self, run: TrainingRun, kept: dict[str, Any]) -> Snapshot:
-        """By name of the parameter, raw, as the optimizer has them."""
+        """The raw moments of the optimizer, by name of the parameter."""
         return second_moments(run.trainer.optimizers, run.module)
 
     def is_met(self, offer: Offer) -> bool:
-        """Where a training left some."""
+        """Whether a training left some."""
         return bool(offer.collected.get(type(self)))
 
     def build(self, sources: Sources) -> Tensor:
-        """As a vector."""
+        """The moments as a vector."""
         found, vector = sources.collected[type(self)], sources.vector
         unstepped = {
             name: torch.full(shape, torch.nan)
@@ -53,7 +53,7 @@ class SecondMoments(Need[Tensor]):
 
 
 def second_moments(optimizers: Iterable[Optimizer], module: nn.Module) -> Snapshot:
-    """Adam's running mean of squared gradients by name of the parameter, on the CPU; raw, as the optimizer has it."""
+    """Adam's running mean of squared gradients by name of the parameter, on the CPU and raw."""
     states = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     return {
         canonical_name(name): states[parameter][SECOND_MOMENT].detach().to("cpu", copy=True)
@@ -66,7 +66,7 @@ def check_second_moments(optimizers: Iterable[Optimizer], method: str) -> None:
     """Refuse optimizers that keep no second moments, before any training.
 
     Raises:
-        ValueError: With the optimizer found and those that would do.
+        ValueError: If one keeps none; the message names it and the optimizers that would do.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, ZeroRedundancyOptimizer):

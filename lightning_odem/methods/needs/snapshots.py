@@ -13,13 +13,13 @@ from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 
 
 class Snapshots(Need[Sequence[Tensor]]):
-    """Weights [d] at evenly spaced steps of the incoming model's training, the oldest first.
+    """Weights [d] at evenly spaced steps of the incoming model's training, oldest first.
 
-    Neither its start nor its end is among them. The length of a run is not known beforehand, so there may be half as
-    many less one as were asked for.
+    Neither its start nor its end is among them. The length of a run is not known beforehand, so there may be as few as
+    half the requested number, less one.
 
     Args:
-        count: Weights to keep at most, 2 or more.
+        count: Largest number of weights to keep, 2 or more.
     """
 
     source = "weights from the training run (which a run of one step does not have)"
@@ -28,29 +28,29 @@ class Snapshots(Need[Sequence[Tensor]]):
         self.count = count
 
     def check(self, run: TrainingRun) -> None:
-        """Refuse too small a number.
+        """Refuse a number that is too small.
 
         Raises:
-            ValueError: If it is below 2, with which a short run could end without any.
+            ValueError: If it is below 2; a short run could then end without any weights.
         """
         Trail(self.count)
 
     def see(self, run: TrainingRun, kept: dict[str, Any]) -> None:
-        """Keep the weights if it is time."""
+        """Keep the weights if they are due."""
         Trail(self.count, kept).see(run.trainer.global_step, lambda: take_snapshot(run.module, run.select))
 
     def collect(self, run: TrainingRun, kept: dict[str, Any]) -> tuple[Snapshot, ...]:
-        """Those kept before the last step, by name of the parameter."""
+        """The weights kept before the last step, by name of the parameter."""
         return Trail(self.count, kept).before(run.trainer.global_step)
 
     def is_met(self, offer: Offer) -> bool:
-        """Where a training left some."""
+        """Whether a training left some."""
         return bool(offer.collected.get(type(self)))
 
     def build(self, sources: Sources) -> Sequence[Tensor]:
-        """Each as a vector."""
+        """Each set of weights as a vector."""
         return [sources.vector.gather(snapshot) for snapshot in sources.collected[type(self)]]
 
     def join(self, other: Need[Sequence[Tensor]]) -> "Snapshots":
-        """The larger number."""
+        """The need with the larger number."""
         return max(self, other, key=lambda need: need.count)  # type: ignore[attr-defined, return-value]

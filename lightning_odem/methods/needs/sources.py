@@ -1,4 +1,4 @@
-"""What there is when a merge starts."""
+"""What is available when a merge starts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Offer:
     Args:
         base: Whether there is a base model.
         calibration: Whether there are calibration samples and a loss.
-        batches: Whether there are the incoming task's training batches.
+        batches: Whether the incoming task's training batches are available.
         collected: What needs collected during the incoming model's training, by their class.
     """
 
@@ -32,12 +32,13 @@ class Offer:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a need is built from.
+    """The sources from which a need is built.
 
-    The module holds the incoming model, its batch-norm statistics too. It is in eval mode, and left alone in the end.
+    The module holds the incoming model, including its batch-norm statistics. It is in eval mode. A need
+    leaves it unchanged in the end.
 
     Args:
-        module: The module; attached to a Trainer, where there are losses.
+        module: The module; it is attached to a Trainer if there are losses.
         vector: Its merged parameters.
         layers: Linear layers and convolutions with the name of their weight, see
             :func:`~lightning_odem.parameters.linear_layers`.

@@ -9,14 +9,15 @@ from lightning_odem.parameters.snapshot import Snapshot
 class Trail:
     """At most ``capacity`` snapshots of a run of unknown length, always evenly spaced in steps.
 
-    Snapshots are taken every ``stride`` steps; when there are too many, every second one goes and the stride doubles.
+    A snapshot is taken every ``stride`` steps. When there are too many, every second one is dropped and the stride
+    doubles.
 
     Args:
-        capacity: Snapshots kept, at least 2.
-        state: Where they are kept, as an earlier trail left it; empty for a new run.
+        capacity: Number of snapshots kept, at least 2.
+        state: The dict that holds them, as an earlier trail left it; empty for a new run.
 
     Raises:
-        ValueError: For a smaller capacity, with which a short run could end without any.
+        ValueError: For a smaller capacity; a short run could then end without any snapshot.
 
     Example:
         >>> import torch
@@ -45,9 +46,9 @@ class Trail:
             snapshots = {old: kept for old, kept in snapshots.items() if old % self.state["stride"] == 0}
         if step % self.state["stride"] == 0:
             snapshots = {**snapshots, step: take()}
-        # Replaced, not changed: a checkpoint in the making may hold the old one.
+        # Replaced, not changed: a checkpoint that is being written may hold the old one.
         self.state["snapshots"] = snapshots
 
     def before(self, step: int) -> tuple[Snapshot, ...]:
-        """The snapshots of earlier steps, the oldest first."""
+        """The snapshots of earlier steps, oldest first."""
         return tuple(kept for at, kept in self.state["snapshots"].items() if at < step)

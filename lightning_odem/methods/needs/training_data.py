@@ -16,11 +16,11 @@ class TrainingData(Need[TaskData]):
     source = "the task's training data and a module with a loss"
 
     def is_met(self, offer: Offer) -> bool:
-        """Where there are batches."""
+        """Whether there are batches."""
         return offer.batches
 
     def build(self, sources: Sources) -> TaskData:
-        """The batches, with what the module makes of them."""
+        """The batches, and what the module computes from them."""
         assert sources.batches is not None, "the need is met"
         return TaskData(sources.vector, sources.module, sources.task, sources.batches)  # type: ignore[arg-type]
 

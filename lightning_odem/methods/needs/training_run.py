@@ -8,10 +8,10 @@ import lightning as L
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One fit, of which a need may collect something.
+    """One fit, from which a need may collect something.
 
     Args:
-        trainer: The Trainer, its optimizers set up.
+        trainer: The Trainer, with its optimizers set up.
         module: The module that is trained.
         method: Name of the merge method, for errors.
         select: Which parameters are trained and merged, by name.

@@ -1,4 +1,4 @@
-"""Needs as they were declared and read until version 0.5: by words. To be removed with version 0.8."""
+"""Needs declared and read by words, as until version 0.5. This module will be removed with version 0.8."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ _MISSING: dict[str, Any] = {"input_moments": {}, "snapshots": ()}
 
 
 def resolve_needs(rule: Any) -> None:
-    """See that a method's or function's ``needs`` are objects: words and classes are replaced by them.
+    """Make the ``needs`` of a method or function objects: words and classes are replaced by objects.
 
     Raises:
         ValueError: For anything else, such as a misspelt word.
@@ -59,12 +59,12 @@ def _is_need(value: object) -> bool:
 
 
 def accepts_words(context: type[T]) -> type[T]:
-    """Let a class of contexts be made with the earlier fields too: ``MergeContext(names, shapes, base=base)``."""
+    """Let a context class also accept the earlier fields: ``MergeContext(names, shapes, base=base)``."""
     make: Callable[..., None] = context.__init__
 
     @wraps(make)
     def init(self: T, *values: Any, **named: Any) -> None:
-        if len(values) > 2 and isinstance(values[2], Tensor):  # the base model was the third
+        if len(values) > 2 and isinstance(values[2], Tensor):  # the base model was the third argument
             named["base"] = values[2]
             values = values[:2]
         if words := [word for word in WORDS if word in named]:
@@ -80,7 +80,7 @@ def accepts_words(context: type[T]) -> type[T]:
 
 
 class EarlierFields:
-    """Fields of the context that are needs now: ``context.base`` is ``context[BaseModel]``."""
+    """Former fields of the context that are now needs: ``context.base`` is ``context[BaseModel]``."""
 
     needed: Mapping[type[Need[Any]], Any]
 
