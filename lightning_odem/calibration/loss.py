@@ -1,13 +1,14 @@
 """A module's own loss on calibration samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_odem.calibration.batches import copy
+from lightning_odem.calibration.batches import count, each
 from lightning_odem.calibration.samples import MicroBatch
 
 
@@ -40,27 +41,35 @@ class ModuleLoss:
         Raises:
             TypeError: If the step returns something other than a scalar tensor or a dictionary with one under "loss".
         """
-        samples = samples_on_device(self._module, batch)
+        total = count(batch.samples)
+        losses = []
+        for part, index in batches_on_device(self._module, batch):
+            loss = self._loss(part, batch.task)
+            losses.append(loss if isinstance(index, slice) else loss * (len(index) / total))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _loss(self, samples: Any, task: str) -> Tensor:
         with self._module.trainer.precision_plugin.forward_context():
             if self._step is not None:
-                result: Any = self._step(samples, batch.task)
+                result: Any = self._step(samples, task)
             else:
                 result = _silently(self._module, training_step_on, self._module, samples)
         loss = result.get("loss") if isinstance(result, dict) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(
-                f"The calibration loss of {type(self._module).__name__} on task {batch.task!r} must be a scalar "
+                f"The calibration loss of {type(self._module).__name__} on task {task!r} must be a scalar "
                 f"tensor, or a dictionary with one under 'loss'; got {type(result).__name__}."
             )
         return loss.reshape(())
 
 
-def samples_on_device(module: L.LightningModule, batch: MicroBatch) -> Any:
+def batches_on_device(module: L.LightningModule, batch: MicroBatch) -> Iterator[tuple[Any, slice | Tensor]]:
     """The samples of a micro-batch on the module's device, for its steps to use as they use a dataloader's batch.
 
-    However they were cut they lie in memory as the dataloader laid them out, and nobody else has this memory.
+    Samples that a dataloader would not put in one batch come in several, each with the indices of its samples.
     """
-    return move_to_device(module, copy(batch.samples), batch.transferred)
+    for part, index in each(batch.samples):
+        yield move_to_device(module, part, batch.transferred), index
 
 
 def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = False) -> Any:
