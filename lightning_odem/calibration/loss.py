@@ -1,22 +1,26 @@
 """A module's own loss on calibration samples."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_odem.calibration.batches import count, each
 from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.parameters.attributes import Attributes
 
 
 class ModuleLoss:
     """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, else by its ``training_step``.
 
     Batches go to the device through the module's and datamodule's own transfer hooks and run under the Trainer's
-    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` do nothing.
+    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` and the Trainer's loggers
+    do nothing, and afterwards the module's attributes are what they were: losses kept in a list, counters, metrics.
 
     Args:
         module: The module, attached to its Trainer.
@@ -34,6 +38,7 @@ class ModuleLoss:
             )
         self._module = module
         self._step = getattr(module, "calibration_step", None)
+        self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Mean loss of the batch, a scalar.
@@ -53,7 +58,7 @@ class ModuleLoss:
             if self._step is not None:
                 result: Any = self._step(samples, task)
             else:
-                result = _silently(self._module, training_step_on, self._module, samples)
+                result = _without_trace(self._module, self._metrics, training_step_on, self._module, samples)
         loss = result.get("loss") if isinstance(result, dict) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(
@@ -85,21 +90,26 @@ def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = Fa
 
 
 def training_step_on(module: L.LightningModule, batch: Any) -> Any:
-    """Call ``training_step`` with as many arguments as Lightning's loop would give it."""
+    """Call ``training_step`` with the arguments that Lightning's loop would give it."""
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return module.training_step(iter([(batch, 0, 0)]))
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     return module.training_step(batch, 0) if takes_index else module.training_step(batch)
 
 
-def _silently(module: L.LightningModule, function: Callable[..., Any], *arguments: Any) -> Any:
+def _without_trace(
+    module: L.LightningModule, metrics: Sequence[nn.Module], function: Callable[..., Any], *args: Any
+) -> Any:
+    """Call a step of the module whose logging is mute, and whose attributes are what they were afterwards."""
     # Lightning refuses log() outside its loops; what a calibration pass would log is not a training result anyway.
-    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
+    trainer, loggers = module.trainer, module.trainer.loggers
+    # Sums of metrics are put back after the pass; their lists would grow meanwhile.
+    attributes = Attributes((module, *metrics), tensors=False)
+    for name in ("log", "log_dict"):
         module.__dict__[name] = lambda *args, **kwargs: None
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        return function(*arguments)
+        return function(*args)
     finally:
-        for name, before in silenced.items():
-            if before is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = before
+        trainer.loggers = loggers
+        attributes.put_back()
