@@ -1,6 +1,7 @@
 """A module's own loss on calibration samples."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,13 +11,20 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_odem.calibration.batches import count, each
+from lightning_odem.calibration.batches import LABEL_KEYS, count, each
+from lightning_odem.calibration.objective import Counted
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.parameters.attributes import Attributes
+
+# The labels that torch's and Hugging Face's losses leave out of their means.
+_IGNORED = -100
 
 
 class ModuleLoss:
     """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, else by its ``training_step``.
+
+    ``calibration_step`` may return ``(loss, count)``, where the loss is a mean over something else than the samples,
+    such as tokens, masks or pairs: a micro-batch then counts by its number of them, and one without any not at all.
 
     Batches go to the device through the module's and datamodule's own transfer hooks and run under the Trainer's
     precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` and the Trainer's loggers
@@ -40,32 +48,77 @@ class ModuleLoss:
         self._step = getattr(module, "calibration_step", None)
         self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
 
-    def __call__(self, batch: MicroBatch) -> Tensor:
-        """Mean loss of the batch, a scalar.
+    def __call__(self, batch: MicroBatch) -> Tensor | Counted:
+        """Mean loss of the batch, a scalar; with what it is a mean over, where the module says so.
+
+        A loss that is not finite, of samples whose labels are all ignored, counts nothing.
 
         Raises:
-            TypeError: If the step returns something other than a scalar tensor or a dictionary with one under "loss".
+            TypeError: If the step returns something other than a scalar tensor, a dictionary with one under "loss", or
+                a pair of one and a count.
+            ValueError: If the count is negative or not finite.
         """
-        total = count(batch.samples)
-        losses = []
-        for part, index in batches_on_device(self._module, batch):
-            loss = self._loss(part, batch.task)
-            losses.append(loss if isinstance(index, slice) else loss * (len(index) / total))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        found, sizes = [], []
+        for part, index in each(batch.samples):
+            is_empty = _has_no_target(part)  # asked where it costs no wait for a device
+            loss = self._loss(move_to_device(self._module, part, batch.transferred), batch.task)
+            if is_empty and not isinstance(loss, Counted) and not loss.isfinite():
+                loss = Counted(loss, 0.0)
+            found.append(loss)
+            sizes.append(count(batch.samples) if isinstance(index, slice) else len(index))
+        return found[0] if len(found) == 1 else _mean(found, sizes)
 
-    def _loss(self, samples: Any, task: str) -> Tensor:
+    def _loss(self, samples: Any, task: str) -> Tensor | Counted:
         with self._module.trainer.precision_plugin.forward_context():
             if self._step is not None:
                 result: Any = self._step(samples, task)
             else:
                 result = _without_trace(self._module, self._metrics, training_step_on, self._module, samples)
+        number = None
+        if type(result) in (tuple, list) and len(result) == 2 and self._step is not None:
+            result, number = result
         loss = result.get("loss") if isinstance(result, dict) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(
                 f"The calibration loss of {type(self._module).__name__} on task {task!r} must be a scalar "
                 f"tensor, or a dictionary with one under 'loss'; got {type(result).__name__}."
             )
-        return loss.reshape(())
+        if number is None:
+            return loss.reshape(())
+        if not (math.isfinite(number := float(number)) and number >= 0):
+            raise ValueError(
+                f"calibration_step of {type(self._module).__name__} returned a loss that is the mean over {number}; "
+                "the count is 0 or a positive number."
+            )
+        return Counted(loss.reshape(()), number)
+
+
+def _mean(losses: Sequence[Tensor | Counted], sizes: Sequence[int]) -> Tensor | Counted:
+    """The loss of several batches: their mean over what is counted, otherwise over their samples."""
+    counted = [loss for loss in losses if isinstance(loss, Counted)]
+    if len(counted) == len(losses):
+        total = math.fsum(loss.count for loss in counted)
+        parts = [loss.loss * (loss.count / total) for loss in counted if loss.count]
+        return Counted(torch.stack(parts).sum() if parts else counted[0].loss, total)
+    # Batches without a target leave the mean to the others.
+    pairs = [(loss, size) for loss, size in zip(losses, sizes, strict=True) if not isinstance(loss, Counted)]
+    total = sum(size for _, size in pairs)
+    return torch.stack([loss * (size / total) for loss, size in pairs]).sum()
+
+
+def _has_no_target(batch: Any) -> bool:
+    """Whether all labels of a batch are those that torch's losses ignore; of sequences also all but the first ones."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence):
+        found = batch[1] if len(batch) > 1 else None
+    else:
+        found = next((getattr(batch, key) for key in LABEL_KEYS if hasattr(batch, key)), None)
+    if not isinstance(found, Tensor) or found.is_floating_point() or not found.dim() or not found.numel():
+        return False
+    if found[(-1,) * found.dim()] != _IGNORED:
+        return False
+    return bool((found == _IGNORED).all() or (found.dim() > 1 and (found[:, 1:] == _IGNORED).all()))
 
 
 def batches_on_device(module: L.LightningModule, batch: MicroBatch) -> Iterator[tuple[Any, slice | Tensor]]:

@@ -69,7 +69,7 @@ class ContinualMergeCallback(L.Callback):
     class scores. It may define
 
     - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
-      switched off;
+      switched off; or ``-> (loss, count)`` where the loss is a mean over tokens, masks or pairs, with their number;
     - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``: scores [B, C] of two
       or more classes, or class ids [B], and class ids [B]. Where accuracies are to be measured, anything else, such as
       a single logit or a regression, is refused before training;
@@ -622,7 +622,8 @@ class ContinualMergeCallback(L.Callback):
 
     def _measured_on(self, buffer: CalibrationBuffer, module: L.LightningModule) -> Calibration:
         loss, options = calibration_loss(module, self.calibration.loss), self.calibration
-        return Calibration(buffer, loss, options.batch_size, loss_scale(module.trainer))
+        size = options.micro_batch_size(module.trainer.train_dataloader)
+        return Calibration(buffer, loss, size, loss_scale(module.trainer))
 
 
 @torch.no_grad()

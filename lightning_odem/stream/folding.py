@@ -128,4 +128,4 @@ class Folding:
         if not len(buffer):
             return None
         loss = calibration_loss(self.module, self._calibration.loss)  # type: ignore[arg-type]
-        return Calibration(buffer, loss, self._calibration.batch_size)
+        return Calibration(buffer, loss, self._calibration.micro_batch_size())

@@ -164,7 +164,7 @@ def _run_order(
             calibration=options,
         )
         buffer = options.buffer(plan.calibration_size)
-        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.batch_size)
+        calibration = Calibration(buffer, calibration_loss(module, options.loss), options.micro_batch_size())
 
         def mean_accuracy(on: Measurement) -> float:
             return fmean(on.every_task(trainer, module, own))

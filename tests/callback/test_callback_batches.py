@@ -270,3 +270,73 @@ def test_a_batch_of_no_known_kind_is_refused_at_the_first_step_with_the_way_out(
         CannotBeKeptError, match=r"of task 'task_1', from the training batches, .*calibration_dataset\(\)"
     ):
         trainer.fit(Opaque(), stream)
+
+
+class TokenMean(L.LightningModule):
+    """Its loss is a mean over those tokens that have a label; of a batch without any it is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.out = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+    def training_step(self, batch, batch_idx):
+        scores = self.out(self.emb(batch["input_ids"]))
+        return cross_entropy(scores.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class CountedTokenMean(TokenMean):
+    def calibration_step(self, batch, task):
+        return self.training_step(batch, 0), (batch["labels"] >= 0).sum()
+
+
+def mask(samples):
+    """Hides a seventh of the tokens, so none of most samples."""
+    ids = pad_sequence([ids[:3] for ids, _ in samples], batch_first=True)
+    hidden = (torch.rand(ids.shape) < 1 / 7) & (ids > 0)
+    return BatchEncoding({"input_ids": ids.masked_fill(hidden, 29), "labels": ids.masked_fill(~hidden, -100)})
+
+
+@pytest.mark.parametrize("kind", [TokenMean, CountedTokenMean])
+@pytest.mark.parametrize("method", ["ode", "ode_paper", "ode_released", "average_replay"])
+def test_a_masked_language_model_is_merged_though_most_samples_have_no_target(method, kind):
+    L.seed_everything(0, verbose=False)
+    merge = ContinualMergeCallback(method, calibration_size=30, calibration=CalibrationOptions(batch_size=1))
+    module = kind()
+    for task in range(2):
+        make_trainer(merge).fit(module, DataLoader(list(texts(task)), 48, collate_fn=mask))
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert method == "average_replay" or 0 < merge.report.merges[-1].loss_after < 10
+
+
+def test_the_size_of_micro_batches_changes_counted_losses_by_rounding_only():
+    found = []
+    for size in (1, 4, 100):
+        L.seed_everything(0, verbose=False)
+        options = CalibrationOptions(batch_size=size)
+        module, merge = CountedTokenMean(), ContinualMergeCallback("ode", calibration_size=30, calibration=options)
+        for task in range(2):
+            make_trainer(merge).fit(module, DataLoader(list(texts(task)), 12, collate_fn=mask))
+        record = merge.report.merges[-1]
+        found.append((record.loss_before, record.loss_after))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
+def test_losses_that_compare_samples_get_batches_as_trained():
+    sizes = []
+
+    class Contrastive(Texts):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch["labels"])) if not self.training else None
+            return super().training_step(batch, batch_idx)
+
+    options = CalibrationOptions(batch_size="as trained")
+    merge = ContinualMergeCallback("ode_paper", calibration_size=32, calibration=options)
+    module = Contrastive()
+    for task in range(2):
+        make_trainer(merge).fit(module, loader(list(texts(task))))
+    assert set(sizes) - {2} == {4}  # two try the loss before training
