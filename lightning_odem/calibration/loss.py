@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_odem.calibration.batches import LABEL_KEYS, count, each
+from lightning_odem.calibration.batches import LABEL_KEYS, each
 from lightning_odem.calibration.objective import Counted
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.parameters.attributes import Attributes
@@ -65,7 +66,7 @@ class ModuleLoss:
             if is_empty and not isinstance(loss, Counted) and not loss.isfinite():
                 loss = Counted(loss, 0.0)
             found.append(loss)
-            sizes.append(count(batch.samples) if isinstance(index, slice) else len(index))
+            sizes.append(1 if isinstance(index, slice) else len(index))
         return found[0] if len(found) == 1 else _mean(found, sizes)
 
     def _loss(self, samples: Any, task: str) -> Tensor | Counted:
@@ -144,10 +145,18 @@ def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = Fa
 
 def training_step_on(module: L.LightningModule, batch: Any) -> Any:
     """Call ``training_step`` with the arguments that Lightning's loop would give it."""
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        return module.training_step(iter([(batch, 0, 0)]))
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    return module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    step = module.training_step
+    takes_index, takes_iterator = _arguments(getattr(step, "__func__", step))
+    if takes_iterator:
+        return step(iter([(batch, 0, 0)]))
+    return step(batch, 0) if takes_index else step(batch)
+
+
+@lru_cache(maxsize=8)
+def _arguments(step: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a step takes the batch's index, and whether an iterator of batches; asked for every micro-batch."""
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return takes_index, is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
 
 
 def _without_trace(

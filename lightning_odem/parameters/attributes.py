@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 # Parameters, buffers, hooks, submodules and the flag of train mode are no attributes of the user's.
 _OF_MODULES = frozenset(vars(nn.Module()))
+_IMMUTABLE = frozenset((str, int, float, bool, type(None), torch.device, torch.dtype))
 _SEQUENCES = (list, deque)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _SETS = (set,)
@@ -58,15 +59,17 @@ class Attributes:
         attributes = {name: value for name, value in named.items() if name not in _OF_MODULES}
         self._named.append((named, attributes))
         for name, value in attributes.items():
+            if type(value) in _IMMUTABLE:  # most are
+                continue
             self._see(value)
-            if isinstance(value, Iterator) and not isinstance(value, IOBase):
+            if hasattr(type(value), "__next__") and not isinstance(value, IOBase):
                 named[name] = ahead = value if isinstance(value, ReadAhead) else ReadAhead(value)
                 ahead.start()
                 self._ahead.append((named, name, ahead))
 
     def _see(self, value: Any) -> None:
         kind = type(value)
-        if kind in (str, int, float, bool, type(None)) or id(value) in self._known:
+        if kind in _IMMUTABLE or id(value) in self._known:
             return
         content: Any
         if kind in _SEQUENCES:
