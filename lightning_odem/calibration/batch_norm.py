@@ -1,6 +1,7 @@
 """What becomes of batch-norm statistics in a merge."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +78,7 @@ class BatchNormStatistics:
             statistic.copy_(merged[name].to(statistic).lerp(statistic, t))
 
     @torch.no_grad()
-    def recalibrate(
-        self, buffer: CalibrationBuffer, batch_loss: Callable[[MicroBatch], Tensor], batch_size: int
-    ) -> None:
+    def recalibrate(self, buffer: CalibrationBuffer, batch_loss: Callable[[MicroBatch], Any], batch_size: int) -> None:
         """Re-estimate the statistics on the calibration buffer.
 
         Mean and variance of a layer are those of all its inputs pooled, each task counted by its share. Meanwhile the

@@ -1,6 +1,7 @@
-"""Samples as nested containers of tensors whose first dimension counts them."""
+"""Samples as nested containers of tensors whose first dimension counts them, or as what such batches are made of."""
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,34 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
+class Kept(ABC):
+    """Samples that are no tensors in plain containers, of which batches are made when they are used."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def select(self, index: Tensor | slice) -> "Kept":
+        """The samples at ``index``."""
+
+    @abstractmethod
+    def view(self, index: slice) -> "Kept":
+        """The samples of a range."""
+
+    @abstractmethod
+    def labels(self) -> Tensor | None:
+        """Class labels, int [n], or None where there are none."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """All samples in batches as a dataloader gives them, each with the indices of its samples."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and strings in plain containers."""
+
+
 def count(batch: Any) -> int:
     """Number of samples in a batch.
 
@@ -20,6 +49,8 @@ def count(batch: Any) -> int:
             neither be cut into samples nor stored in a checkpoint.
         ValueError: If its tensors disagree on the number of samples.
     """
+    if isinstance(batch, Kept):
+        return len(batch)
     _check_containers(batch)
     leaves = tree_flatten(batch)[0]
     for leaf in leaves:
@@ -36,7 +67,7 @@ def count(batch: Any) -> int:
 
 def view(batch: Any, index: slice) -> Any:
     """The samples of a range, sharing the batch's memory."""
-    return tree_map(lambda leaf: leaf[index], batch)
+    return batch.view(index) if isinstance(batch, Kept) else tree_map(lambda leaf: leaf[index], batch)
 
 
 def copy(batch: Any) -> Any:
@@ -47,8 +78,21 @@ def copy(batch: Any) -> Any:
     return apply_to_collection(batch, Tensor, torch.clone)
 
 
+def each(batch: Any) -> Iterator[tuple[Any, slice | Tensor]]:
+    """The samples as a dataloader gives them, in one batch or several, each with the indices of its samples.
+
+    Nobody else has its memory and containers. However they were cut, samples lie in memory as in a batch of their own.
+    """
+    if isinstance(batch, Kept):
+        yield from batch.batches()
+    else:
+        yield copy(batch), slice(None)
+
+
 def select(batch: Any, index: Tensor | slice) -> Any:
     """The samples at ``index``, as a copy on the CPU that shares no memory with the batch, laid out as the batch is."""
+    if isinstance(batch, Kept):
+        return batch.select(index)
     return tree_map(lambda leaf: _in_order_of(leaf, leaf[index].detach().to("cpu", copy=True)), batch)
 
 
@@ -72,6 +116,8 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 def labels(batch: Any) -> Tensor | None:
     """Class labels of a batch, int [n], or None where there are none: ``batch[1]``, or the first of ``LABEL_KEYS``."""
+    if isinstance(batch, Kept):
+        return batch.labels()
     found = None
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)

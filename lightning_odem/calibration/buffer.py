@@ -1,7 +1,7 @@
 """The rolling calibration buffer: a bounded number of samples of every task seen."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration import batches
+from lightning_odem.calibration.keeping import Collate, Items
 from lightning_odem.calibration.quota import allocate, balanced_order
 from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 
@@ -100,7 +101,8 @@ class CalibrationBuffer:
         Args:
             task: Name of the task, new to the buffer.
             samples: Tensors in dict, list or tuple, first dimension the number of samples offered; ``samples[1]`` or
-                an entry named ``label``, ``target`` or ``y`` is taken for class labels if integer and 1-d.
+                an entry named ``label``, ``target`` or ``y`` is taken for class labels if integer and 1-d. Or what
+                :mod:`~lightning_odem.calibration.keeping` makes of others.
             weight: Utility weight of the task.
             transferred: As in :class:`TaskSamples`.
 
@@ -202,6 +204,18 @@ class CalibrationBuffer:
         other._tasks = dict(self._tasks)
         return other
 
+    def part(self, index: Mapping[str, slice]) -> "CalibrationBuffer":
+        """A copy with a range of each task's samples, sharing memory."""
+        other = self.copy()
+        other._tasks = {task: held.view(index[task]) for task, held in self._tasks.items()}
+        return other
+
+    def collate_by(self, collate: Collate | None) -> None:
+        """Set the function that collates items of earlier processes' datasets, which no file can hold."""
+        for task, held in self._tasks.items():
+            if isinstance(held.samples, Items):
+                self._tasks[task] = replace(held, samples=held.samples.collated_by(collate))
+
     def without(self, task: str) -> "CalibrationBuffer":
         """A copy without a task's samples; their places go to the tasks that are added later."""
         other = self.copy()
@@ -214,7 +228,7 @@ class CalibrationBuffer:
             "capacity": self.capacity,
             "quota": self.quota,
             "seed": self.seed,
-            "tasks": {name: dict(vars(held)) for name, held in self._tasks.items()},
+            "tasks": {name: held.state() for name, held in self._tasks.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,7 +237,7 @@ class CalibrationBuffer:
         What belongs to the loss stays: ``shares`` and ``balanced``.
         """
         self.capacity, self.quota, self.seed = state["capacity"], state["quota"], state["seed"]
-        self._tasks = {name: TaskSamples(**held) for name, held in state["tasks"].items()}
+        self._tasks = {name: TaskSamples.from_state(held) for name, held in state["tasks"].items()}
 
     def _allocate(self, weights: list[float], available: list[int]) -> list[int]:
         return allocate(self.capacity, _proportions(self.quota, weights), available)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
-from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective
+from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective, Counted
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.flow import NonFiniteLossError
@@ -42,7 +42,7 @@ class CalibrationSet:
             vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale, as_task=self.as_task
         )
 
-    def loss(self, batch: MicroBatch) -> Tensor:
+    def loss(self, batch: MicroBatch) -> Tensor | Counted:
         """Mean loss of a micro-batch, by the module of its task."""
         with self.as_task(batch.task):
             return self.batch_loss(batch)

@@ -1,21 +1,35 @@
 """A module's own loss on calibration samples."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 
-from lightning_odem.calibration.batches import copy
+from lightning_odem.calibration.batches import LABEL_KEYS, each
+from lightning_odem.calibration.objective import Counted
 from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.parameters.attributes import Attributes
+
+# The labels that torch's and Hugging Face's losses leave out of their means.
+_IGNORED = -100
 
 
 class ModuleLoss:
     """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, else by its ``training_step``.
 
+    ``calibration_step`` may return ``(loss, count)``, where the loss is a mean over something else than the samples,
+    such as tokens, masks or pairs: a micro-batch then counts by its number of them, and one without any not at all.
+
     Batches go to the device through the module's and datamodule's own transfer hooks and run under the Trainer's
-    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` do nothing.
+    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` and the Trainer's loggers
+    do nothing, and afterwards the module's attributes are what they were: losses kept in a list, counters, metrics.
 
     Args:
         module: The module, attached to its Trainer.
@@ -33,34 +47,88 @@ class ModuleLoss:
             )
         self._module = module
         self._step = getattr(module, "calibration_step", None)
+        self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
 
-    def __call__(self, batch: MicroBatch) -> Tensor:
-        """Mean loss of the batch, a scalar.
+    def __call__(self, batch: MicroBatch) -> Tensor | Counted:
+        """Mean loss of the batch, a scalar; with what it is a mean over, where the module says so.
+
+        A loss that is not finite, of samples whose labels are all ignored, counts nothing.
 
         Raises:
-            TypeError: If the step returns something other than a scalar tensor or a dictionary with one under "loss".
+            TypeError: If the step returns something other than a scalar tensor, a dictionary with one under "loss", or
+                a pair of one and a count.
+            ValueError: If the count is negative or not finite.
         """
-        samples = samples_on_device(self._module, batch)
+        found, sizes = [], []
+        for part, index in each(batch.samples):
+            is_empty = _has_no_target(part)  # asked where it costs no wait for a device
+            loss = self._loss(move_to_device(self._module, part, batch.transferred), batch.task)
+            if is_empty and not isinstance(loss, Counted) and not loss.isfinite():
+                loss = Counted(loss, 0.0)
+            found.append(loss)
+            sizes.append(1 if isinstance(index, slice) else len(index))
+        return found[0] if len(found) == 1 else _mean(found, sizes)
+
+    def _loss(self, samples: Any, task: str) -> Tensor | Counted:
         with self._module.trainer.precision_plugin.forward_context():
             if self._step is not None:
-                result: Any = self._step(samples, batch.task)
+                result: Any = self._step(samples, task)
             else:
-                result = _silently(self._module, training_step_on, self._module, samples)
+                result = _without_trace(self._module, self._metrics, training_step_on, self._module, samples)
+        number = None
+        if type(result) in (tuple, list) and len(result) == 2 and self._step is not None:
+            result, number = result
         loss = result.get("loss") if isinstance(result, dict) else result
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(
-                f"The calibration loss of {type(self._module).__name__} on task {batch.task!r} must be a scalar "
+                f"The calibration loss of {type(self._module).__name__} on task {task!r} must be a scalar "
                 f"tensor, or a dictionary with one under 'loss'; got {type(result).__name__}."
             )
-        return loss.reshape(())
+        if number is None:
+            return loss.reshape(())
+        if not (math.isfinite(number := float(number)) and number >= 0):
+            raise ValueError(
+                f"calibration_step of {type(self._module).__name__} returned a loss that is the mean over {number}; "
+                "the count is 0 or a positive number."
+            )
+        return Counted(loss.reshape(()), number)
 
 
-def samples_on_device(module: L.LightningModule, batch: MicroBatch) -> Any:
+def _mean(losses: Sequence[Tensor | Counted], sizes: Sequence[int]) -> Tensor | Counted:
+    """The loss of several batches: their mean over what is counted, otherwise over their samples."""
+    counted = [loss for loss in losses if isinstance(loss, Counted)]
+    if len(counted) == len(losses):
+        total = math.fsum(loss.count for loss in counted)
+        parts = [loss.loss * (loss.count / total) for loss in counted if loss.count]
+        return Counted(torch.stack(parts).sum() if parts else counted[0].loss, total)
+    # Batches without a target leave the mean to the others.
+    pairs = [(loss, size) for loss, size in zip(losses, sizes, strict=True) if not isinstance(loss, Counted)]
+    total = sum(size for _, size in pairs)
+    return torch.stack([loss * (size / total) for loss, size in pairs]).sum()
+
+
+def _has_no_target(batch: Any) -> bool:
+    """Whether all labels of a batch are those that torch's losses ignore; of sequences also all but the first ones."""
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence):
+        found = batch[1] if len(batch) > 1 else None
+    else:
+        found = next((getattr(batch, key) for key in LABEL_KEYS if hasattr(batch, key)), None)
+    if not isinstance(found, Tensor) or found.is_floating_point() or not found.dim() or not found.numel():
+        return False
+    if found[(-1,) * found.dim()] != _IGNORED:
+        return False
+    return bool((found == _IGNORED).all() or (found.dim() > 1 and (found[:, 1:] == _IGNORED).all()))
+
+
+def batches_on_device(module: L.LightningModule, batch: MicroBatch) -> Iterator[tuple[Any, slice | Tensor]]:
     """The samples of a micro-batch on the module's device, for its steps to use as they use a dataloader's batch.
 
-    However they were cut they lie in memory as the dataloader laid them out, and nobody else has this memory.
+    Samples that a dataloader would not put in one batch come in several, each with the indices of its samples.
     """
-    return move_to_device(module, copy(batch.samples), batch.transferred)
+    for part, index in each(batch.samples):
+        yield move_to_device(module, part, batch.transferred), index
 
 
 def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = False) -> Any:
@@ -76,21 +144,34 @@ def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = Fa
 
 
 def training_step_on(module: L.LightningModule, batch: Any) -> Any:
-    """Call ``training_step`` with as many arguments as Lightning's loop would give it."""
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    return module.training_step(batch, 0) if takes_index else module.training_step(batch)
+    """Call ``training_step`` with the arguments that Lightning's loop would give it."""
+    step = module.training_step
+    takes_index, takes_iterator = _arguments(getattr(step, "__func__", step))
+    if takes_iterator:
+        return step(iter([(batch, 0, 0)]))
+    return step(batch, 0) if takes_index else step(batch)
 
 
-def _silently(module: L.LightningModule, function: Callable[..., Any], *arguments: Any) -> Any:
+@lru_cache(maxsize=8)
+def _arguments(step: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a step takes the batch's index, and whether an iterator of batches; asked for every micro-batch."""
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return takes_index, is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
+
+
+def _without_trace(
+    module: L.LightningModule, metrics: Sequence[nn.Module], function: Callable[..., Any], *args: Any
+) -> Any:
+    """Call a step of the module whose logging is mute, and whose attributes are what they were afterwards."""
     # Lightning refuses log() outside its loops; what a calibration pass would log is not a training result anyway.
-    silenced = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
+    trainer, loggers = module.trainer, module.trainer.loggers
+    # Sums of metrics are put back after the pass; their lists would grow meanwhile.
+    attributes = Attributes((module, *metrics), tensors=False)
+    for name in ("log", "log_dict"):
         module.__dict__[name] = lambda *args, **kwargs: None
+    trainer.loggers = [DummyLogger() for _ in loggers]
     try:
-        return function(*arguments)
+        return function(*args)
     finally:
-        for name, before in silenced.items():
-            if before is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = before
+        trainer.loggers = loggers
+        attributes.put_back()

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,22 @@ from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
 from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
-BatchLoss = Callable[[MicroBatch], Tensor]
+
+@dataclass(frozen=True)
+class Counted:
+    """The mean loss of a micro-batch over something else than its samples, and over how many: tokens, masks, pairs.
+
+    Args:
+        loss: The mean, a scalar; anything, NaN too, where it is one over nothing.
+        count: Over how many.
+    """
+
+    loss: Tensor
+    count: float
+
+
+BatchLoss = Callable[[MicroBatch], Tensor | Counted]
+
 _T = TypeVar("_T")
 
 
@@ -31,6 +47,9 @@ class CalibrationObjective:
     One evaluation is one pass over the whole buffer in micro-batches, or over those micro-batches that are given: a
     single task, a random minibatch. The module is left at the point evaluated last.
 
+    Where the loss of a micro-batch is :class:`Counted`, a task's is the mean over all that is counted in its samples:
+    a micro-batch counts in proportion, one without any not at all.
+
     Several processes share each evaluation: all call it with the same arguments, each runs its part of the samples, and
     one all-reduce gives all of them the same result to the last bit. An error in one process's part is raised in all.
 
@@ -38,7 +57,8 @@ class CalibrationObjective:
         vector: The parameters theta stands for.
         buffer: The calibration samples, the same in every process.
         batch_loss: Mean loss of a micro-batch at the module's current parameters, a scalar with a gradient.
-        batch_size: Samples per micro-batch; bounds the memory of a pass, not its result beyond rounding.
+        batch_size: Samples per micro-batch; bounds the memory of a pass. Of losses that are means over samples, or
+            counted, it changes the result by rounding only.
         loss_scale: Factor on losses before ``backward``, see :class:`~lightning_odem.calibration.scaling.LossScale`.
             No result has it.
         processes: Who shares the evaluations; by default all processes of the job.
@@ -72,6 +92,7 @@ class CalibrationObjective:
         self.loss_evaluations = 0
         self.sample_gradients = 0
         self.seconds = 0.0
+        self._counts: dict[str, float] = {}
 
     def micro_batches(self) -> list[MicroBatch]:
         """The whole buffer, task by task and always in the same order; shares sum to 1."""
@@ -172,12 +193,30 @@ class CalibrationObjective:
         losses = []
         for batch in batches:
             with self.as_task(batch.task):  # also backward, which may run parts of the module again
-                loss = self.batch_loss(batch)
+                found = self.batch_loss(batch)
+                loss = self._in_proportion(found, batch) if isinstance(found, Counted) else found
                 if scale is not None and loss.requires_grad:
                     (loss * (batch.share * scale)).backward()
             losses.append(loss.detach())
         # Read from the device once per pass.
         return torch.stack(losses).tolist() if losses else []
+
+    def _in_proportion(self, found: Counted, batch: MicroBatch) -> Tensor:
+        """The loss times what is counted in one of the samples, relative to all samples of their task."""
+        if found.count:
+            return found.loss * (found.count / (count(batch.samples) * self._mean_count(batch.task)))
+        if self.vector.shards is not None:  # every process has to run the same passes backwards
+            return torch.where(found.loss.isfinite(), found.loss, 0.0) * 0.0
+        return (self.vector.tensors[0].reshape(-1)[:1].sum() * 0.0).to(found.loss.dtype)
+
+    def _mean_count(self, task: str) -> float:
+        """What is counted in a sample of a task, in the mean; told by one pass, for it does not depend on the point."""
+        if task not in self._counts:
+            with torch.no_grad():
+                found = [self.batch_loss(batch) for batch in self.buffer.micro_batches_of(task, self.batch_size)]
+            total = math.fsum(each.count for each in found if isinstance(each, Counted))
+            self._counts[task] = total / self.buffer.counts[task]
+        return self._counts[task]
 
     @contextmanager
     def _pass(self, theta: Tensor) -> Iterator[None]:

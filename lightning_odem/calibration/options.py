@@ -1,10 +1,12 @@
 """How calibration samples are chosen and run."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_odem.calibration.buffer import QUOTAS, SHARES, CalibrationBuffer
 from lightning_odem.calibration.prediction_loss import LOSSES, missing_logits
+
+_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -12,8 +14,11 @@ class CalibrationOptions:
     """Settings of the calibration buffer, its loss and its gradients.
 
     Args:
-        batch_size: Samples per micro-batch of a gradient; bounds memory, changes results by rounding only (but for
-            ``ode_released``, whose rule counts batches).
+        batch_size: Samples per micro-batch of a gradient; bounds memory. Of losses that are means over the samples it
+            changes results by rounding only (but for ``ode_released``, whose rule counts batches), and of other means,
+            over tokens or masks, where ``calibration_step`` returns ``(loss, count)``. A loss that compares the samples
+            of a batch with each other is another one for every batch size: ``"as trained"`` takes that of the training
+            dataloader of the task that is merged, for all tasks, and 128 where there is none.
         quota: ``"equal"`` places for every task, or ``"utility"`` to share places by utility weight.
         seed: Seed of the choice among a task's samples.
         loss: ``"labels"``, the module's own loss; ``"logits"``, the divergence from what each task's fine-tuned model
@@ -24,14 +29,16 @@ class CalibrationOptions:
             proportion to the utility weights, which then act on the loss as well as on the operating time.
     """
 
-    batch_size: int = 128
+    batch_size: int | Literal["as trained"] = _BATCH_SIZE
     quota: Literal["equal", "utility"] = "equal"
     seed: int = 0
     loss: Literal["labels", "logits", "entropy"] = "labels"
     shares: Literal["quota", "equal", "utility"] = "quota"
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if isinstance(self.batch_size, str) and self.batch_size != "as trained":
+            raise ValueError(f"The calibration batch size is a number or 'as trained', got {self.batch_size!r}.")
+        if not isinstance(self.batch_size, str) and self.batch_size < 1:
             raise ValueError(f"The calibration batch size must be at least 1, got batch_size={self.batch_size}.")
         for what, known in {"quota": QUOTAS, "loss": tuple(LOSSES), "shares": SHARES}.items():
             if (chosen := getattr(self, what)) not in known:
@@ -40,6 +47,13 @@ class CalibrationOptions:
     def buffer(self, capacity: int) -> CalibrationBuffer:
         """An empty buffer of at most ``capacity`` samples."""
         return CalibrationBuffer(capacity, self.quota, self.seed, self.shares, balanced=self.loss == "labels")
+
+    def micro_batch_size(self, loader: Any = None) -> int:
+        """Samples per micro-batch, given the training dataloader, if there is one."""
+        if not isinstance(self.batch_size, str):
+            return self.batch_size
+        known = (getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None)))
+        return next((size for size in known if size), _BATCH_SIZE)
 
     def check(self, buffer: CalibrationBuffer) -> None:
         """Refuse to continue with a buffer whose samples lack what the loss reads.

@@ -1,13 +1,15 @@
 """Calibration losses that look at a module's class scores and at no label."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.distributions import entropy, kl_divergence
-from lightning_odem.calibration.loss import ModuleLoss, samples_on_device
+from lightning_odem.calibration.loss import ModuleLoss, batches_on_device
 from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.prediction import predict
 from lightning_odem.calibration.samples import MicroBatch
@@ -33,19 +35,26 @@ class ClassScores:
         Raises:
             TypeError: If the module gives something else, or a single class.
         """
+        found, order = [], []
+        for part, index in batches_on_device(self._module, batch):
+            if isinstance(index, slice):
+                return self._scores(part, batch.task, batches.count(batch.samples))
+            found.append(self._scores(part, batch.task, len(index)))
+            order.append(index)
+        return torch.cat(found)[torch.cat(order).argsort().to(found[0].device)]
+
+    def _scores(self, moved: Any, task: str, size: int) -> Tensor:
         module = self._module
-        moved = samples_on_device(module, batch)
         if getattr(module, "prediction_step", None) is None and isinstance(moved, (Tensor, tuple, list)):
             moved = (moved if isinstance(moved, Tensor) else moved[0], None)
-        predicted = predict(module, moved, batch.task)
+        predicted = predict(module, moved, task)
         scores = predicted[0] if isinstance(predicted, (tuple, list)) else predicted
         found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        size = batches.count(batch.samples)
         is_scores = isinstance(scores, Tensor) and scores.is_floating_point() and scores.dim() == 2
         if not is_scores or len(scores) != size or scores.shape[1] < 2:
             raise TypeError(
                 f"Without labels the calibration loss needs class scores of {type(module).__name__}, floating point "
-                f"[{size}, C] for {size} samples and C of 2 or more; on task {batch.task!r} it gave {found}. A method "
+                f"[{size}, C] for {size} samples and C of 2 or more; on task {task!r} it gave {found}. A method "
                 "prediction_step(batch, task) -> (scores, targets) decides what they are; loss='labels' needs none."
             )
         return scores

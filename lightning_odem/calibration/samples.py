@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_odem.calibration import batches
+from lightning_odem.calibration.batches import Kept
+from lightning_odem.calibration.keeping import from_state
 
 _Held = TypeVar("_Held", "TaskSamples", "MicroBatch")
 
@@ -16,7 +18,7 @@ class MicroBatch:
     """A piece of the calibration set that fits on the device; all its samples are of one task.
 
     Args:
-        samples: As they come out of the task's collate function, on the CPU.
+        samples: As they come out of the task's collate function, on the CPU; or what such batches are made of.
         task: Name of the task.
         share: Weight of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
         transferred: As in :class:`TaskSamples`.
@@ -43,7 +45,7 @@ class TaskSamples:
     """The samples of one task, in the order in which they would be kept.
 
     Args:
-        samples: Nested containers of CPU tensors, first dimension n.
+        samples: Nested containers of CPU tensors, first dimension n; or what batches are made of that are none.
         weight: Utility weight of the task.
         transferred: Whether the samples were taken after the module's batch-transfer hooks, which must then not be
             applied to them again.
@@ -66,6 +68,18 @@ class TaskSamples:
     def view(self, index: slice) -> "TaskSamples":
         """The samples of a range, sharing memory with these."""
         return _cut(batches.view, self, index)
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain containers."""
+        state = dict(vars(self))
+        return {**state, "samples": None, "kept": self.samples.state()} if isinstance(self.samples, Kept) else state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "TaskSamples":
+        """The reverse of :meth:`state`."""
+        if "kept" not in state:
+            return cls(**state)
+        return cls(**{**{name: state[name] for name in state if name != "kept"}, "samples": from_state(state["kept"])})
 
     def as_batch(self, task: str, share: float) -> MicroBatch:
         """All of the samples as one micro-batch."""

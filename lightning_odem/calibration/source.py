@@ -7,12 +7,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_odem.calibration import batches
+from lightning_odem.calibration.containers import CannotBeKeptError
+from lightning_odem.calibration.keeping import are_alike, as_rows, join, keep, keep_items
 from lightning_odem.calibration.quota import balanced_order
+from lightning_odem.calibration.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Offer:
     """Samples of a task, drawn for the buffer.
 
     Args:
-        samples: Nested containers of CPU tensors.
+        samples: Nested containers of CPU tensors, or what batches are made of that are none.
         origin: Where they come from, for the log.
         transferred: Whether the batch-transfer hooks were applied to them already.
     """
@@ -36,16 +40,29 @@ class Reservoir:
     Args:
         capacity: Samples kept.
         generator: Source of randomness, on the CPU.
+        batch_size: The dataloader's, where it is known.
     """
 
-    def __init__(self, capacity: int, generator: torch.Generator) -> None:
+    def __init__(self, capacity: int, generator: torch.Generator, batch_size: int | None = None) -> None:
         self.capacity = capacity
         self.seen = 0
         self._generator = generator
+        self._batch_size = batch_size
         self._kept: Any = None
 
     def update(self, batch: Any) -> None:
-        """Consider the samples of a batch; those kept are copied to the CPU."""
+        """Consider the samples of a batch; those kept are copied to the CPU.
+
+        Raises:
+            CannotBeKeptError: If the first batch cannot be kept. Later ones are passed over then.
+        """
+        try:
+            batch = keep(batch, self._batch_size, self._kept)
+        except CannotBeKeptError as error:
+            if self._kept is None:
+                raise
+            rank_zero_warn(f"A training batch gives no calibration samples, unlike those before it: {error}.")
+            return
         places: dict[int, int] = {}
         for row in range(batches.count(batch)):
             slot = self.seen
@@ -54,22 +71,30 @@ class Reservoir:
             if slot < self.capacity:
                 places[slot] = row  # a slot drawn twice keeps the later sample
             self.seen += 1
-        if not places:
-            return
-        slots, rows = torch.tensor(list(places)), torch.tensor(list(places.values()))
+        if places:
+            self._put(torch.tensor(list(places)), batches.select(batch, torch.tensor(list(places.values()))))
+
+    def _put(self, slots: torch.Tensor, samples: Any) -> None:
         if self._kept is None:
-            self._kept = batches.select(batch, rows)
+            self._kept = samples.copy() if isinstance(samples, Rows) else samples
             return
+        if isinstance(self._kept, Rows) or not are_alike(self._kept, samples):
+            # Of another shape, or no plain tensors.
+            samples, self._kept = as_rows(samples).copy(), as_rows(self._kept)
         replaced = slots < batches.count(self._kept)
-        for leaf, new in zip(tree_leaves(self._kept), tree_leaves(batches.select(batch, rows[replaced])), strict=True):
-            leaf[slots[replaced]] = new
+        if isinstance(samples, Rows):
+            self._kept = self._kept.put(slots[replaced], samples.select(replaced.nonzero().flatten()))
+            self._kept = self._kept.append(samples.select((~replaced).nonzero().flatten()))
+            return
+        for leaf, new in zip(tree_leaves(self._kept), tree_leaves(samples), strict=True):
+            leaf[slots[replaced]] = new[replaced]
         if not replaced.all():
-            self._kept = batches.concatenate([self._kept, batches.select(batch, rows[~replaced])])
+            self._kept = batches.concatenate([self._kept, batches.select(samples, ~replaced)])
 
     @property
     def samples(self) -> Any:
         """The samples kept, or None before the first batch."""
-        return self._kept
+        return self._kept.padded() if isinstance(self._kept, Rows) else self._kept
 
 
 def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True) -> Offer | None:
@@ -84,32 +109,58 @@ def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator,
 
     Raises:
         ValueError: If the source is empty or there are several training loaders.
+        CannotBeKeptError: If the samples cannot be collated or kept.
     """
     loader = trainer.train_dataloader
-    collate = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
+    collate, batch_size = collation(trainer)
     with isolate_rng():
         _seed(generator.initial_seed() % 2**31)
         origin, source = _source(trainer, given)
         if source is None:
             return None
         is_dataset = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-        samples = draw_by_index(source, count, generator, collate, balanced) if is_dataset else _take(source, count)
+        try:
+            if not is_dataset:
+                samples = _take(source, count)
+            elif isinstance(loader, DataLoader) and loader.batch_sampler is None and source is loader.dataset:
+                # Its items are batches.
+                index = torch.randperm(len(loader.dataset), generator=generator).tolist()
+                samples = _take((collate(source[item]) for item in index), count)
+            else:
+                samples = draw_by_index(source, count, generator, collate, balanced, batch_size)
+        except CannotBeKeptError as error:
+            raise CannotBeKeptError(f"from {origin}, cannot be kept for later tasks: {error}") from error
     if samples is None:
         raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
     return Offer(samples, origin)
 
 
 def draw_by_index(
-    dataset: Any, count: int, generator: torch.Generator, collate: Any = default_collate, balanced: bool = True
+    dataset: Any,
+    count: int,
+    generator: torch.Generator,
+    collate: Any = default_collate,
+    balanced: bool = True,
+    batch_size: int | None = None,
 ) -> Any:
     """Up to ``count`` samples of a map-style dataset, None of none; balanced by its integer ``targets`` if it has any.
 
-    With ``balanced=False`` the choice is plainly random, and no label is read for it.
+    With ``balanced=False`` the choice is plainly random, and no label is read for it. ``collate`` makes batches of
+    ``batch_size`` of them, for the user's code.
+
+    Raises:
+        CannotBeKeptError: If the samples cannot be collated or kept.
     """
     if len(dataset) == 0:
         return None
     index = balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)[:count]
-    return batches.select(collate([dataset[int(item)] for item in index]), slice(None))
+    return keep_items([dataset[int(item)] for item in index], collate, batch_size)
+
+
+def collation(trainer: L.Trainer) -> tuple[Any, int | None]:
+    """The training dataloader's collate function, and its batch size where it is known."""
+    loader = trainer.train_dataloader
+    return (loader.collate_fn, loader.batch_size) if isinstance(loader, DataLoader) else (default_collate, None)
 
 
 def targets_of(dataset: Any) -> torch.Tensor | None:
@@ -151,11 +202,13 @@ def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
 
 def _take(loader: Any, count: int) -> Any:
     taken: list[Any] = []
+    size = 0
     for batch in loader:
-        taken.append(batch)
-        if sum(map(batches.count, taken)) >= count:
+        taken.append(keep(batch, getattr(loader, "batch_size", None), taken[0] if taken else None))
+        size += batches.count(taken[-1])
+        if size >= count:
             break
-    return batches.select(batches.concatenate(taken), slice(None)) if taken else None
+    return batches.select(join(taken), slice(None)) if taken else None
 
 
 def _seed(seed: int) -> None:

@@ -64,7 +64,7 @@ class ContinualMergeCallback(L.Callback):
     predictions. It may define
 
     - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
-      switched off;
+      switched off; or ``-> (loss, count)`` where the loss is a mean over tokens, masks or pairs, with their number;
     - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``;
     - ``task_metric(task)``, the ``torchmetrics.Metric`` of a task, or a collection whose first entry is its score. By
       default it is the accuracy of class scores [B, C] or ids [B]; what it cannot measure is refused before training.

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_odem.calibration import CalibrationBuffer, batches
 from lightning_odem.calibration.objective import CalibrationObjective
-from lightning_odem.calibration.samples import MicroBatch, TaskSamples
+from lightning_odem.calibration.samples import MicroBatch
 
 Gradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -69,11 +68,7 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
 
 def _part(objective: CalibrationObjective, index: dict[str, slice]) -> CalibrationPart:
     """The calibration loss on a range of the samples of each task."""
-    part, state = objective.buffer.copy(), objective.buffer.state_dict()
-    tasks: dict[str, Any] = state["tasks"]
-    state["tasks"] = {task: dict(vars(TaskSamples(**held).view(index[task]))) for task, held in tasks.items()}
-    part.load_state_dict(state)
-    return CalibrationPart(objective, part)
+    return CalibrationPart(objective, objective.buffer.part(index))
 
 
 def samples_per_epoch(buffer: CalibrationBuffer) -> int:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics import Metric
 
+from lightning_odem.parameters.attributes import Attributes
 from lightning_odem.parameters.shards import find_shards, local, reshard
 from lightning_odem.parameters.vector import canonical_name, check_same_shapes, whole_shapes
 
@@ -89,9 +89,9 @@ def cut_snapshot(module: nn.Module, tensors: Snapshot) -> Snapshot:
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Run a block with the module in eval mode and gradients on; afterwards only its parameters may have changed.
 
-    Train/eval flags of every submodule, buffers (including batch-norm statistics), ``.grad`` and the random state of
-    Python, NumPy and torch are restored. Torchmetrics that the block updated are reset. This also happens after an
-    exception.
+    Train/eval flags of every submodule, buffers (including batch-norm statistics), ``.grad``, the random state of
+    Python, NumPy and torch, states of torchmetrics and Python attributes (see
+    :class:`~lightning_odem.parameters.attributes.Attributes`) are restored, also after an exception.
     """
     reshard(module)
     flags = {submodule: submodule.training for submodule in module.modules()}
@@ -102,7 +102,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         for submodule in module.modules()
         for name, buffer in submodule.named_buffers(recurse=False)
     ]
-    counts = {metric: metric.update_count for metric in module.modules() if isinstance(metric, Metric)}
+    attributes = Attributes(module.modules())
     isolation = isolate_rng()
     isolation.__enter__()
     try:
@@ -121,6 +121,4 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for owner, name, buffer, value in buffers:
                 setattr(owner, name, buffer.copy_(value))
-        for metric, count in counts.items():
-            if metric.update_count != count:
-                metric.reset()
+        attributes.put_back()

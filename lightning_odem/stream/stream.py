@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
@@ -170,7 +171,9 @@ class Stream:
         """The loss on samples; those of earlier tasks go through the module with their own parameters in place."""
         loss = calibration_loss(module, self.calibration.loss)  # type: ignore[arg-type]
         as_task = own_parameters(module, self.state.task_parameters)
-        return CalibrationSet(buffer, loss, self.calibration.batch_size, loss_scale(module.trainer), as_task)  # type: ignore[arg-type]
+        trainer: L.Trainer = module.trainer  # type: ignore[assignment]
+        size = self.calibration.micro_batch_size(trainer.train_dataloader)
+        return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task)
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
         """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it will get.

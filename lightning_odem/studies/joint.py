@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_odem.calibration.buffer import MicroBatch
 from lightning_odem.calibration.loss import ModuleLoss
+from lightning_odem.calibration.objective import Counted
 from lightning_odem.tasks import Task
 
 
@@ -26,11 +27,16 @@ class JointTraining(L.LightningModule):
         super().__init__()
         self.module = module
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean loss over tasks."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """Mean loss over the tasks whose batch has a target; None if there is none."""
         loss = ModuleLoss(self.module)
-        losses = [loss(MicroBatch(samples, task, 1.0, True)) for task, samples in batch.items() if samples is not None]
-        return sum(losses[1:], losses[0]) / len(losses)
+        found = [loss(MicroBatch(samples, task, 1.0, True)) for task, samples in batch.items() if samples is not None]
+        losses = [
+            loss.loss if isinstance(loss, Counted) else loss
+            for loss in found
+            if not isinstance(loss, Counted) or loss.count
+        ]
+        return sum(losses[1:], losses[0]) / len(losses) if losses else None
 
     def configure_optimizers(self) -> Any:
         """The module's own."""

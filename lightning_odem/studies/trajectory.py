@@ -148,7 +148,7 @@ def _run_pair(
     module, own = bench.module(seed), {name: model.own for name, model in models.items()}
     paths = []
     with attached(module, bench.trainer) as trainer:
-        calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.batch_size)
+        calibration = CalibrationSet(buffer, calibration_loss(module, options.loss), options.micro_batch_size())
         store_logits_of(start, module, task=pair[0], calibration=calibration, division=bench.division)
         for label, flow in {method_name(method): method, LINE: StraightLine(1 / (points - 1))}.items():
             rows: list[dict[str, Score]] = []

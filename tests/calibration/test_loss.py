@@ -1,11 +1,15 @@
+import math
+from collections import UserDict
+
 import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_odem.calibration import MicroBatch
+from lightning_odem.calibration.keeping import keep, keep_items
 from lightning_odem.calibration.loss import ModuleLoss, move_to_device
 from lightning_odem.calibration.prediction_loss import EntropyLoss
 
@@ -249,3 +253,67 @@ def test_the_loss_runs_under_autocast_where_the_trainer_does():
     module = WithCalibrationStep()
     module.calibration_step = lambda batch, task: module.net(batch[0]).sum()
     assert in_fit(module, lambda module: ModuleLoss(module)(BATCH).dtype, precision="bf16-mixed") == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_step_may_say_over_how_many_its_loss_is_a_mean(kind):
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: kind([module.loss(batch), torch.tensor(7)])
+    found = in_fit(module, lambda module: ModuleLoss(module)(BATCH))
+    assert torch.equal(found.loss, by_hand(module))
+    assert found.count == 7.0
+
+
+@pytest.mark.parametrize("number", [-1, math.nan, torch.tensor(math.inf)])
+def test_a_count_that_is_none_is_refused(number):
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: (module.loss(batch), number)
+    with pytest.raises(ValueError, match="the count is 0 or a positive number"):
+        in_fit(module, lambda module: ModuleLoss(module)(BATCH))
+
+
+IGNORED = torch.full((4, 3), -100)
+FIRST_ONLY = IGNORED.index_fill(1, torch.tensor([0]), 1)
+
+
+@pytest.mark.parametrize("labels", [IGNORED, FIRST_ONLY, IGNORED[:, 0]])
+@pytest.mark.parametrize("wrap", [lambda x, y: (x, y), lambda x, y: UserDict(x=x, labels=y)])
+def test_a_batch_whose_labels_are_all_ignored_counts_nothing(wrap, labels):
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: module.net(INPUTS).sum() * math.nan
+    batch = MicroBatch(keep(wrap(INPUTS, labels)), "digits", 1.0, False)
+    assert in_fit(module, lambda module: ModuleLoss(module)(batch)).count == 0.0
+    module.calibration_step = lambda batch, task: module.net(INPUTS).sum()
+    assert isinstance(in_fit(module, lambda module: ModuleLoss(module)(batch)), torch.Tensor)
+
+
+def test_a_loss_that_is_not_finite_on_labels_that_count_stays():
+    module = WithCalibrationStep()
+    module.calibration_step = lambda batch, task: module.net(batch[0]).sum() * math.nan
+    assert in_fit(module, lambda module: ModuleLoss(module)(BATCH)).isnan()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_samples_in_several_batches_have_the_loss_of_all_of_them(counted):
+    items = [(torch.full((2 + number % 2, 3), float(number)), number % 2) for number in range(5)]
+    batch = MicroBatch(keep_items(items, default_collate), "digits", 1.0, False)
+
+    def step(batch, task):
+        loss = batch[0].mean((1, 2)).mean() * module.net.weight.sum()
+        return (loss, len(batch[0])) if counted else loss
+
+    module = WithCalibrationStep()
+    module.calibration_step = step
+    found = in_fit(module, lambda module: ModuleLoss(module)(batch))
+    assert not counted or found.count == 5
+    loss = found.loss if counted else found
+    assert torch.allclose(loss, 2.0 * module.net.weight.sum())
+
+
+def test_a_step_that_takes_the_loaders_iterator_gets_one():
+    class Iterating(Classifier):
+        def training_step(self, dataloader_iter):
+            return self.loss(next(dataloader_iter)[0])
+
+    module = Iterating()
+    assert torch.equal(in_fit(module, lambda module: ModuleLoss(module)(BATCH)), by_hand(module))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
+from lightning_odem.calibration.objective import Counted
 from lightning_odem.parameters.vector import ParameterVector
 
 BF16, FP64 = torch.bfloat16, torch.float64
@@ -211,3 +212,57 @@ def test_the_scale_of_the_loss_is_lowered_in_all_processes_together():
     assert 1.0 < scale < 2.0**16
     assert evaluations > 1
     assert relative_error < 2e-3
+
+
+def masked(task):
+    """Which samples count, and how much."""
+    return torch.arange(SIZES[task]) % 3
+
+
+def make_counted(net, batch_size):
+    buffer = CalibrationBuffer(100)
+    for task, (inputs, labels) in task_data().items():
+        buffer.add(task, (inputs, labels, masked(task)))
+
+    def batch_loss(batch):
+        inputs, labels, mask = batch.samples
+        losses = cross_entropy(net(inputs), labels, reduction="none")
+        return Counted((losses * mask).sum() / mask.sum(), float(mask.sum()))  # NaN where nothing counts
+
+    return CalibrationObjective(ParameterVector(net), buffer, batch_loss, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_a_micro_batch_counts_by_what_its_loss_is_a_mean_over(batch_size):
+    net = make_net()
+    objective = make_counted(net, batch_size)
+    theta = torch.randn(len(objective.vector), dtype=FP64, generator=torch.Generator().manual_seed(3))
+    loss, gradient = objective.loss_and_grad(theta)
+    losses = []
+    for task, (inputs, labels) in task_data().items():
+        mask = masked(task)
+        losses.append((cross_entropy(net(inputs), labels, reduction="none") * mask).sum() / mask.sum())
+    expected = sum(losses) / 3
+    grads = torch.autograd.grad(expected, list(net.parameters()))
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, torch.cat([grad.flatten() for grad in grads]), rtol=1e-11, atol=1e-15)
+
+
+def test_random_minibatches_are_unbiased_where_samples_count_differently():
+    objective = make_counted(make_net(), 100)
+    theta = objective.vector.read()
+    expected = objective.loss(theta)
+    epoch = list(objective.buffer.minibatches(2, torch.Generator().manual_seed(0)))
+    found = [
+        objective.loss(theta, minibatch) * sum(len(batch.samples[0]) for batch in minibatch) for minibatch in epoch
+    ]
+    assert sum(found) / len(objective.buffer) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_minibatch_without_any_target_has_no_loss_and_no_gradient():
+    objective = make_counted(make_net(), 100)
+    (batch,) = objective.buffer.micro_batches_of("a", 100)
+    empty = batch.select((batch.samples[2] == 0).nonzero().flatten())
+    loss, gradient = objective.loss_and_grad(objective.vector.read(), [empty])
+    assert loss == 0.0
+    assert not gradient.any()

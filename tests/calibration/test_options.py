@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.buffer import QUOTAS
@@ -45,6 +46,7 @@ def test_known_quotas_are_taken(quota):
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "large"}, "'as trained', got 'large'"),
         ({"quota": "fair"}, "quota 'fair'; .* equal, utility"),
         ({"loss": "margin"}, "loss 'margin'; .* labels, logits, entropy"),
         ({"shares": "fair"}, "shares 'fair'; .* quota, equal, utility"),
@@ -53,3 +55,11 @@ def test_known_quotas_are_taken(quota):
 def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CalibrationOptions(**settings)
+
+
+def test_micro_batches_as_trained_are_of_the_training_loaders_size_where_it_is_known():
+    dataset, options = TensorDataset(torch.zeros(9, 2)), CalibrationOptions(batch_size="as trained")
+    sampler = BatchSampler(SequentialSampler(dataset), 3, drop_last=False)
+    loaders = [DataLoader(dataset, 7), DataLoader(dataset, batch_sampler=sampler), None, [torch.zeros(2)]]
+    assert [options.micro_batch_size(loader) for loader in loaders] == [7, 3, 128, 128]
+    assert CalibrationOptions(batch_size=5).micro_batch_size(loaders[0]) == 5

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import random_split
+from torch.utils.data import DataLoader, random_split
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from toy import Classifier, Incoming, Task, accuracy, close, everything, fit, make_trainer, same, weights
 
@@ -288,3 +290,78 @@ def test_tied_weights_stay_tied():
     for number in range(2):
         fit(module, Task(number), merge)
     assert module.head.weight is module.body[0].weight
+
+
+class Writing(CSVLogger):
+    """Counts what is written to it directly."""
+
+    def __init__(self):
+        super().__init__("logs")
+        self.written = []
+
+    @property
+    def experiment(self):
+        self.written.append("experiment")
+        return super().experiment
+
+    def log_metrics(self, metrics, step=None):
+        if "own" in metrics:
+            self.written.append(metrics["own"])
+
+
+class Keeping(Classifier):
+    """Keeps what Lightning's migration guide tells it to, and writes to its logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs, self.seen, self.counts, self.state = [], 0, {"train": []}, []
+        self.lifetime, self.latest = MeanMetric(), None
+        self.unlabelled = iter(DataLoader(torch.arange(1000), 2))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss.detach())
+        self.counts["train"].append(len(batch[0]))
+        self.seen += len(batch[0])
+        self.lifetime.update(loss.detach())
+        self.latest = loss.detach()
+        self.logger.log_metrics({"own": loss.item()}, self.global_step)
+        self.loggers[0].experiment.log_metrics({"more": loss.item()}, self.global_step)
+        return loss + 0.0 * next(self.unlabelled).sum()
+
+    def on_train_epoch_end(self):
+        assert len(self.outputs) == self.trainer.num_training_batches
+        self.outputs.clear()
+        self.state.append((self.seen, str(self.counts), self.lifetime.update_count, self.lifetime.compute().item()))
+        self.state.append((self.latest.item(), self.unlabelled._num_yielded))
+
+
+@pytest.mark.parametrize("method", ["ode", "ode_paper"])
+def test_what_training_step_keeps_and_writes_is_as_without_the_callback(method):
+    traces = []
+    for merge in ([], [ContinualMergeCallback(method, calibration_size=12)]):
+        module, logger = Keeping(), Writing()
+        torch.manual_seed(3)
+        fit(module, Task(0, shuffle=True), *merge, logger=logger)
+        traces.append((module.state, module.outputs, logger.written, next(module.unlabelled).tolist()))
+    assert traces[0] == traces[1]
+
+
+def test_every_pass_of_a_merge_begins_with_the_same_counters():
+    counters = set()
+
+    class Annealing(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.steps = 0
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            if not self.training:
+                counters.add(self.steps)
+            return super().training_step(batch, batch_idx)
+
+    module, merge = Annealing(), ContinualMergeCallback("ode_paper")
+    for number in range(2):
+        fit(module, Task(number), merge)
+    assert counters == {1, 7, 13}  # after none, six and twelve steps of training

@@ -148,7 +148,7 @@ def test_manual_optimisation_with_a_calibration_step_is_merged(one_trainer):
         tasks = ()
 
         def calibration_step(self, batch, task):
-            self.tasks = sorted({*self.tasks, task})
+            Prepared.tasks = sorted({*self.tasks, task})  # on the module it would be put back
             return F.cross_entropy(self(batch[0]), batch[1])
 
     module, merge, incoming = Prepared(), ContinualMergeCallback(), Incoming()

@@ -152,12 +152,16 @@ def test_the_samples_that_the_buffer_keeps_are_the_same_for_every_method():
         assert (kept[0][task]["samples"][0] == kept[1][task]["samples"][0]).all()
 
 
+class Notes(dict):
+    """What a test writes down; plain dicts of a module are put back after a merge."""
+
+
 class Seeing(Classifier):
     """Notes how its batches come: the containers, and dtype, device and order in memory of what is in them."""
 
     def __init__(self):
         super().__init__()
-        self.seen = {True: set(), False: set()}
+        self.seen = Notes({True: set(), False: set()})
 
     def training_step(self, batch, batch_idx):
         self.note(batch)
