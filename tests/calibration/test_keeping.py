@@ -194,7 +194,7 @@ def streamed(collate, sizes):
         start += size
 
 
-@pytest.mark.parametrize("name", [*(set(COLLATES) - {"of_the_whole", "boxes_in_a_row", "time_first", "classes"})])
+@pytest.mark.parametrize("name", sorted(set(COLLATES) - {"of_the_whole", "boxes_in_a_row", "time_first", "classes"}))
 def test_batches_of_a_loader_are_cut_and_padded_anew(name):
     collate = COLLATES[name]
     taken = []
