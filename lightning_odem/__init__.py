@@ -7,7 +7,7 @@ from lightning_odem import moved
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.callback import ContinualMergeCallback
 from lightning_odem.methods import AverageMerge, MergeContext, MergeMethod, MergeResult, ODEMerge, PaperODEMerge
-from lightning_odem.stream.stream import Stream
+from lightning_odem.stream import Stream
 from lightning_odem.version import __version__
 
 if TYPE_CHECKING:

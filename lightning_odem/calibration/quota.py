@@ -1,5 +1,6 @@
 """How the buffer's places are shared among tasks, and which samples of a task go first."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,11 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
         [4, 3, 3]
         >>> allocate(10, [1, 1, 1], [100, 2, 100])
         [4, 2, 4]
-        >>> allocate(10, [3, 1], [100, 100])
-        [8, 2]
+        >>> allocate(10, [3, 1], [100, 100]), allocate(10, [1e308, 1e308], [9, 9])
+        ([8, 2], [5, 5])
     """
+    if math.isinf(sum(shares)):  # of finite shares: relative to the largest their sum is finite
+        shares = [share / max(shares) for share in shares]
     places = [0] * len(shares)
     open_tasks = [task for task, share in enumerate(shares) if share > 0]
     left = capacity

@@ -339,7 +339,8 @@ class ContinualMergeCallback(L.Callback):
                 task = state.started["task"]
                 state.started["before_training"] = measure(pl_module, state.merged, task)
                 state.started["pretrained"] = measure(pl_module, state.base, task)
-            self._measurement.check(pl_module, [*self.report.tasks, state.started["task"]], self.report.measured())
+            tasks = [*self.report.tasks, state.started["task"]]
+            self._measurement.check(pl_module, tasks, self.report.measured(), state.task_parameters)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -586,7 +587,10 @@ class ContinualMergeCallback(L.Callback):
         self._measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:
-        """Run the calibration loss once on two samples, so that a module without one is refused before training."""
+        """Run the calibration loss on two samples of the task and one of each earlier task.
+
+        So a module without a loss, or one that cannot use what earlier tasks keep any more, is refused before training.
+        """
         sampling = self._fit.sampling
         pair = sampling.pair() if sampling is not None else None
         if pair is not None:
@@ -596,6 +600,9 @@ class ContinualMergeCallback(L.Callback):
                 calibration = self._stream.measured_on(module, pair)
                 calibration.store_logits(self._state.started["task"])
                 calibration.objective(vector).loss_and_grad(vector.read())
+                counts = self._state.buffer.counts
+                earlier = [next(self._state.buffer.micro_batches_of(name, 1)) for name, held in counts.items() if held]
+                calibration.objective(vector).losses(vector.read(), earlier)
 
 
 @torch.no_grad()

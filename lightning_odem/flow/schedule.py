@@ -19,8 +19,8 @@ def operating_time(weights: Sequence[float]) -> float:
     Example:
         >>> [operating_time([1.0] * k) for k in (1, 2, 4)]
         [1.0, 0.5, 0.25]
-        >>> operating_time([1.0, 3.0])
-        0.75
+        >>> operating_time([1.0, 3.0]), operating_time([1e308, 1e308])
+        (0.75, 0.5)
     """
     if not weights:
         raise ValueError("An operating time needs at least one utility weight, got none.")
@@ -29,7 +29,13 @@ def operating_time(weights: Sequence[float]) -> float:
             raise ValueError(f"Utility weights must be finite and non-negative, got {weight} for task {index + 1}.")
     if len(weights) == 1:
         return 1.0
-    return weights[-1] / sum(weights) if weights[-1] else 0.0
+    if not weights[-1]:
+        return 0.0
+    total = sum(weights)
+    if math.isinf(total):  # of finite weights: relative to the largest their sum is finite
+        largest = max(weights)
+        return weights[-1] / largest / sum(weight / largest for weight in weights)
+    return weights[-1] / total
 
 
 def scaled_time(t: float, factor: float) -> float:

@@ -3,6 +3,12 @@
 import warnings
 from typing import Any
 
+from lightning_odem.stream.directory import RunDirectory
+from lightning_odem.stream.state import StreamState
+from lightning_odem.stream.stream import Stream
+
+__all__ = ["RunDirectory", "Stream", "StreamState"]
+
 
 def __getattr__(name: str) -> Any:
     # Until version 0.5 the tasks were here, and configurations name their classes; to be removed with version 0.8.

@@ -77,12 +77,22 @@ class Measurement:
                 "callback's evaluation_data, a dataloader by task name."
             )
 
-    def check(self, module: L.LightningModule, tasks: Iterable[str], known: Mapping[str, TaskMetric]) -> None:
+    def check(
+        self,
+        module: L.LightningModule,
+        tasks: Iterable[str],
+        known: Mapping[str, TaskMetric],
+        task_parameters: Mapping[str, Snapshot] = {},
+    ) -> None:
         """Refuse what a metric cannot read, on the first batch of each task's data that is new.
+
+        The data of tasks that keep parameters for themselves is looked at each time, since the module may have changed
+        so that it cannot use them any more.
 
         Args:
             module: The module.
             tasks: The tasks.
+            task_parameters: What earlier tasks keep for themselves.
             known: What tasks were measured by so far.
 
         Raises:
@@ -100,8 +110,10 @@ class Measurement:
                         "other processes are not asked unless they are in evaluation_data, or remaining() was given "
                         "them."
                     )
-                if self._checked.get(task) is not data:
-                    check_score(module, data, task, self._datamodules.get(task))
+                own = task_parameters.get(task, {})
+                if own or self._checked.get(task) is not data:
+                    with as_task(module, own):
+                        check_score(module, data, task, self._datamodules.get(task))
             self._checked[task] = data
 
     def current(self, module: L.LightningModule, task: str) -> float:

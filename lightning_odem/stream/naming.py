@@ -1,8 +1,12 @@
 """The name and the utility weight of the task a Trainer is about to fit."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+LONGEST = 73
+"""Letters of a task's name that go into names of files; file systems take 255 in all."""
 
 Weights = Mapping[str, float] | Sequence[float] | None
 
@@ -55,10 +59,13 @@ def next_task_weight(
 
 
 def file_name(task: str) -> str:
-    """A task's name as part of the name of a file.
+    """A task's name as part of the name of a file; of a long one the beginning and a hash.
 
     Example:
-        >>> file_name("cats & dogs/2")
-        'cats_dogs_2'
+        >>> file_name("cats & dogs/2"), file_name(250 * "x")[60:]
+        ('cats_dogs_2', 'xxxx-086d4a1c')
     """
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", task)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", task)
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9]}-{hashlib.sha256(task.encode(errors='replace')).hexdigest()[:8]}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from toy import Classifier, Task, everything, fit, same
+from toy import Classifier, Incoming, Task, everything, fit, same
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods import ODEMerge, PaperODEMerge, ReplayMerge
@@ -77,3 +77,28 @@ def test_heads_may_have_other_sizes_from_task_to_task(method, batch_norm, small_
         with torch.no_grad():
             found = other.eval()(Task(number).test_set.tensors[0]).argmax(1) == Task(number).test_set.tensors[1]
         assert found.double().mean().item() == pytest.approx(merge.report.accuracy[2][number])
+
+
+class Counts(OneHead):
+    """Its loss depends on how many classes it believes to have, as those of language models on their vocabulary."""
+
+    classes = 3
+
+    def calibration_step(self, batch, task):
+        return F.cross_entropy(self(batch[0]).reshape(-1, self.classes), batch[1])
+
+    def prediction_step(self, batch, task):
+        return self(batch[0]).reshape(-1, self.classes), batch[1]
+
+
+@pytest.mark.parametrize("method", ["average", "ode"])
+def test_a_module_that_cannot_use_an_earlier_tasks_head_any_more_is_refused_before_training(method):
+    merge, module, incoming = ContinualMergeCallback(method, exclude=["head"]), Counts(), Incoming()
+    module.begin(0)
+    fit(module, Task(0), merge)
+    module.begin(1, classes=5)
+    module.classes = 5
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|size"):
+        fit(module, Task(1), incoming, merge)
+    assert incoming.batches <= 1
+    assert merge.report.tasks == ["task_1"]

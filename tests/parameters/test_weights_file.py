@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_odem.parameters.weights_file import load_weights
+from lightning_odem.parameters.weights_file import load_weights, read_weights
 
 
 def net(seed=0, **more):
@@ -170,3 +170,16 @@ def test_entries_that_are_no_tensors_are_named(tmp_path, state):
     torch.save({"model_ema": dict(state), "epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"model_ema \(dict\), epoch \(int\)"):
         load_weights(net(), tmp_path / "w.pt")
+
+
+def test_a_changed_byte_is_noticed_and_the_file_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.arange(512.0)}, path)
+    content = bytearray(path.read_bytes())
+    start = content.index(torch.arange(512.0).numpy().tobytes()[:64])
+    for place in (start + 5, start + 1000):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"weights\.pt is corrupt .*checksum of its entry"):
+            read_weights(path)
