@@ -53,7 +53,9 @@ METHODS = ["average", "ode", "ode_paper", "trm_style", "second_moment", ClosedFo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "method", METHODS, ids=lambda method: method if isinstance(method, str) else type(method).__name__
+)
 def test_a_cell_is_the_stream_that_the_callback_merges(tmp_path, method):
     cell = compare(tmp_path, methods={"it": method}, orders=1, weighting=["uniform"], seeds=[0], joint=False).cells[0]
     stream = make_stream()
