@@ -9,14 +9,18 @@ import torch
 from measured import Data, Net, total
 from toy import Classifier, Task, Watching, fit
 
-from lightning_odem import ContinualMergeCallback
+from lightning_odem import ContinualMergeCallback, ContinualTrainer, TaskClassifier
 from lightning_odem.methods import METHODS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README, GUIDE, EXTENDING = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md", "docs/extending.md")
+)
 
 
 def block_with(text):
-    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in block)
+    blocks = re.findall(r"```python\n(.*?)```", README + GUIDE + EXTENDING, re.DOTALL)
+    return next(block for block in blocks if text in block)
 
 
 @pytest.mark.parametrize("text", ["def overshoot", "class DescendingAverage"])
@@ -33,9 +37,9 @@ def test_rules_of_ones_own_merge(text, small_stream):
         METHODS.pop("overshoot", None)
 
 
-def test_the_need_of_the_guide_is_met(small_stream):
-    guide, shown = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8"), {}
-    exec(next(block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "(Need)" in block), shown)
+def test_a_need_of_ones_own_is_met(small_stream):
+    shown = {}
+    exec(block_with("(Need)"), shown)
     seen, method = [], Watching(shown["MeanOfRun"]())
 
     class Recorded(Classifier):
@@ -64,6 +68,31 @@ def test_a_regression_is_measured_by_the_metric_it_brings(small_stream):
     merge = ContinualMergeCallback("average")
     fit(shown["Prices"](), Data(0, total), merge)
     assert merge.table(80).startswith("R2Score\n")
+
+
+def test_a_metric_of_ones_own_is_shown_in_percent(small_stream):
+    shown = {}
+    exec(block_with("class Within"), shown)
+
+    class Prices(Net):
+        def task_metric(self, task):
+            return shown["Within"](0.5)
+
+    merge = ContinualMergeCallback("average")
+    fit(Prices(), Data(0, total), merge)
+    assert merge.table(80).startswith("Within (%)\n")
+    assert 0.0 <= merge.report.accuracy[0][0] <= 1.0
+
+
+@pytest.mark.slow
+def test_a_family_of_tasks_of_ones_own_is_merged(small_stream):
+    shown = {}
+    exec(block_with("class Blobs"), shown)
+    model = TaskClassifier("test_vit", backbone_args={"in_chans": 1, "img_size": 32})
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = ContinualTrainer(max_epochs=1, callbacks=[ContinualMergeCallback("average")], **options)
+    report = trainer.fit_tasks(model, shown["Blobs"](batch_size=16))
+    assert report.tasks == ["size_4", "size_8"]
 
 
 def test_the_flow_runs_by_itself():
