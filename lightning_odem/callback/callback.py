@@ -587,7 +587,7 @@ class ContinualMergeCallback(L.Callback):
         self._measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:
-        """Run the calibration loss on two samples of the task and one of each earlier task.
+        """Run the calibration loss on two samples of this task and of each earlier one.
 
         So a module without a loss, or one that cannot use what earlier tasks keep any more, is refused before training.
         """
@@ -601,8 +601,9 @@ class ContinualMergeCallback(L.Callback):
                 calibration.store_logits(self._state.started["task"])
                 calibration.objective(vector).loss_and_grad(vector.read())
                 counts = self._state.buffer.counts
-                earlier = [next(self._state.buffer.micro_batches_of(name, 1)) for name, held in counts.items() if held]
-                calibration.objective(vector).losses(vector.read(), earlier)
+                earlier = [next(self._state.buffer.micro_batches_of(name, 2)) for name, held in counts.items() if held]
+                kept = self._stream.measured_on(module, self._state.buffer)
+                kept.objective(vector).losses(vector.read(), earlier)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """The path from the base model along the flattened sum of the tasks, and the gradient flow from its best point."""
 
 import math
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,23 +17,11 @@ from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import BaseModel, Calibration
-from lightning_odem.methods.ode_paper import ODE_STATE, PaperODEMerge, is_earlier_ode_state
+from lightning_odem.methods.ode_paper import ODE_STATE, is_earlier_ode_state
 from lightning_odem.methods.sampling import hold_out, minibatch_gradients, minibatches_per_epoch, samples_per_epoch
 
 JUDGES = 32
 """Micro-batches into which held-out samples are cut, so that the spread of their losses is known."""
-
-PAPER_OPTIONS = (
-    "step_size",
-    "solver",
-    "granularity",
-    "operating_time",
-    "search_to",
-    "holdout",
-    "reuse",
-    "step_control",
-)
-"""Options that only :class:`~lightning_odem.methods.PaperODEMerge` has."""
 
 
 class ODEMerge(MergeMethod):
@@ -79,19 +66,6 @@ class ODEMerge(MergeMethod):
 
     needs = (BaseModel(), Calibration())
     sharded = True
-
-    if not TYPE_CHECKING:
-
-        def __new__(cls, *values, **named):
-            """Until version 0.5 the class had options of the paper's flow; to be removed with version 0.8."""
-            earlier = [name for name in named if name in PAPER_OPTIONS]
-            if cls is not ODEMerge or not earlier:
-                return super().__new__(cls)
-            given = {name: value for name, value in named.items() if name in (*PAPER_OPTIONS, "batch_size", "seed")}
-            write = ", ".join(f"{name}={value!r}" for name, value in given.items())
-            message = f"{', '.join(earlier)}: options of the paper's flow now. Write PaperODEMerge({write})."
-            warnings.warn(message, DeprecationWarning, stacklevel=2)
-            return PaperODEMerge(**given)
 
     def __init__(self, batch_size: int = 64, descent: float = 0.006, epochs: int = 2, seed: int = 0) -> None:
         check_range("batch_size", batch_size, 1)

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
 from lightning_odem.flow import NonFiniteLossError, operating_time
-from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge, PaperODEMerge
+from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge
 from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.methods.ode import falls
@@ -294,11 +294,3 @@ def test_without_a_task_the_running_average_stays_one(problem):
 def test_without_the_others_a_task_has_its_own_model(problem):
     _, left = taken_out(problem, ODEMerge(), 0, (1.0, 2.0))
     torch.testing.assert_close(left, problem.models[1])
-
-
-def test_options_of_the_papers_flow_give_that_flow_for_a_while():
-    with pytest.warns(DeprecationWarning, match=r"Write PaperODEMerge\(operating_time='search', seed=3\)"):
-        method = ODEMerge(operating_time="search", seed=3)
-    assert isinstance(method, PaperODEMerge)
-    assert (method.operating_time, method.seed) == ("search", 3)
-    assert type(ODEMerge(batch_size=32)) is ODEMerge
