@@ -1,13 +1,14 @@
 """The score of a module on a task's data, outside Lightning's own loops."""
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -37,7 +38,8 @@ def score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any 
 
     The metric is what ``task_metric(task)`` of the module or the datamodule gives, by default accuracy. Predictions and
     targets come from ``module.prediction_step(batch, task)`` if there is one, otherwise from ``module(inputs)`` on
-    batches ``(inputs, targets)``. The Trainer's ``limit_test_batches`` applies to each loader.
+    batches ``(inputs, targets)``. The Trainer's ``limit_test_batches`` applies to each loader, and its state is that of
+    a validation.
 
     Args:
         module: The module, with a Trainer.
@@ -51,21 +53,34 @@ def score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any 
     """
     metric = find_metric(task, module, datamodule)
     meter = _Meter(module, task, metric)
-    for batch in limited(data, module.trainer.limit_test_batches):
-        meter.update(batch)
+    with _validating(module.trainer):
+        for batch in limited(data, module.trainer.limit_test_batches):
+            meter.update(batch)
     return meter.compute()
 
 
 def check_score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any = None) -> None:
     """Refuse on the first batch of a task's data what :func:`score` would refuse of it."""
     meter = _Meter(module, task, find_metric(task, module, datamodule))
-    for batch in limited(data, module.trainer.limit_test_batches):
-        meter.update(batch)
-        break
+    with _validating(module.trainer):
+        for batch in limited(data, module.trainer.limit_test_batches):
+            meter.update(batch)
+            break
     # Of few samples many a metric is undefined, with a warning or an error.
     with catch_warnings(), suppress(_Undefined):
         simplefilter("ignore")
         meter.compute()
+
+
+@contextmanager
+def _validating(trainer: L.Trainer) -> Iterator[None]:
+    """Run a block in the Trainer's validating state, so hooks that augment ``if trainer.training`` leave data alone."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 class _Undefined(ValueError):

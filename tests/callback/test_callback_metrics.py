@@ -237,3 +237,21 @@ def test_a_task_taken_out_takes_its_metric_along():
         fit(module, Data(number, total), incoming, merge)
     merge.remove("task_1", incoming.models[0])
     assert set(merge.report.metrics) == set(merge.report.merges[-1].further) == {"task_2"}
+
+
+def test_scores_are_measured_in_the_validating_state(small_stream):
+    class Augmented(Task):
+        """Its training batches are noise."""
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            inputs, targets = batch
+            return (torch.randn_like(inputs) if self.trainer.training else inputs), targets
+
+    module, merge = Classifier(), ContinualMergeCallback("average")
+    trainer = fit(module, Augmented(0), merge)
+    inputs, targets = Augmented(0).test_set.tensors
+    with torch.no_grad():
+        expected = (module.eval()(inputs).argmax(1) == targets).double().mean().item()
+    assert merge.report.accuracy[0][0] == pytest.approx(expected)
+    assert merge.report.fine_tuned[0] == pytest.approx(expected)
+    assert not trainer.validating
