@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
+from lightning_odem.report.plain import plain
 from lightning_odem.report.scalars import latest_scalars
 from lightning_odem.stream.directory import RunDirectory
 
@@ -24,7 +25,9 @@ def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -
 
 def _summary(report: StreamReport) -> str:
     record = report.merges[-1]
-    parts = [f"Merged task {len(report.tasks)} ({record.task}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"]
+    parts = [
+        f"Merged task {len(report.tasks)} ({plain(record.task)}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"
+    ]
     if record.path:
         parts.append(f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})")
     if scale := record.path.get("scale_taken"):

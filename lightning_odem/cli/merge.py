@@ -10,7 +10,7 @@ from typing import Literal
 import lightning as L
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lightning_odem import version
@@ -22,6 +22,7 @@ from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
 from lightning_odem.report import MergeRecord
+from lightning_odem.report.plain import plain
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.tasks import TaskStream
 
@@ -44,8 +45,8 @@ class Merged:
         """Task, utility weight, operating time and seconds of each merge, as text."""
         table = Table("task", "weight", "t", "seconds", box=None, pad_edge=False, padding=(0, 2))
         for entry, record in zip(self.incoming, self.records, strict=True):
-            table.add_row(entry.task, f"{entry.weight:g}", f"{record.t:.3f}", f"{record.merge_seconds:.2f}")
-        console = Console()
+            table.add_row(plain(entry.task), f"{entry.weight:g}", f"{record.t:.3f}", f"{record.merge_seconds:.2f}")
+        console = Console(markup=False, emoji=False, highlight=False)
         with console.capture() as captured:
             console.print(table)
         return captured.get()
@@ -210,11 +211,12 @@ def _metadata(method: MergeMethod, incoming: Sequence[Incoming], base: str | Non
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
     """A progress bar over checkpoints and, within each of them, over the steps of its merge."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         line = progress.add_task("merging", total=total)
 
         def start(number: int, task: str) -> Callable[[int, int], None]:
-            progress.update(line, description=f"merging {task}", completed=number)
+            progress.update(line, description=plain(f"merging {task}"), completed=number)
             return lambda done, steps: progress.update(line, completed=number + done / steps)
 
         yield start

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich.markup import escape
+
+from lightning_odem.report.plain import plain
 
 Advance = Callable[[int, int], None]
 
@@ -21,7 +24,7 @@ def progress(trainer: L.Trainer, description: str) -> Iterator[Advance]:
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         display = bar.progress
-        line = display.add_task(description, total=1)
+        line = display.add_task(escape(plain(description)), total=1)
 
         def advance(done: int, total: int) -> None:
             display.update(line, completed=done, total=total)
@@ -34,7 +37,7 @@ def progress(trainer: L.Trainer, description: str) -> Iterator[Advance]:
             display.refresh()
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         # Below the training and validation bars.
-        with Tqdm(desc=description, position=2 + bar.process_position, leave=False, dynamic_ncols=True) as shown:
+        with Tqdm(desc=plain(description), position=2 + bar.process_position, leave=False, dynamic_ncols=True) as shown:
 
             def advance_below(done: int, total: int) -> None:
                 shown.total, shown.n = total, done

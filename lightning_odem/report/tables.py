@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_odem.metrics import TaskMetric
 from lightning_odem.report.merge_record import MergeRecord
+from lightning_odem.report.plain import plain
 from lightning_odem.report.record import StreamReport
 
 # rich's own open boxes draw the rule in characters that some file encodings lack
@@ -179,6 +180,8 @@ def columns_per_block(widths: list[int], width: int) -> int:
 
 def render(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
     """One table, or several below each other that repeat the first column."""
+    header = ["\n".join(map(plain, name.split("\n"))) for name in header]  # of two lines where there are weights
+    rows = [list(map(plain, row)) for row in rows]
     text = StringIO()
     console = Console(
         file=text, width=width, color_system=None, force_terminal=False, force_jupyter=False,

@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_odem.report.plain import plain
+
 
 class Display:
     """Shows cells done of all, the time they took and the time left.
@@ -15,7 +17,12 @@ class Display:
     """
 
     def __init__(self, cells: int, enabled: bool) -> None:
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells,")]
+        columns: list[Any] = [
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("cells,"),
+        ]
         columns += [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
         # Methods differ in cost by orders of magnitude, so the time left is judged by all cells so far.
         self._progress = Progress(*columns, disable=not enabled, speed_estimate_period=1e9)
@@ -34,7 +41,7 @@ class Display:
 
     def begin(self, description: str) -> None:
         """Say what is being done."""
-        self._progress.update(self._line, description=description)
+        self._progress.update(self._line, description=plain(description))
 
     def done(self) -> None:
         """Count a cell."""

@@ -455,3 +455,14 @@ def test_the_command_line_takes_a_model_and_data(stream):
     pathlib.Path("merge.yaml").write_text(yaml.safe_dump(config))
     main(["merge", str(folder / "rotated.ckpt"), str(folder / "inverted.ckpt"), "--config", "merge.yaml"])
     assert close(load_file("merged.safetensors"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["[red]x", ":bomb:", "\x1b]0;owned\x07t", "\x1b[2J", "[/red]x"])
+def test_names_of_tasks_are_shown_as_they_are(name, tmp_path, capsys):
+    for file in "ab":
+        save_file({"w": torch.ones(1)}, tmp_path / f"{file}.safetensors")
+    checkpoints = [str(tmp_path / f"{file}.safetensors") for file in "ab"]
+    main(["merge", *checkpoints, "--tasks", json.dumps([name, "o"]), "--output", str(tmp_path / "o.safetensors")])
+    shown = capsys.readouterr().out
+    assert name.replace("\x1b", "\\x1b").replace("\x07", "\\x07") in shown
+    assert "\x1b" not in shown

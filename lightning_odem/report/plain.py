@@ -1,0 +1,11 @@
+"""Names as they are shown: those from files must not steer a terminal."""
+
+
+def plain(text: str) -> str:
+    r"""Text with control characters as escapes.
+
+    Example:
+        >>> print(plain("a\x1b[2Jb\n"))
+        a\x1b[2Jb\n
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
