@@ -6,7 +6,7 @@ from lightning_odem.flow.field import Field, RectifiedField, TransportField, Vel
 from lightning_odem.flow.holdout import LowestPoint
 from lightning_odem.flow.reuse import ReusedGradient
 from lightning_odem.flow.schedule import operating_time, scaled_time
-from lightning_odem.flow.solver import SOLVERS, Euler, Heun, NonFiniteLossError, Solver, integrate
+from lightning_odem.flow.solver import SOLVERS, Euler, Heun, NonFiniteLossError, Solver, integrate, resolve_solver
 from lightning_odem.flow.trajectory import Trajectory
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "Velocity",
     "integrate",
     "operating_time",
+    "resolve_solver",
     "scaled_time",
 ]

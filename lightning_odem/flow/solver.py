@@ -51,6 +51,9 @@ class Euler:
 
     order = 1
 
+    def __repr__(self) -> str:
+        return "Euler()"
+
     def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
         """Move ``theta`` to theta + h v."""
         velocity.add_to(theta, h)
@@ -60,6 +63,9 @@ class Heun:
     """Heun's explicit trapezoidal rule: order 2 where the field is smooth, two gradients and two more vectors."""
 
     order = 2
+
+    def __repr__(self) -> str:
+        return "Heun()"
 
     def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
         """Move ``theta`` to theta + h (v + v') / 2 with v' taken at the end of an Euler step."""
@@ -133,7 +139,7 @@ def integrate(
     """
     _check_problem(theta0, theta1, t_end, step_size)
     field = field if field is not None else RectifiedField()
-    rule = _resolve_solver(solver)
+    rule = resolve_solver(solver)
     if estimated and loss is None:
         raise ValueError("With estimated gradients the loss itself is needed as well: give loss=.")
     evaluate_loss = loss if loss is not None else (lambda point: loss_and_grad(point)[0])
@@ -204,7 +210,12 @@ def _check_problem(theta0: Tensor, theta1: Tensor, t_end: float, step_size: floa
         raise ValueError(f"The flow runs on flat floating-point vectors, got shape {found[0][0]} of {found[0][1]}.")
 
 
-def _resolve_solver(solver: str | Solver) -> Solver:
+def resolve_solver(solver: str | Solver) -> Solver:
+    """Make a solver from its name in :data:`SOLVERS`; a solver is returned as it is.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
     if not isinstance(solver, str):
         return solver
     if solver not in SOLVERS:

@@ -25,9 +25,11 @@ from lightning_odem.methods.ode import ODEMerge
 from lightning_odem.methods.ode_paper import PaperODEMerge
 from lightning_odem.methods.ode_released import ReleasedODEMerge
 from lightning_odem.methods.opcm import OPCMMerge
+from lightning_odem.methods.operating_times import BecameTime, FixedTime, OperatingTime, SearchedTime, UtilityTime
 from lightning_odem.methods.registry import METHODS, method_name, register_method, resolve_method
 from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.methods.representation import RepresentationCorrection
+from lightning_odem.methods.sampling import Minibatches
 from lightning_odem.methods.second_moment import SecondMomentMerge
 from lightning_odem.methods.task_arithmetic import TaskArithmeticMerge
 from lightning_odem.methods.task_singular_vectors import TaskSingularVectorsMerge
@@ -38,10 +40,12 @@ __all__ = [
     "METHODS",
     "AverageMerge",
     "BaseModel",
+    "BecameTime",
     "Calibration",
     "ClosedFormMerge",
     "DOPMerge",
     "ExactStream",
+    "FixedTime",
     "FunctionMerge",
     "HCMMMerge",
     "InputMoments",
@@ -51,14 +55,17 @@ __all__ = [
     "MergeContext",
     "MergeMethod",
     "MergeResult",
+    "Minibatches",
     "NUFILTMerge",
     "Need",
     "ODEMerge",
     "OPCMMerge",
+    "OperatingTime",
     "PaperODEMerge",
     "ReleasedODEMerge",
     "ReplayMerge",
     "RepresentationCorrection",
+    "SearchedTime",
     "SecondMomentMerge",
     "SecondMoments",
     "Snapshots",
@@ -67,6 +74,7 @@ __all__ = [
     "TaskSingularVectorsMerge",
     "TiesMerge",
     "TrainingData",
+    "UtilityTime",
     "describe_method",
     "method_name",
     "register_method",

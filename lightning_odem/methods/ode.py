@@ -18,7 +18,7 @@ from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.methods.ode_paper import ODE_STATE, is_earlier_ode_state
-from lightning_odem.methods.sampling import hold_out, minibatch_gradients, minibatches_per_epoch, samples_per_epoch
+from lightning_odem.methods.sampling import Minibatches, hold_out, samples_per_epoch
 
 JUDGES = 32
 """Micro-batches into which held-out samples are cut, so that the spread of their losses is known."""
@@ -203,10 +203,11 @@ class ODEMerge(MergeMethod):
         """Follow the flow in the memory of ``theta`` while held-out samples confirm it; overwrites ``before``."""
         seen, unseen = hold_out(objective, 0.25)
         judges = list(unseen.buffer.micro_batches(max(-(-len(unseen.buffer) // JUDGES), 1)))
-        steps = minibatches_per_epoch(seen.buffer, self.batch_size)
+        minibatches = Minibatches(self.batch_size, self.seed)
+        steps = minibatches.per_epoch(seen.buffer)
         length = self.descent * distance * samples_per_epoch(objective.buffer) / self.batch_size * self.epochs**0.5
         descent = Descent(theta, length, steps * self.epochs)
-        gradient = minibatch_gradients(seen, seen.buffer, self.batch_size, self.seed)
+        gradient = minibatches.gradients(seen)
         losses, taken = unseen.losses(theta, judges), 0
         path.descent_loss = [_mean(losses, judges)]
         for _ in range(self.epochs):

@@ -1,7 +1,7 @@
 """Parts of the calibration buffer, and gradients on random minibatches of it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, count
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_odem.calibration import CalibrationBuffer, batches
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.methods.arguments import check_range
 
 Gradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -76,23 +77,40 @@ def samples_per_epoch(buffer: CalibrationBuffer) -> int:
     return sum(buffer.counts[task] for task in buffer.shares())
 
 
-def minibatches_per_epoch(buffer: CalibrationBuffer, size: int) -> int:
-    """Number of random minibatches of a size in one pass over the samples that count in the loss."""
-    return -(-samples_per_epoch(buffer) // size)
+@dataclass(frozen=True)
+class Minibatches:
+    """Random minibatches of calibration samples, for gradients and for the memory that a pass takes.
 
-
-def minibatch_gradients(objective: CalibrationObjective, buffer: CalibrationBuffer, size: int, seed: int) -> Gradient:
-    """Return a function that takes loss and gradient on the next random minibatch, epoch after epoch without end.
+    A pass over N samples is ceil(N / B) minibatches, each task in its share.
 
     Args:
-        objective: Measures and counts; its ``batch_size`` bounds the samples that go through the module at once.
-        buffer: The source of the samples: the objective's buffer or a part of it.
-        size: Samples per minibatch.
-        seed: Seed of the minibatches.
+        size: Samples B per minibatch, >= 1.
+        seed: Seed of the minibatches. Each merge starts from it.
+
+    Raises:
+        ValueError: For a size below 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    minibatches = chain.from_iterable(buffer.minibatches(size, generator) for _ in count())
-    return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
+
+    size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("batch_size", self.size, 1)
+
+    def per_epoch(self, buffer: CalibrationBuffer) -> int:
+        """Number of minibatches in one pass over the samples that count in the loss."""
+        return -(-samples_per_epoch(buffer) // self.size)
+
+    def gradients(self, objective: CalibrationObjective) -> Gradient:
+        """Return a function that takes loss and gradient on the next minibatch, epoch after epoch without end.
+
+        Args:
+            objective: The loss, measured on its own buffer; its ``batch_size`` bounds the samples that go through the
+                module at once.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        minibatches = chain.from_iterable(objective.buffer.minibatches(self.size, generator) for _ in count())
+        return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
 
 
 def _pieces(minibatch: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
 from lightning_odem.calibration.calibration_set import CalibrationSet
-from lightning_odem.flow import Trajectory
-from lightning_odem.methods import Calibration, MergeContext, MergeMethod, MergeResult, PaperODEMerge
+from lightning_odem.flow import ReusedGradient, Trajectory
+from lightning_odem.methods import Calibration, FixedTime, MergeContext, MergeMethod, MergeResult, PaperODEMerge
 from lightning_odem.metrics import ACCURACY, TaskMetric, find_metric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
@@ -161,11 +161,11 @@ def check_points(flow: MergeMethod, points: int) -> None:
     if not isinstance(flow, (PaperODEMerge, StraightLine)):
         raise TypeError(f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}.")
     if isinstance(flow, PaperODEMerge) and (
-        flow.reuse > 1 or flow.step_control or not isinstance(flow.operating_time, str)
+        flow.step_control or isinstance(flow.solver, ReusedGradient) or isinstance(flow.operating_time, FixedTime)
     ):
         raise ValueError(
-            f"A path goes to t = 1 in steps of one length, each with its gradient; it cannot be followed with "
-            f"reuse={flow.reuse}, step_control={flow.step_control}, operating_time={flow.operating_time!r}."
+            "A path goes to t = 1 in steps of one length, each with its gradient; it cannot be followed with "
+            f"solver={flow.solver!r}, step_control={flow.step_control}, operating_time={flow.operating_time!r}."
         )
     if points < 2:
         raise ValueError(f"A path has two points at least, its ends; got points={points}.")

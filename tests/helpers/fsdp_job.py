@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.scaling import LossScale
+from lightning_odem.flow import ReusedGradient, StepControl
 from lightning_odem.methods import (
     AverageMerge,
     IsotropicMerge,
@@ -46,8 +47,8 @@ METHODS = {
     "task_arithmetic sum": TaskArithmeticMerge(recursion="sum"),
     "ode": ODEMerge(batch_size=8, descent=0.02),
     "isotropic": IsotropicMerge(0.5),
-    "ode_paper search": PaperODEMerge(0.25, operating_time="search", reuse=2),
-    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
+    "ode_paper search": PaperODEMerge(0.25, solver=ReusedGradient(times=2), operating_time="search"),
+    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=StepControl()),
     "ode_paper heun": PaperODEMerge(0.25, solver="heun"),
     **{f"ode_paper {blocks}": PaperODEMerge(0.25, granularity=blocks) for blocks in GRANULARITIES},
 }

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.calibration.calibration_set import CalibrationSet
-from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods import FunctionMerge, ODEMerge, PaperODEMerge, ReleasedODEMerge, ReplayMerge
+from lightning_odem.flow import NonFiniteLossError, StepControl
+from lightning_odem.methods import FunctionMerge, Minibatches, ODEMerge, PaperODEMerge, ReleasedODEMerge, ReplayMerge
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import take_snapshot
@@ -22,8 +22,8 @@ from lightning_odem.stream.merging import merging
 SIZES = {"old": 13, "new": 8}
 METHODS = {
     "ode": ODEMerge(batch_size=5),
-    "ode_paper search": PaperODEMerge(0.25, batch_size=5, operating_time="search"),
-    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=True),
+    "ode_paper search": PaperODEMerge(0.25, minibatches=Minibatches(5), operating_time="search"),
+    "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=StepControl()),
     "ode_paper": PaperODEMerge(),
     "ode_paper heun": PaperODEMerge(solver="heun"),
     "ode_paper tensor": PaperODEMerge(granularity="tensor"),

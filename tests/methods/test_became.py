@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods import MergeContext, PaperODEMerge
+from lightning_odem.methods import MergeContext, Minibatches, PaperODEMerge
 from lightning_odem.methods.became import became_time, laplace_time
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.parameters.vector import ParameterVector
@@ -105,7 +105,9 @@ def test_the_merge_is_the_flow_to_that_time():
     objective = make_objective()
     context = MergeContext(["theta"], [(D,)], needed={Calibration: objective})
     time = became_time(objective, merged, incoming, T)
-    expected = PaperODEMerge(batch_size=64).merge(merged.clone(), incoming, time, context)
-    result = PaperODEMerge(batch_size=64, operating_time="became").merge(merged.clone(), incoming, T, context)
+    expected = PaperODEMerge(minibatches=Minibatches(64)).merge(merged.clone(), incoming, time, context)
+    result = PaperODEMerge(minibatches=Minibatches(64), operating_time="became").merge(
+        merged.clone(), incoming, T, context
+    )
     assert torch.equal(result.theta, expected.theta)
     assert (result.t, result.trajectory.t[-1]) == (time, time)

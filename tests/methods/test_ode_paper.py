@@ -1,15 +1,25 @@
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.calibration_set import CalibrationSet
-from lightning_odem.flow import RectifiedField, StepControl, integrate
-from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge, method_name
+from lightning_odem.flow import RectifiedField, ReusedGradient, StepControl, integrate
+from lightning_odem.methods import (
+    AverageMerge,
+    MergeContext,
+    MergeMethod,
+    Minibatches,
+    PaperODEMerge,
+    SearchedTime,
+    method_name,
+)
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.sampling import hold_out
@@ -87,12 +97,15 @@ def test_its_defaults_are_the_papers_and_its_arguments_describe_it():
     method = PaperODEMerge()
     assert method_name(method) == "ode_paper"
     described = {
-        "name": "ode_paper", "step_size": 0.05, "solver": "euler", "granularity": "vector", "operating_time": "utility",
-        "search_to": 2.0, "holdout": 0.25, "batch_size": None, "reuse": 1, "step_control": False, "seed": 0,
+        "name": "ode_paper", "step_size": 0.05, "solver": "Euler()", "granularity": "vector",
+        "operating_time": "UtilityTime()",
+        "minibatches": None, "step_control": None,
     }  # fmt: skip
-    assert list(inspect.signature(PaperODEMerge).parameters) == [name for name in described if name != "name"]
+    parameters = inspect.signature(PaperODEMerge).parameters.values()
+    settings = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert ["name", *settings] == list(described)
     assert describe_method(method) == described
-    changed = {"step_size": 0.1, "solver": "heun", "granularity": "row"}
+    changed = {"step_size": 0.1, "solver": "Heun()", "granularity": "row"}
     assert describe_method(PaperODEMerge(0.1, "heun", "row")) == described | changed
 
 
@@ -103,11 +116,6 @@ def test_its_defaults_are_the_papers_and_its_arguments_describe_it():
         ({"step_size": 1.5}, "step_size=1.5"),
         ({"operating_time": "best"}, "operating_time, unless a number, is one of utility, search, became, got 'best'"),
         ({"operating_time": 1.1}, "operating_time=1.1"),
-        ({"search_to": 0.9}, "search_to=0.9"),
-        ({"holdout": 0.0}, "holdout=0.0"),
-        ({"holdout": 1.0}, "holdout=1.0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"reuse": 0}, "reuse=0"),
         ({"granularity": "layer"}, "one of vector, tensor, row, coordinate, got 'layer'"),
         ({"solver": "rk4"}, "Unknown solver 'rk4'; the solvers are euler, heun"),
     ],
@@ -115,6 +123,61 @@ def test_its_defaults_are_the_papers_and_its_arguments_describe_it():
 def test_unusable_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PaperODEMerge(**settings)
+
+
+def test_the_settings_of_parts_are_checked_by_them():
+    refused = [
+        (lambda: SearchedTime(factor=0.9), "factor=0.9"),
+        (lambda: SearchedTime(holdout=0.0), "holdout=0.0"),
+        (lambda: SearchedTime(holdout=1.0), "holdout=1.0"),
+        (lambda: Minibatches(0), "batch_size=0"),
+        (lambda: ReusedGradient(times=0), "times=0"),
+        (lambda: ReusedGradient("rk4"), "Unknown solver 'rk4'"),
+    ]
+    for make, message in refused:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "parts", "spelling"),
+    [
+        (
+            {"operating_time": "search", "search_to": 3.0, "holdout": 0.5},
+            {"operating_time": SearchedTime(3.0, 0.5)},
+            "operating_time=SearchedTime(factor=3.0, holdout=0.5)",
+        ),
+        ({"batch_size": 8, "seed": 3}, {"minibatches": Minibatches(8, 3)}, "minibatches=Minibatches(size=8, seed=3)"),
+        (
+            {"solver": "heun", "reuse": 3},
+            {"solver": ReusedGradient("heun", 3)},
+            "solver=ReusedGradient(Heun(), times=3)",
+        ),
+        ({"step_control": True}, {"step_control": StepControl()}, "step_control=StepControl()"),
+    ],
+)
+def test_flat_arguments_of_earlier_versions_work_and_say_what_to_write(earlier, parts, spelling):
+    with pytest.warns(DeprecationWarning, match=re.escape(f"write: PaperODEMerge({spelling})")):
+        method = PaperODEMerge(**earlier)
+    assert describe_method(method) == describe_method(PaperODEMerge(**parts))
+    assert torch.equal(merge(method)[0].theta, merge(PaperODEMerge(**parts))[0].theta)
+
+
+def test_parts_are_made_from_a_configuration():
+    parser = ArgumentParser()
+    parser.add_argument("--method", type=MergeMethod)
+    path = "lightning_odem.methods"
+    settings = {
+        "solver": {"class_path": "lightning_odem.flow.ReusedGradient", "init_args": {"rule": "heun", "times": 4}},
+        "operating_time": {"class_path": f"{path}.SearchedTime", "init_args": {"factor": 3.0}},
+        "minibatches": {"size": 8},
+        "step_control": {"tolerance": 0.1},
+    }
+    config = {"method": {"class_path": f"{path}.PaperODEMerge", "init_args": settings}}
+    method = parser.instantiate_classes(parser.parse_object(config)).method
+    parts = (SearchedTime(3.0), Minibatches(8), StepControl(0.1))
+    expected = PaperODEMerge(0.05, ReusedGradient("heun", 4), "vector", *parts)
+    assert describe_method(method) == describe_method(expected)
 
 
 def test_calibration_is_what_it_needs():
@@ -210,17 +273,23 @@ def merge(method, t=0.4):
     return method.merge(merged.clone(), incoming, t, context), merged, incoming, objective
 
 
+BY_8, CONTROL = Minibatches(8), StepControl()
 OPTIONS = [
     {"operating_time": 0.3},
     {"operating_time": "search"},
     {"operating_time": "became"},
     {},
-    {"batch_size": 8},
-    {"reuse": 3},
+    {"minibatches": BY_8},
+    {"solver": ReusedGradient(times=3)},
     {"granularity": "row"},
-    {"step_control": True},
-    {"operating_time": "search", "batch_size": 8, "reuse": 2, "solver": "heun"},
-    {"operating_time": "search", "batch_size": 8, "reuse": 2, "step_control": True, "solver": "heun"},
+    {"step_control": CONTROL},
+    {"operating_time": "search", "minibatches": BY_8, "solver": ReusedGradient("heun", 2)},
+    {
+        "operating_time": "search",
+        "minibatches": BY_8,
+        "solver": ReusedGradient("heun", 2),
+        "step_control": CONTROL,
+    },
 ]
 
 
@@ -254,7 +323,10 @@ def test_a_fixed_time_is_the_time_of_every_merge(t):
 
 
 @pytest.mark.parametrize("t", [0.1, 0.25, 0.4, 0.8])
-@pytest.mark.parametrize("options", [{}, {"batch_size": 8}, {"step_control": True}, {"reuse": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"minibatches": BY_8}, {"step_control": CONTROL}, {"solver": ReusedGradient(times=2)}],
+)
 def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, options):
     result, merged, incoming, objective = merge(PaperODEMerge(operating_time="search", **options), t)
     path = result.trajectory
@@ -267,7 +339,7 @@ def test_no_candidate_of_the_search_has_a_lower_loss_on_held_out_samples(t, opti
 
 
 def test_the_search_follows_the_gradient_of_the_other_samples():
-    result, merged, incoming, objective = merge(PaperODEMerge(operating_time="search", holdout=0.4))
+    result, merged, incoming, objective = merge(PaperODEMerge(operating_time=SearchedTime(holdout=0.4)))
     kept, _ = hold_out(objective, 0.4)
     expected = integrate(merged, incoming, kept.loss_and_grad, 0.8 / 1.4, loss=kept.loss)
     steps = len(result.trajectory.gamma)
@@ -277,7 +349,7 @@ def test_the_search_follows_the_gradient_of_the_other_samples():
 
 
 def test_the_losses_at_both_ends_of_a_search_are_those_of_the_samples_learnt_from():
-    result, merged, _, objective = merge(PaperODEMerge(operating_time="search", batch_size=8))
+    result, merged, _, objective = merge(PaperODEMerge(operating_time="search", minibatches=Minibatches(8)))
     learnt, _ = hold_out(objective, 0.25)
     assert result.trajectory.loss[0] == pytest.approx(learnt.loss(merged))
     assert result.trajectory.loss[-1] == pytest.approx(learnt.loss(result.theta))
@@ -287,7 +359,7 @@ def test_the_losses_at_both_ends_of_a_search_are_those_of_the_samples_learnt_fro
 @pytest.mark.parametrize("t", [0.05, 1 / 3, 0.4])
 def test_minibatches_differentiate_as_many_samples_as_algorithm_1(size, t):
     *_, whole = merge(PaperODEMerge(), t)
-    result, _, _, objective = merge(PaperODEMerge(batch_size=size), t)
+    result, _, _, objective = merge(PaperODEMerge(minibatches=size and Minibatches(size)), t)
     assert objective.sample_gradients == whole.sample_gradients
     assert (objective.loss_evaluations, whole.loss_evaluations) == (3, 2)
     assert len(result.trajectory.gamma) == objective.gradient_evaluations
@@ -296,31 +368,32 @@ def test_minibatches_differentiate_as_many_samples_as_algorithm_1(size, t):
 
 
 def test_a_minibatch_of_everything_is_the_whole_buffer():
-    first, second = (merge(PaperODEMerge(batch_size=size))[0] for size in (40, None))
+    first, second = (merge(PaperODEMerge(minibatches=size and Minibatches(size)))[0] for size in (40, None))
     torch.testing.assert_close(first.theta, second.theta)
 
 
 def test_minibatches_measure_the_ends_of_the_path_on_the_whole_buffer():
-    result, merged, incoming, objective = merge(PaperODEMerge(batch_size=8))
+    result, merged, incoming, objective = merge(PaperODEMerge(minibatches=Minibatches(8)))
     path = result.trajectory
     assert path.loss[0] == objective.loss(merged)
     assert (path.loss[-1], path.loss1) == (objective.loss(result.theta), objective.loss(incoming))
 
 
 def test_the_seed_decides_on_the_path_of_minibatches():
-    first, second = (merge(PaperODEMerge(batch_size=8, seed=seed))[0] for seed in (0, 1))
+    first, second = (merge(PaperODEMerge(minibatches=Minibatches(8, seed)))[0] for seed in (0, 1))
     assert not torch.equal(first.theta, second.theta)
 
 
-@pytest.mark.parametrize(("options", "gradients"), [({}, 3), ({"batch_size": 8}, 14), ({"solver": "heun"}, 3)])
+@pytest.mark.parametrize(("options", "gradients"), [({}, 3), ({"minibatches": BY_8}, 14), ({"rule": "heun"}, 3)])
 def test_reused_gradients_are_taken_once(options, gradients):
-    result, _, _, objective = merge(PaperODEMerge(reuse=3, **options))  # 8 steps, or 40 with minibatches
+    solver = ReusedGradient(options.pop("rule", "euler"), 3)
+    result, _, _, objective = merge(PaperODEMerge(solver=solver, **options))  # 8 steps, or 40 with minibatches
     assert objective.gradient_evaluations == result.trajectory.gradient_evaluations == gradients
     assert result.trajectory.t[-1] == 0.4
 
 
 def test_step_control_takes_the_steps_that_the_rule_says():
-    result, merged, incoming, objective = merge(PaperODEMerge(step_size=0.2, step_control=True))
+    result, merged, incoming, objective = merge(PaperODEMerge(step_size=0.2, step_control=StepControl()))
     path = integrate(
         merged, incoming, objective.loss_and_grad, 0.4, step_size=0.2, loss=objective.loss, control=StepControl()
     )
@@ -349,7 +422,7 @@ def test_the_record_of_a_search_can_be_saved_and_drawn(tmp_path):
     objective = make_objective(net)
     calibration = CalibrationSet(objective.buffer, objective.batch_loss)
     settings = {"task": "c", "t": 0.5, "merged": before.state_dict(), "base": {}, "calibration": calibration}
-    with merging(net, PaperODEMerge(0.2, operating_time="search", step_control=True), **settings) as made:
+    with merging(net, PaperODEMerge(0.2, operating_time="search", step_control=StepControl()), **settings) as made:
         record = made.record
     assert record.t == record.path["t"][-1]
     assert len(record.path["held_out_t"]) == len(record.path["held_out_loss"]) > 1

@@ -9,7 +9,7 @@ from toy import Classifier, Task, fit, same, weights
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods import AverageMerge, MergeContext, PaperODEMerge
+from lightning_odem.methods import AverageMerge, MergeContext, Minibatches, PaperODEMerge
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.replay import ReplayMerge
 from lightning_odem.parameters.vector import ParameterVector
@@ -76,7 +76,7 @@ def test_it_is_adam_on_weighted_minibatches_from_the_average_on():
 @pytest.mark.parametrize("step_size", [0.05, 0.3])
 @pytest.mark.parametrize("t", [0.0, 0.05, 1 / 14, 0.15, 1 / 3, 0.5, 0.95, 1.0])
 def test_it_spends_as_many_sample_gradients_as_ode(t, step_size):
-    _, of_minibatches = merge(PaperODEMerge(step_size, batch_size=7), t)
+    _, of_minibatches = merge(PaperODEMerge(step_size, minibatches=Minibatches(7)), t)
     _, of_paper = merge(PaperODEMerge(step_size), t)
     _, of_replay = merge(ReplayMerge(batch_size=7, step_size=step_size), t)
     assert of_replay.sample_gradients == of_minibatches.sample_gradients == of_paper.sample_gradients

@@ -6,9 +6,8 @@ from torch.nn.functional import mse_loss
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.methods.sampling import (
     CalibrationPart,
+    Minibatches,
     hold_out,
-    minibatch_gradients,
-    minibatches_per_epoch,
 )
 from lightning_odem.parameters.vector import ParameterVector
 
@@ -81,9 +80,9 @@ def test_without_a_task_of_two_samples_nothing_can_be_held_out():
 def test_minibatches_of_an_epoch_have_the_gradient_of_the_whole_in_the_mean():
     objective = make_objective()
     theta = objective.vector.read()
-    count = minibatches_per_epoch(objective.buffer, 6)
+    count = Minibatches(6).per_epoch(objective.buffer)
     assert count == 3  # of 6 samples each
-    gradient = minibatch_gradients(objective, objective.buffer, 6, seed=1)
+    gradient = Minibatches(6, seed=1).gradients(objective)
     for _ in range(2):
         mean = sum(gradient(theta)[1] for _ in range(count)) / count
         torch.testing.assert_close(mean, objective.loss_and_grad(theta)[1])
@@ -93,10 +92,10 @@ def test_minibatches_of_an_epoch_have_the_gradient_of_the_whole_in_the_mean():
 def test_no_more_goes_through_the_module_at_once_than_the_objective_allows(size):
     objective = make_objective()
     theta, passed, batch_loss = objective.vector.read(), [], objective.batch_loss
-    expected = minibatch_gradients(objective, objective.buffer, 12, seed=1)(theta)
+    expected = Minibatches(12, seed=1).gradients(objective)(theta)
     objective.batch_size = size
     objective.batch_loss = lambda batch: passed.append(len(batch.samples[0])) or batch_loss(batch)
-    found = minibatch_gradients(objective, objective.buffer, 12, seed=1)(theta)
+    found = Minibatches(12, seed=1).gradients(objective)(theta)
     assert (max(passed) <= size, sum(passed)) == (True, 12)
     torch.testing.assert_close(found, expected)
 
@@ -104,7 +103,7 @@ def test_no_more_goes_through_the_module_at_once_than_the_objective_allows(size)
 def test_the_seed_decides_on_the_minibatches():
     objective = make_objective()
     theta = objective.vector.read()
-    first, again, other = (minibatch_gradients(objective, objective.buffer, 4, seed) for seed in (0, 0, 1))
+    first, again, other = (Minibatches(4, seed).gradients(objective) for seed in (0, 0, 1))
     values = [[gradient(theta)[0] for _ in range(8)] for gradient in (first, again, other)]
     assert values[0] == values[1] != values[2]
     assert len(set(values[0])) == 8
