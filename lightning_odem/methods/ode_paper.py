@@ -13,7 +13,7 @@ from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.earlier_arguments import composed
 from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.needs import Calibration
-from lightning_odem.methods.operating_times import OperatingTime, Path, SearchedTime, resolve_operating_time
+from lightning_odem.methods.operating_times import OperatingTime, Path, resolve_operating_time
 from lightning_odem.methods.sampling import Gradient, Minibatches
 
 ODE_STATE = {"mean", "sums", "concentration", "scale"}
@@ -57,7 +57,8 @@ class PaperODEMerge(MergeMethod):
         ValueError: For a step size outside (0, 1], or an unknown solver, granularity or operating time.
 
     Example:
-        >>> method = PaperODEMerge(solver="heun", operating_time=SearchedTime(factor=3.0), minibatches=Minibatches(64))
+        >>> from lightning_odem.methods import SearchedTime
+        >>> method = PaperODEMerge(solver="heun", operating_time=SearchedTime(factor=3.0))
     """
 
     needs = (Calibration(),)
