@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_odem.calibration.loss import move_to_device
 from lightning_odem.calibration.prediction import predict_with_targets
 from lightning_odem.metrics import ACCURACY, ClassAccuracy, TaskMetric, find_metric
-from lightning_odem.stream.evaluation_data import limited
+from lightning_odem.stream.evaluation_data import EvaluationData
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,16 @@ class Score:
     further: dict[str, float] = field(default_factory=dict)
 
 
-def score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any = None) -> Score:
+def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str, datamodule: Any = None) -> Score:
     """Measure a task's metric on its data; the module should be in eval mode.
 
     The metric is what ``task_metric(task)`` of the module or the datamodule gives, by default accuracy. Predictions and
     targets come from ``module.prediction_step(batch, task)`` if there is one, otherwise from ``module(inputs)`` on
-    batches ``(inputs, targets)``. The Trainer's ``limit_test_batches`` applies to each loader, and its state is that of
-    a validation.
+    batches ``(inputs, targets)``. The Trainer's state is that of a validation, and its limits apply.
 
     Args:
         module: The module, with a Trainer.
-        data: Batches.
+        data: Batches; ``limit_test_batches`` applies to them unless they are validation data.
         task: Name of the task.
         datamodule: The task's, if it may know the metric.
 
@@ -53,17 +52,17 @@ def score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any 
     """
     metric = find_metric(task, module, datamodule)
     meter = _Meter(module, task, metric)
-    with _validating(module.trainer):
-        for batch in limited(data, module.trainer.limit_test_batches):
+    with validating(module.trainer):
+        for batch in _limited(data, module.trainer):
             meter.update(batch)
     return meter.compute()
 
 
-def check_score(module: L.LightningModule, data: Iterable, task: str, datamodule: Any = None) -> None:
+def check_score(module: L.LightningModule, data: Iterable | EvaluationData, task: str, datamodule: Any = None) -> None:
     """Refuse on the first batch of a task's data what :func:`score` would refuse of it."""
     meter = _Meter(module, task, find_metric(task, module, datamodule))
-    with _validating(module.trainer):
-        for batch in limited(data, module.trainer.limit_test_batches):
+    with validating(module.trainer):
+        for batch in _limited(data, module.trainer):
             meter.update(batch)
             break
     # Of few samples many a metric is undefined, with a warning or an error.
@@ -73,7 +72,7 @@ def check_score(module: L.LightningModule, data: Iterable, task: str, datamodule
 
 
 @contextmanager
-def _validating(trainer: L.Trainer) -> Iterator[None]:
+def validating(trainer: L.Trainer) -> Iterator[None]:
     """Run a block in the Trainer's validating state, so hooks that augment ``if trainer.training`` leave data alone."""
     stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING
@@ -81,6 +80,10 @@ def _validating(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
+
+
+def _limited(data: Iterable | EvaluationData, trainer: L.Trainer) -> Iterator:
+    return (data if isinstance(data, EvaluationData) else EvaluationData(data)).limited(trainer)
 
 
 class _Undefined(ValueError):

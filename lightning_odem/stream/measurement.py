@@ -17,7 +17,10 @@ from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_sna
 from lightning_odem.parameters.task_parameters import as_task
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.evaluation import Score, check_score, score
-from lightning_odem.stream.evaluation_data import data_of, evaluation_data
+from lightning_odem.stream.evaluation_data import STAGES, EvaluationData, Stage, Which, data_of, evaluation_data
+from lightning_odem.stream.monitor import Monitor
+
+Given = Iterable | L.LightningDataModule | EvaluationData | Which
 
 
 class Measurement:
@@ -26,31 +29,40 @@ class Measurement:
     Args:
         division: Which parameters all tasks share.
         enabled: Whether anything is measured; all is NaN otherwise, and no data is looked for.
+        monitor: The logged value that is the score of every task, on validation data; by default each task's metric is.
 
     Attributes:
-        given: Data to measure scores on, by name of the task, where the user chose it: batches, or a datamodule
-            with them.
+        given: What to measure scores on, by name of the task, where the user chose it: batches, a datamodule with them,
+            or which of several loaders.
     """
 
-    def __init__(self, division: Division, enabled: bool = True) -> None:
-        self.given: dict[str, Iterable | L.LightningDataModule] = {}
+    def __init__(self, division: Division, enabled: bool = True, monitor: Monitor | None = None) -> None:
+        self.given: dict[str, Given] = {}
         # Loaders of the user, so never part of a checkpoint.
-        self._found: dict[str, Iterable | None] = {}
+        self._found: dict[str, EvaluationData | None] = {}
         self._datamodules: dict[str, L.LightningDataModule] = {}  # those that may know a metric
         self._checked: dict[str, Iterable] = {}
         self._remembered: set[str] = set()
         self._division = division
         self._enabled = enabled
+        self._monitor = monitor
+        self._stages: tuple[Stage, ...] = STAGES if monitor is None else ("val", "test")
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
         """Find out where the score of the task being fitted is measured, and who may know its metric."""
         if not self._enabled:
             return
         self._ask(trainer.datamodule, task)  # type: ignore[attr-defined]
-        self._found[task] = evaluation_data(trainer)
-        if trainer.limit_test_batches == 0:
-            rank_zero_warn(f"limit_test_batches is 0: all accuracies after task {task!r} will be NaN.")
-        elif self._data(task) is None:
+        given = self.given.get(task)
+        if given is None or isinstance(given, Which):
+            self._found[task] = evaluation_data(trainer, task, given, self._stages)
+        data = self._data(task)
+        if data is not None and data.limit(trainer) == 0:
+            rank_zero_warn(
+                f"limit_{data.stage}_batches is 0: scores of task {task!r} will be NaN. ContinualMergeCallback("
+                "evaluate=False) measures nothing."
+            )
+        elif data is None:
             rank_zero_warn(
                 f"Task {task!r} has no test or validation data: its accuracies will be NaN. Pass val_dataloaders to "
                 "fit, or give the datamodule a test_dataloader()."
@@ -99,10 +111,11 @@ class Measurement:
             ValueError: As :func:`~lightning_odem.stream.evaluation.score`, and if a task has another metric now.
         """
         for task in tasks:
-            if module.trainer.limit_test_batches == 0 or (data := self._data(task)) is None:
+            data = self._data(task)
+            if data is None or data.limit(module.trainer) == 0:
                 continue
             with undisturbed(module):
-                now = TaskMetric.of(find_metric(task, module, self._datamodules.get(task)))
+                now = self._metric(module, task)
                 if known.get(task, now) != now:
                     raise ValueError(
                         f"Task {task!r} was measured by {known[task].label} and would now be by {now.label}. Let "
@@ -111,10 +124,13 @@ class Measurement:
                         "them."
                     )
                 own = task_parameters.get(task, {})
-                if own or self._checked.get(task) is not data:
+                if own or self._checked.get(task) is not data.batches:
                     with as_task(module, own):
-                        check_score(module, data, task, self._datamodules.get(task))
-            self._checked[task] = data
+                        if self._monitor is not None:
+                            self._monitor.measure(module, data, batches=1)
+                        else:
+                            check_score(module, data, task, self._datamodules.get(task))
+            self._checked[task] = data.batches
 
     def current(self, module: L.LightningModule, task: str) -> float:
         """Score on a task of the module as it is; NaN where there is no data."""
@@ -145,12 +161,21 @@ class Measurement:
         return scores
 
     def _measure(self, module: L.LightningModule, task: str) -> Score:
-        if module.trainer.limit_test_batches == 0 or (data := self._data(task)) is None:
+        data = self._data(task)
+        if data is None or data.limit(module.trainer) == 0:
             return Score(math.nan, None)
         with undisturbed(module):
-            measured = score(module, data, task, self._datamodules.get(task))
-        self._checked[task] = data
+            if self._monitor is not None:
+                measured = self._monitor.measure(module, data)
+            else:
+                measured = score(module, data, task, self._datamodules.get(task))
+        self._checked[task] = data.batches
         return _agreed(measured, module.device)
+
+    def _metric(self, module: L.LightningModule, task: str) -> TaskMetric:
+        if self._monitor is not None:
+            return self._monitor.metric
+        return TaskMetric.of(find_metric(task, module, self._datamodules.get(task)))
 
     def _ask(self, datamodule: L.LightningDataModule | None, task: str) -> None:
         """Ask this datamodule for the metric of a task from here on."""
@@ -158,7 +183,7 @@ class Measurement:
         if datamodule is not None and hasattr(datamodule, "task_metric"):
             self._datamodules[task] = datamodule
 
-    def _data(self, task: str) -> Iterable | None:
+    def _data(self, task: str) -> EvaluationData | None:
         if not self._enabled:
             return None
         given = self.given.get(task)
@@ -166,12 +191,14 @@ class Measurement:
             self._ask(given, task)
             # Its loaders from here on: what a datamodule does before it gives them is done once.
             with isolate_rng():
-                given = data_of(given)
+                given = data_of(given, task, self._stages)
             if given is None:
                 del self.given[task]
             else:
                 self.given[task] = given
-        return self._found.get(task) if given is None else given
+        if given is None or isinstance(given, Which):
+            return self._found.get(task)
+        return given if isinstance(given, EvaluationData) else EvaluationData(given)
 
 
 def _agreed(measured: Score, device: torch.device) -> Score:
