@@ -5,49 +5,32 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
-from lightning_odem.calibration.task_samples import Sampling
-from lightning_odem.callback.fit import Fit, Phase
-from lightning_odem.callback.guards import (
-    FreshStart,
-    check_no_spawning,
-    check_trainer,
-    finish_averages,
-    release_averages,
-)
-from lightning_odem.callback.publication import publish
-from lightning_odem.callback.rescue import rescuing
-from lightning_odem.flow import operating_time
-from lightning_odem.methods import MergeMethod, method_name
+from lightning_odem.callback.guards import check_no_spawning
+from lightning_odem.callback.session import Session, Settings
+from lightning_odem.callback.start import FINETUNE_FROM
+from lightning_odem.methods import MergeMethod
 from lightning_odem.metrics import check_weights
-from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.shards import local, reshard
-from lightning_odem.parameters.snapshot import load_snapshot, take_snapshot, undisturbed
-from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.parameters.snapshot import load_snapshot
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
-from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
-from lightning_odem.stream.measurement import Measurement
-from lightning_odem.stream.naming import file_name, next_task_name, next_task_weight
-from lightning_odem.stream.random_state import RandomStream, load_random_state, take_random_state
+from lightning_odem.stream.measurement import Given, Measurement
+from lightning_odem.stream.monitor import Monitor
+from lightning_odem.stream.random_state import take_random_state
 from lightning_odem.stream.removal import Model, remove_task
-from lightning_odem.stream.restoration import is_ready, restore_task_parameters
+from lightning_odem.stream.restoration import restore_task_parameters
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import differences, encode, fingerprint
 from lightning_odem.stream.stream import Stream
-from lightning_odem.stream.trace import Collection
 
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
 
-FINETUNE_FROM = ("base", "merged")
 OFFLOADS = ("cpu", "disk")
-EVALUATE = ("every", False)
+EVALUATE: tuple[str | bool, ...] = ("every", "last", False)
+MERGE_WEIGHTS = ("last", "best")
 
 
 class ContinualMergeCallback(L.Callback):
@@ -148,13 +131,17 @@ class ContinualMergeCallback(L.Callback):
         method: str | MergeMethod = "ode",
         weights: dict[str, float] | list[float] | None = None,
         calibration_size: int = 1024,
-        finetune_from: Literal["base", "merged"] = "base",
+        finetune_from: Literal["base", "merged", "module"] = "base",
         exclude: Sequence[str] = (),
         dirpath: str | None = None,
         batch_norm: Literal["average", "keep", "recalibrate"] = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
         offload: Literal["cpu", "disk"] = "cpu",
-        evaluate: Literal["every", False] = "every",
+        evaluate: Literal["every", "last", False] | int = "every",
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        merge_weights: Literal["last", "best"] = "last",
+        evaluation_data: dict[str, L.LightningDataModule | int | str] | None = None,
     ) -> None:
         if finetune_from not in FINETUNE_FROM:
             raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
@@ -162,8 +149,13 @@ class ContinualMergeCallback(L.Callback):
             raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
-        if evaluate not in EVALUATE:
-            raise ValueError(f"evaluate is 'every' (after each merge) or False, got {evaluate!r}.")
+        if evaluate not in EVALUATE and not (type(evaluate) is int and evaluate > 0):
+            raise ValueError(
+                "evaluate is 'every' (all tasks after each merge), a number n (all tasks after every n-th merge, "
+                f"otherwise the merged one), 'last' (all tasks after the last merge), or False; got {evaluate!r}."
+            )
+        if merge_weights not in MERGE_WEIGHTS:
+            raise ValueError(f"merge_weights is one of {', '.join(MERGE_WEIGHTS)}, got {merge_weights!r}.")
         if isinstance(exclude, str):
             raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
         if weights is not None:
@@ -180,19 +172,18 @@ class ContinualMergeCallback(L.Callback):
         self.division = self._stream.division
         self.batch_norm = batch_norm
         self.calibration = calibration
-        self.calibration_data: dict[str, Iterable] = {}
-        self.last_merged_path: str | None = None
         self._directory = RunDirectory(dirpath, mapped=offload == "disk")
-        self._fresh_start = FreshStart()
-        self._measurement = Measurement(self.division, enabled=bool(evaluate))
-        self.evaluation_data = self._measurement.given
+        self._measurement = Measurement(
+            self.division,
+            enabled=evaluate is not False,
+            monitor=Monitor(monitor, mode) if monitor is not None else None,
+        )
+        self._measurement.given.update(evaluation_data or {})
+        settings = Settings(weights, finetune_from, merge_weights, evaluate)
+        self._session = Session(self._stream, self._directory, self._measurement, settings)
         self._stage: str | None = None  # of the Trainer's run that is going on
-        self._fit = Fit()
-        self._random = RandomStream()
-        self._taken_up = False  # from the directory, and not fitted on yet
-        self._handed_out: tuple[Any, str] = (None, "")
         if dirpath is not None and (stored := self._directory.load()) is not None:
-            self._take_up(stored)
+            self._session.take_up(stored)
 
     @property
     def method(self) -> MergeMethod:
@@ -203,6 +194,29 @@ class ContinualMergeCallback(L.Callback):
     def report(self) -> StreamReport:
         """What was measured so far."""
         return self._state.report
+
+    @property
+    def calibration_data(self) -> dict[str, Iterable]:
+        """Calibration datasets, or iterables of batches, by task name; they come before the datamodule's."""
+        return self._session.calibration_data
+
+    @calibration_data.setter
+    def calibration_data(self, data: dict[str, Iterable]) -> None:
+        self._session.calibration_data = data
+
+    @property
+    def evaluation_data(self) -> dict[str, Given]:
+        """What scores are measured on, by task name: dataloaders, datamodules, or which of several loaders."""
+        return self._measurement.given
+
+    @evaluation_data.setter
+    def evaluation_data(self, data: dict[str, Given]) -> None:
+        self._measurement.given = data
+
+    @property
+    def last_merged_path(self) -> str | None:
+        """The checkpoint with the merged weights, or None."""
+        return self._session.last_merged_path
 
     @property
     def dirpath(self) -> Path | None:
@@ -217,14 +231,7 @@ class ContinualMergeCallback(L.Callback):
         Args:
             tasks: Datamodules in the order of the stream. One without a ``task_name`` is called ``task_<number>``.
         """
-        self._directory.mend_report(self.report)
-        for number, task in enumerate(tasks, start=1):
-            name = str(getattr(task, "task_name", f"task_{number}"))
-            if name in self.report.tasks:
-                self._measurement.remember(name, task)
-            else:
-                self._handed_out = (task, name)
-                yield task
+        return self._session.remaining(tasks)
 
     def table(self, width: int | None = None) -> str:
         """The accuracy matrix with ACC and BWT, and the cost of each merge, as text."""
@@ -271,7 +278,7 @@ class ContinualMergeCallback(L.Callback):
             raise RuntimeError(f"Task {task!r} cannot be taken out of the stream while a task is fitted.")
         try:
             self._state = remove_task(self._directory, self._state, self.method, task, model)
-            self.last_merged_path = self.report.merges[-1].checkpoint
+            self._session.last_merged_path = self.report.merges[-1].checkpoint
             self._measurement.forget(task)
         finally:
             self._stream.load_method()
@@ -296,66 +303,34 @@ class ContinualMergeCallback(L.Callback):
     # ------------------------------------------------------------------------------------------- before the training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
+        """Refuse what would lose the merge, and put the weights in that the training starts with."""
         self._stage = stage
         if stage == "fit":
-            self._fit = Fit()
-            check_trainer(trainer, self)
-            self._fresh_start.prepare(trainer)
-            # A task broken off before; if it is resumed, the checkpoint brings it back.
-            self._state.started = {}
-            self._directory.lock(trainer)
-            self._random.before_fit(trainer.strategy)
-            # Before the module's own setup, which may look at the heads there are or set them anew.
-            if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
-                self._go_on(pl_module)
+            self._session.begin_fit(trainer, pl_module, self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the stream where the module was not built before."""
-        if self._fit.phase < Phase.PREPARED:
-            self._go_on(pl_module)
+        self._session.prepare(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
-        self._fit.phase = Phase.TRAINING
-        with Processes.current().together():
-            self._claim(trainer, pl_module)
-            if self._stream.needs_samples:
-                self.calibration.check(self._state.buffer)
-            if not (self._fit.resumed and self._state.started):
-                self._begin(trainer, pl_module)
-            self._collect(trainer, pl_module)
-            self._find_data(trainer)
+        """Take the base model on the first fit, and draw the task's samples."""
+        self._session.begin_task(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first step, when heads are ready: check loss and predictions, measure the models at hand."""
-        if self._fit.phase == Phase.MEASURED:
-            return
-        self._fit.phase = Phase.MEASURED
-        state, measure = self._state, self._measurement.with_weights
-        with Processes.current().together():
-            self._check_loss(pl_module)
-            if "pretrained" not in state.started:
-                task = state.started["task"]
-                state.started["before_training"] = measure(pl_module, state.merged, task)
-                state.started["pretrained"] = measure(pl_module, state.base, task)
-            tasks = [*self.report.tasks, state.started["task"]]
-            self._measurement.check(pl_module, tasks, self.report.measured(), state.task_parameters)
+        self._session.check(pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The same where a training is resumed in the middle of an epoch, which does not start again."""
-        self.on_train_epoch_start(trainer, pl_module)
+        self._session.check(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
-        if self._fit.sampling is not None:
-            self._fit.sampling.see(batch)
-        if self._fit.collection is not None:
-            self._fit.collection.see()
+        self._session.see(batch)
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -365,22 +340,7 @@ class ContinualMergeCallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up on a merge that an earlier process did not get to; say so if nothing was trained."""
-        if self._fit.phase >= Phase.TRAINING:
-            return
-        if self._fit.resumed and self._state.started:
-            with Processes.current().together():
-                self._claim(trainer, pl_module)
-                self._collect(trainer, pl_module)
-                self._find_data(trainer)
-            pl_module.to(trainer.strategy.root_device)
-            finish_averages(trainer, pl_module)
-            self.merge(trainer, pl_module)
-            pl_module.cpu()  # where Lightning leaves a module after fit
-            return
-        rank_zero_warn(
-            "trainer.fit trained nothing, so nothing was merged. Check max_epochs, max_steps and limit_train_batches; "
-            "a resumed checkpoint may have been at the end of its training already."
-        )
+        self._session.catch_up(trainer, pl_module)
 
     def merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
         """Merge the module's weights into the stream, evaluate every task seen, and write the results.
@@ -388,46 +348,7 @@ class ContinualMergeCallback(L.Callback):
         Called at the end of training. If anything fails the module holds the fine-tuned weights, which are saved, and
         the stream is what it was, in memory and on disk. An error in one of several processes is raised in all.
         """
-        with Processes.current().together():
-            return self._merge(trainer, pl_module)
-
-    def _merge(self, trainer: L.Trainer, pl_module: L.LightningModule) -> MergeRecord:
-        state = self._state
-        task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
-        fit = self._fit
-        buffer = fit.sampling.buffer() if fit.sampling is not None else None
-        assert fit.collection is not None, "set up when the training started"
-        trace = fit.collection.trace()
-        _copy_from_main_process(trainer, pl_module)
-        fine_tuned = self._measurement.current(pl_module, task)
-        with (
-            rescuing(trainer, self.dirpath, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
-            progress(trainer, f"merging {task}") as on_step,
-            self._stream.merging(
-                pl_module, task, weight, buffer=buffer, trace=trace, on_step=on_step, fingerprint=True
-            ) as addition,
-        ):
-            record = addition.record
-            _copy_from_main_process(trainer, pl_module)
-            scores = self._measurement.every_task(trainer, pl_module, addition.task_parameters)
-            record.further = {name: score.further for name, score in scores.items() if score.further}
-            record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
-            state = addition.state(
-                accuracy=[score.value for score in scores.values()],
-                metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
-                fine_tuned=fine_tuned,
-                pretrained=state.started["pretrained"],
-                before_training=state.started["before_training"],
-            )
-            state.random = self._random.after_merge(state.random)
-            self._directory.commit(trainer, pl_module, state)
-        # From here on the stream has one task more.
-        self._state = state
-        fit.collection = fit.sampling = None
-        release_averages(trainer)
-        publish(trainer, self._directory, self.report)
-        self.last_merged_path = record.checkpoint
-        return record
+        return self._session.merge(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let other processes go on with the stream."""
@@ -465,12 +386,7 @@ class ContinualMergeCallback(L.Callback):
                 )
             if self.report.tasks:
                 return
-        self._state.load_state_dict(state_dict)
-        self._stream.load_method()
-        self._taken_up = False
-        self._fit.resumed = self._stage == "fit"
-        if self._fit.resumed and "random_now" in state_dict:
-            load_random_state(state_dict["random_now"])
+        self._session.load_checkpoint(state_dict, fitting=self._stage == "fit")
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -481,141 +397,3 @@ class ContinualMergeCallback(L.Callback):
     @_state.setter
     def _state(self, state: StreamState) -> None:
         self._stream.state = state
-
-    def _take_up(self, stored: dict[str, Any]) -> None:
-        """Go on with the stream that was found in the directory."""
-        capacity = self._state.buffer.capacity
-        self._state.load_state_dict(stored)
-        self._stream.load_method()
-        self.last_merged_path = self.report.merges[-1].checkpoint if self.report.merges else None
-        if self.last_merged_path is not None:  # the directory may have been moved
-            self.last_merged_path = str(Path(stored["dirpath"]) / Path(self.last_merged_path).name)
-        self._taken_up = True
-        if self._state.buffer.capacity != capacity:
-            rank_zero_warn(
-                f"The stream in {self._state.dirpath} keeps {self._state.buffer.capacity} calibration samples, and "
-                f"goes on so; calibration_size={capacity} is not used."
-            )
-
-    def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
-        newer = self._directory.claim(trainer, self._state, resumed=self._fit.resumed)
-        if newer is not None:
-            self._take_up(newer)
-        self._state.cut(module)
-        self._stream.load_method()
-
-    def _go_on(self, module: nn.Module) -> None:
-        """Put what the tasks keep for themselves into a new module, the last task's as they would be in the old one.
-
-        Random numbers go on from there too: those that built the module were drawn as by the first process.
-        """
-        self._fit.phase = Phase.PREPARED
-        self._state.random = self._random.before_task(self._state.random, self._taken_up)
-        if self._taken_up and self.report.tasks:
-            with isolate_rng():
-                for own in (self._state.fixed, *self._state.task_parameters.values()):
-                    restore_task_parameters(module, own)
-
-    def _check_base(self, module: L.LightningModule) -> None:
-        """Refuse a module that did not start from the base model of the stream found in the directory.
-
-        Raises:
-            ValueError: With the differences, and how to get the base model.
-        """
-        found = take_snapshot(module, self.division.shared(module))
-        differing = differences(self._state.base or {}, found)
-        merged = {name: value.to(found[name]) for name, value in (self._state.merged or {}).items() if name in found}
-        if differing and differences(merged, found):
-            prints = [fingerprint(weights)[:12] for weights in (self._state.base or {}, found)]
-            raise ValueError(
-                f"The stream in {self._state.dirpath} has another base model than {type(module).__name__} "
-                f"({'; '.join(differing)}; SHA-256 {prints[0]}... and {prints[1]}...). Start with the weights that the "
-                "stream began with, which load_base(module) of the callback writes into a module, or choose another "
-                "dirpath."
-            )
-
-    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        state = self._state
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        handed_out, name = self._handed_out
-        default = name if handed_out is datamodule and name not in self.report.tasks else None
-        task = next_task_name(datamodule, self.report.tasks, default)
-        removed = [record.task for record in self.report.removed]
-        weight = next_task_weight(self.weights, datamodule, self.report.tasks, task, removed)
-        operating_time([*self.report.weights, weight])  # refuses what is no utility
-        self.division.check(module)
-        is_shared = self.division.shared(module)
-        if self._taken_up:
-            self._check_base(module)
-            self._taken_up = False
-        if state.base is None:
-            state.base = take_snapshot(module, is_shared)
-        else:
-            merged = state.merged if self.finetune_from == "merged" else None
-            load_snapshot(module, merged or state.base, is_shared)
-        # The instance may have served another stream.
-        self._stream.load_method()
-        state.started = {"task": task, "weight": weight}
-
-    def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        collection = self._fit.collection = Collection(
-            trainer,
-            module,
-            self.method.needs,
-            method=method_name(self.method),
-            select=self.division.shared(module),
-            state=self._state.started,
-        )
-        collection.check()
-
-    def _find_data(self, trainer: L.Trainer) -> None:
-        """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
-        task, weight = self._state.started["task"], self._state.started["weight"]
-        named = str(getattr(trainer.datamodule, "task_name", task))  # type: ignore[attr-defined]
-        if named != task:
-            raise ValueError(
-                f"The checkpoint was saved while task {task!r} was trained, but the datamodule is that of task "
-                f"{named!r}. Resume with the datamodule of {task!r}, or fit {named!r} without ckpt_path."
-            )
-        # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
-        with isolate_rng():
-            self._measurement.find_data(trainer, task)
-            self._fit.sampling = None
-            if self._stream.needs_samples:
-                given = self.calibration_data.get(task)
-                self._fit.sampling = Sampling(trainer, task, weight, self._state.buffer, given)
-        self._measurement.warn_of_missing(self.report.tasks)
-
-    def _check_loss(self, module: L.LightningModule) -> None:
-        """Run the calibration loss on two samples of this task and of each earlier one.
-
-        So a module without a loss, or one that cannot use what earlier tasks keep any more, is refused before training.
-        """
-        sampling = self._fit.sampling
-        pair = sampling.pair() if sampling is not None else None
-        if pair is not None:
-            encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
-            with undisturbed(module):
-                vector = ParameterVector(module, self.division.patterns(module))
-                calibration = self._stream.measured_on(module, pair)
-                calibration.store_logits(self._state.started["task"])
-                calibration.objective(vector).loss_and_grad(vector.read())
-                counts = self._state.buffer.counts
-                earlier = [next(self._state.buffer.micro_batches_of(name, 2)) for name, held in counts.items() if held]
-                kept = self._stream.measured_on(module, self._state.buffer)
-                kept.objective(vector).losses(vector.read(), earlier)
-
-
-@torch.no_grad()
-def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
-    """Give every process the same module to the last bit.
-
-    Each has batch-norm statistics of its own after the last step, and its kernels may round differently.
-    """
-    if trainer.world_size > 1:
-        reshard(module)
-        # Shards are each process's own.
-        whole = [parameter for parameter in module.parameters() if local(parameter) is parameter]
-        for tensor in (*whole, *module.buffers()):
-            # Channels-last weights are not contiguous.
-            tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))

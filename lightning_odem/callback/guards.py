@@ -75,7 +75,17 @@ def check_no_spawning() -> None:
 # What Lightning's callbacks remember of a fit and do not start anew on the next one.
 _MEMORY: dict[type[L.Callback], tuple[str, ...]] = {
     EarlyStopping: ("wait_count", "stopped_epoch", "best_score", "stopping_reason", "stopping_reason_message"),
-    ModelCheckpoint: ("_last_global_step_saved",),
+    ModelCheckpoint: (
+        "best_k_models",
+        "best_model_path",
+        "best_model_score",
+        "current_score",
+        "kth_best_model_path",
+        "kth_value",
+        "last_model_path",
+        "_last_checkpoint_saved",
+        "_last_global_step_saved",
+    ),
     StochasticWeightAveraging: (
         "n_averaged",
         "_initialized",
@@ -93,7 +103,8 @@ class FreshStart:
 
     Lightning's Trainer counts epochs and steps on from the previous fit, so a second ``fit`` would return at once.
     Callbacks shared by several fits remember the previous one: early stopping would stop a task by the scores of the
-    one before, weight averaging and checkpointing would take its first steps for done, a timer its time for up.
+    one before, checkpointing would keep its best epochs and delete those of this one, weight averaging would take its
+    first steps for done, a timer its time for up.
     """
 
     def __init__(self) -> None:
@@ -114,11 +125,6 @@ class FreshStart:
             names = [name for kind, names in _MEMORY.items() if isinstance(callback, kind) for name in names]
             memory = {name: vars(callback)[name] for name in names if name in vars(callback)}
             vars(callback).update(deepcopy(self._memories.setdefault(callback, deepcopy(memory))))
-            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-                rank_zero_warn(
-                    f"ModelCheckpoint(monitor={callback.monitor!r}) still ranks by the scores of the task before: give "
-                    "each task's Trainer a ModelCheckpoint of its own, or leave monitor unset."
-                )
 
 
 def _rewind(trainer: L.Trainer) -> None:

@@ -38,6 +38,7 @@ class MergeRecord:
         calibration: Samples kept per task during this merge.
         checkpoint: Path of the checkpoint with the merged weights, or None if none was written.
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
+        epoch: Epoch of the training, counted from 0, whose weights were merged; None for its end.
     """
 
     task: str
@@ -59,6 +60,7 @@ class MergeRecord:
     calibration: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
     further: dict[str, dict[str, float]] = field(default_factory=dict)
+    epoch: int | None = None
 
 
 @dataclass

@@ -57,7 +57,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
         if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
     shared = report.metric()
-    title = "Scores" if shared is None else f"{shared.label[0].upper()}{shared.label[1:]}"
+    title = "Scores" if shared is None else f"Accuracy{shared.label[8:]}" if shared == ACCURACY else shared.label
     return render(title, header, rows, width) + _unlike(report, width) + _removals(report, width)
 
 

@@ -1,7 +1,7 @@
 """Lightning's own callbacks and tools beside the merge."""
 
 import logging
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,14 +150,20 @@ def test_a_model_checkpoint_shared_by_all_tasks_saves_every_task(one_trainer, tm
             trainer = make_trainer(checkpoint, incoming, merge, **options)
 
 
-def test_a_monitoring_model_checkpoint_carried_over_to_the_next_task_warns(tmp_path):
-    module, merge = Classifier(), ContinualMergeCallback()
-    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="ModelCheckpoint")
-        fit(module, Task(0), merge, checkpoint, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match=r"monitor='val_loss'.*still ranks by the scores of the task before"):
-        fit(module, Task(1), merge, checkpoint, enable_checkpointing=True)
+@pytest.mark.parametrize("one_trainer", [False, True], ids=["new_trainers", "one_trainer"])
+def test_a_model_checkpoint_shared_by_all_tasks_ranks_each_anew_and_keeps_every_tasks_file(one_trainer, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max", save_last=True)
+    module, merge, found = Classifier(), ContinualMergeCallback(), []
+    trainer = make_trainer(merge, checkpoint, enable_checkpointing=True)
+    for number in range(3):
+        trainer.fit(module, datamodule=Task(number))
+        found.append((checkpoint.best_model_path, checkpoint.last_model_path, checkpoint.best_model_score))
+        if not one_trainer:
+            trainer = make_trainer(merge, checkpoint, enable_checkpointing=True)
+    paths = {path for best, last, _ in found for path in (best, last)}
+    assert len(paths) == 6
+    assert all(Path(path).exists() for path in paths)
+    assert len({float(score) for *_, score in found}) == 3
 
 
 def test_checkpoints_of_weights_only_warn_that_no_task_can_be_resumed_from_them(tmp_path):

@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -118,7 +119,8 @@ class Data(L.LightningDataModule):
 
 
 def find(module=None, **settings):
-    return in_fit(lambda trainer, module: evaluation_data(trainer), module, **settings)
+    found = in_fit(lambda trainer, module: evaluation_data(trainer, "digits"), module, **settings)
+    return found and found.batches
 
 
 def with_loaders(**loaders):
@@ -159,18 +161,48 @@ def test_a_module_with_a_validation_step_is_measured_on_the_same_data():
     assert find(Validating(), val=VAL) is VAL
 
 
-@pytest.mark.parametrize("container", [list, tuple, lambda loaders: dict(enumerate(loaders))])
+def test_one_loader_in_a_container_is_the_loader():
+    for container in ([VAL], (VAL,), {"any": VAL}, CombinedLoader([VAL], "sequential")):
+        assert find(val=container) is VAL
+
+
+def test_of_several_loaders_the_one_with_the_tasks_name_measures_it():
+    assert find(val={"letters": OTHER, "digits": VAL}) is VAL
+    assert find(datamodule=Data(test={"digits": TEST, "letters": OTHER})) is TEST
+
+
+@pytest.mark.parametrize(
+    ("loaders", "which", "expected"),
+    [([OTHER, VAL], 1, VAL), ({"a": VAL, "digits": OTHER}, "a", VAL), (VAL, 0, VAL), ((OTHER, VAL), 0, OTHER)],
+)
+def test_the_loader_that_the_user_chose_measures_the_task(loaders, which, expected):
+    found = in_fit(lambda trainer, module: evaluation_data(trainer, "digits", which), val=loaders)
+    assert found.batches is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "which", "message"),
+    [
+        ({"val": [VAL, OTHER]}, None, "Task 'digits' has 2 validation dataloaders, 0, 1, and none of the task's name"),
+        ({"val": {"a": VAL, "b": OTHER}}, None, r"'a', 'b', and none .* as a dict with the key 'digits'"),
+        ({"val": [VAL, OTHER]}, 2, r"no loader 2: .* set evaluation_data\['digits'\] of the callback to one of 0, 1"),
+        ({"datamodule": Data(test=[TEST, OTHER])}, None, "Task 'digits' has 2 test dataloaders"),
+    ],
+)
+def test_several_loaders_of_which_none_is_the_tasks_are_refused(settings, which, message):
+    with pytest.raises(ValueError, match=message):
+        in_fit(lambda trainer, module: evaluation_data(trainer, "digits", which), **settings)
+
+
 @pytest.mark.parametrize(("limit", "batches"), [(1.0, 4), (2, 2), (0.5, 2)])
-def test_several_loaders_count_as_one_each_within_the_limit(container, limit, batches):
+@pytest.mark.parametrize("stage", ["test", "val"])
+def test_the_limit_of_the_datas_own_stage_applies(stage, limit, batches):
     module = Classifier()
-    data = container([loader(1), loader(2)])
+    settings = {f"limit_{stage}_batches": limit, "datamodule": Data(**{stage: loader(1)})}
     value = in_fit(
-        lambda trainer, module: score(module, evaluation_data(trainer), "digits").value,
-        module,
-        val=data,
-        limit_test_batches=limit,
+        lambda trainer, module: score(module, evaluation_data(trainer, "digits"), "digits").value, module, **settings
     )
-    assert value == by_hand(module, [*list(loader(1))[:batches], *list(loader(2))[:batches]])
+    assert value == by_hand(module, list(loader(1))[:batches])
 
 
 def test_no_loader_in_a_list_is_no_data():
