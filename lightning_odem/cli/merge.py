@@ -190,7 +190,7 @@ def _check_needs(method: MergeMethod, base: str | None, batch_norm: str, model: 
         check_needs(method, Offer(base=base is not None, calibration=data is not None, batches=data is not None))
     except ValueError as error:
         raise ValueError(
-            f"{error} Of finished checkpoints base names the base model, and model and data bring samples and a loss."
+            f"{error} For finished checkpoints, base names the base model, and model and data bring samples and a loss."
         ) from error
 
 

@@ -25,7 +25,7 @@ class ReusedGradient:
 
     def __init__(self, rule: Solver, times: int) -> None:
         if times < 1:
-            raise ValueError(f"A gradient is used for one step at least, got times={times}.")
+            raise ValueError(f"A gradient is used for at least one step, got times={times}.")
         self._rule, self._times = rule, times
 
     def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:

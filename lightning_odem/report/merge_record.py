@@ -1,4 +1,4 @@
-"""What is known about one merge, and about one removal, as plain data."""
+"""What is known about one merge, or one removal, as plain data."""
 
 import math
 from dataclasses import dataclass, field
