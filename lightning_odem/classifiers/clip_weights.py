@@ -101,7 +101,7 @@ def _read_model(kind: Any, source: str) -> Any:
     # These would be left at random values too.
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{source} is not a complete {kind.__name__}: {len(missing)} tensors are missing in its weights "
+            f"{source} is no complete {kind.__name__}: {len(missing)} tensors are missing in its weights "
             f"({', '.join(missing[:3])}, ...)."
         )
     return model.float()
