@@ -20,34 +20,31 @@ from lightning_odem.parameters.weights_file import load_weights
 class TaskClassifier(ClassificationSteps):
     """One backbone shared by all tasks and one linear head per task.
 
-    The Trainer's datamodule defines the task. It has the attributes ``task_name`` and ``num_classes``. Its batches are
-    images [B, C, H, W], uint8 in [0, 255] or floating in [0, 1], and labels [B], int64. ``forward`` scales and
-    normalises the images and repeats grey ones to the channels of the backbone's first convolution.
+    The Trainer's datamodule defines the task by ``task_name`` and ``num_classes``. Its batches are images [B, C, H, W],
+    uint8 or floating in [0, 1], and int64 labels [B]. ``forward`` scales and normalises images and repeats grey ones to
+    the backbone's channels.
 
     With ``head="probe"`` a task's head is fitted once, when its training starts, as a linear probe on the features of
-    the training samples. These are ``calibration_dataset()`` of the datamodule if it has one, else the dataset of its
-    ``train_dataloader()``. The head then stays frozen; until then it is all zeros. The probe replaces the zero-shot
-    heads of CLIP in the paper: all fine-tuning happens in the backbone, which is what gets merged.
+    the training samples. Until then it is all zeros, afterwards it is frozen. So only the backbone is fine-tuned and
+    merged.
 
     Args:
-        backbone: A timm model name, or a module that returns features [B, D]. Such a module may have ``num_features``
-            (D, otherwise measured on one sample) and ``pretrained_cfg`` with ``mean`` and ``std``, like timm's models.
+        backbone: A timm model name, or a module that returns features [B, D] and may have timm's ``num_features`` (D)
+            and ``pretrained_cfg`` (with ``mean`` and ``std``).
         backbone_args: Further arguments of ``timm.create_model``, for example ``{"in_chans": 1, "img_size": 32}``.
         pretrained: Let timm download the weights it publishes for the model.
         checkpoint: File with the backbone's weights, see :func:`~lightning_odem.parameters.load_weights`. Like
-            ``pretrained``, this is not a saved hyperparameter, because a checkpoint of the whole module has the
-            weights.
-        head: ``"probe"`` as above. ``"train"`` also trains the current task's head, starting from ``nn.Linear``'s own
-            initial values.
-        lr: Largest learning rate of the one-cycle schedule, AdamW.
-        weight_decay: AdamW's weight decay. It does not apply to biases and the parameters of normalisation layers.
-        freeze_batch_norm: Keep BatchNorm layers in eval mode while training; their weight and bias still train. This is
-            the default, because all models of a stream then share the base model's running statistics.
-        mean: Channel means of [0, 1] images; by default those of the backbone's ``pretrained_cfg``, else 0.5.
-        std: Channel standard deviations, with the same defaults.
-        tangent: Fine-tune in the tangent space of the base model, stage A of HCMM. :class:`~lightning_odem.Linearized`
-            replaces the backbone. The expansion point is the backbone's weights when the first task begins, and it
-            stays for all tasks. Dropout and batch-norm updates are off.
+            ``pretrained``, it is not saved with the hyperparameters.
+        head: ``"probe"`` as above. ``"train"`` also trains the current task's head, from ``nn.Linear``'s initial
+            values.
+        lr: Largest learning rate of the one-cycle schedule.
+        weight_decay: AdamW's weight decay, except for biases and the parameters of normalisation layers.
+        freeze_batch_norm: Keep the base model's running statistics while training, so that all models of a stream share
+            them; weight and bias still train.
+        mean: Channel means of [0, 1] images; by default from ``pretrained_cfg``, else 0.5.
+        std: Channel standard deviations, likewise.
+        tangent: Fine-tune in the tangent space of the backbone's weights when the first task begins, see
+            :class:`~lightning_odem.Linearized`.
 
     Raises:
         ValueError: If the timm model is unknown, timm's arguments come with a module, or the length of ``mean`` or

@@ -22,20 +22,19 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, l2: flo
 
     The fit minimises :math:`\sum_n -\log p(y_n | x_n) + \tfrac{l2}{2} \lVert W \rVert^2` over weight W and bias, with
     every feature scaled to mean 0 and variance 1. The scaling is then folded into the returned weight and bias, which
-    apply to the features as they are. Weights and biases of the classes with samples sum to zero over these classes. So
-    their largest logit is never negative, even if the features change later. A class without samples has weight 0 and
-    bias ``ABSENT_BIAS``. A feature that varies less than ``LEAST_SPREAD`` times as much as the one that varies most
-    gets no weight. Scaled to variance 1, it would drown all others once fine-tuning moves it. The same input gives the
-    same result.
+    apply to the features as they are. Over the classes with samples, weights and biases sum to zero, so the largest
+    logit of these classes is never negative, even if the features change later. A class without samples has weight 0
+    and bias ``ABSENT_BIAS``. A feature that varies less than ``LEAST_SPREAD`` times as much as the one that varies most
+    gets no weight: scaled to variance 1, it would drown all others once fine-tuning moves it.
 
     Args:
         features: Features [N, D] of any floating dtype; computed in fp64.
         labels: Integer classes [N] in [0, ``num_classes``).
         num_classes: Number of classes C.
         l2: Precision of the Gaussian prior on the weights. It counts less with more samples, because the loss is a sum
-            over samples. At the default, the validation likelihood of pretrained features is flat. This was measured on
-            different image tasks with some tens to hundreds of samples per class. A tenth of the default overfits
-            (equal accuracy, clearly overconfident). Ten times the default costs accuracy if there are many classes.
+            over samples. On different image tasks with tens to hundreds of samples per class, the validation likelihood
+            of pretrained features was flat around the default. A tenth of it overfits (equal accuracy, clearly
+            overconfident). Ten times as much costs accuracy if there are many classes.
 
     Returns:
         Weight [C, D] and bias [C], fp32, on the device of the features.

@@ -69,25 +69,24 @@ def merge_checkpoints(
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
-    One checkpoint is read at a time. Memory holds the base model, the merged model, the module in which they are merged
-    and one incoming model, regardless of the number of checkpoints. Mismatches are found before the first merge.
-    Without a ``model``, checkpoints in half precision are merged in fp32 and rounded once, at the end.
+    One incoming model is in memory at a time. Mismatches are found before the first merge. Without a ``model``, half
+    precision is merged in fp32 and rounded at the end.
 
     Args:
-        checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints, or folders as Hugging
-            Face's save_pretrained writes them.
-        output: A file that ends in .safetensors, beside which a Lightning checkpoint (.ckpt) is written; or a folder
-            for from_pretrained, if the first checkpoint is one.
-        method: Name of a merge method, or a MergeMethod. The default needs nothing but the checkpoints.
-        base: The base model, for methods that need it; in any of the formats of the checkpoints.
-        weights: Utility weights in the order of the checkpoints; by default those of the tasks in data, else 1.
-        tasks: Names of the tasks in the order of the checkpoints; by default those of the files or folders.
-        exclude: Patterns of tensors that are not merged: globs over dotted names, or names of modules. These tensors
-            are kept from all checkpoints; if several have the same name, the one of the last checkpoint.
-        batch_norm: Treatment of running statistics: average, keep (those of the first checkpoint) or recalibrate.
-        model: Module that computes the calibration loss, such as TaskClassifier; its own weights do not matter.
-        data: Stream whose tasks belong to the checkpoints: by name, or in order if it has none of the names.
-        calibration_size: Number of samples kept for all tasks together.
+        checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints or folders of
+            save_pretrained.
+        output: A .safetensors file, beside which a Lightning checkpoint (.ckpt) is written; or a folder, if the first
+            checkpoint is one.
+        method: Merge method, or its name; the default needs nothing but the checkpoints.
+        base: The base model, if the method needs it, in any of these formats.
+        weights: Utility weights; by default those of the tasks in data, else 1.
+        tasks: Names of the tasks; by default those of the files.
+        exclude: Patterns of tensors that are kept from all checkpoints instead of merged (the last one of each name):
+            globs over dotted names, or names of modules.
+        batch_norm: Running statistics: average, keep (the first checkpoint's) or recalibrate.
+        model: Module that computes the calibration loss; its weights do not matter.
+        data: Stream with the checkpoints' tasks, found by name, or in order if it has none of the names.
+        calibration_size: Samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
         overwrite: Replace an output that exists.
 
@@ -97,8 +96,7 @@ def merge_checkpoints(
     Raises:
         FileNotFoundError: If a checkpoint is missing.
         FileExistsError: If the output exists.
-        ValueError: If models do not fit together, the method needs something that is not given, or an argument is
-            wrong.
+        ValueError: If models do not fit together or an argument is missing or wrong.
 
     Example:
         >>> import tempfile, torch
@@ -107,9 +105,9 @@ def merge_checkpoints(
         ...     files = [f"{folder}/a.safetensors", f"{folder}/b.safetensors"]
         ...     for file, value in zip(files, [1.0, 4.0]):
         ...         save_file({"weight": torch.tensor([value])}, file)
-        ...     merged = merge_checkpoints(files, f"{folder}/merged.safetensors", weights=[1.0, 2.0])
-        ...     load_file(f"{folder}/merged.safetensors"), [record.t for record in merged.records]
-        ({'weight': tensor([3.])}, [1.0, 0.6666666666666666])
+        ...     _ = merge_checkpoints(files, f"{folder}/merged.safetensors", weights=[1.0, 2.0])
+        ...     load_file(f"{folder}/merged.safetensors")
+        {'weight': tensor([3.])}
     """
     method = resolve_method(method)
     names = task_names(checkpoints) if tasks is None else tasks
@@ -192,7 +190,7 @@ def _check_needs(method: MergeMethod, base: str | None, batch_norm: str, model: 
         check_needs(method, Offer(base=base is not None, calibration=data is not None, batches=data is not None))
     except ValueError as error:
         raise ValueError(
-            f"{error} Of finished checkpoints base names the base model, and model and data bring samples and a loss."
+            f"{error} For finished checkpoints, base names the base model, and model and data bring samples and a loss."
         ) from error
 
 

@@ -18,7 +18,7 @@ def project_(velocity: Tensor, gradients: Sequence[Tensor], bounds: Sequence[flo
     .. math:: v = \arg\min_v \tfrac12 \|v - w\|^2 \quad \text{subject to} \quad \langle g_j, v\rangle \le b_j,
         \qquad v = w - \sum_j \mu_j g_j
 
-    If no velocity obeys all constraints it stays as it is. A gradient of zero constrains nothing.
+    If no velocity obeys all constraints, w stays as it is. A gradient of zero constrains nothing.
 
     Args:
         velocity: w, shape [d]; overwritten by v.

@@ -49,7 +49,9 @@ class StepControl:
     def __post_init__(self) -> None:
         ranges = (self.tolerance > 0.0, 0.0 < self.shrink < 1.0, self.grow >= 1.0, 0.0 < self.smallest <= 1.0)
         if not all(ranges):
-            raise ValueError(f"Needed are tolerance > 0, 0 < shrink < 1, grow >= 1 and 0 < smallest <= 1, got {self}.")
+            raise ValueError(
+                f"StepControl needs tolerance > 0, 0 < shrink < 1, grow >= 1 and 0 < smallest <= 1, got {self}."
+            )
 
     def factor(self, excess: float, scale: float) -> float:
         """Return the factor for the step length; below 1 the step is rejected.

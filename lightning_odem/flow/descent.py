@@ -41,7 +41,9 @@ class Descent:
 
     def __init__(self, theta: Tensor, length: float, steps: int, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         if length < 0.0 or steps < 1:
-            raise ValueError(f"A descent has a length >= 0 and a step at least, got length={length} and steps={steps}.")
+            raise ValueError(
+                f"A descent needs a length >= 0 and at least one step, got length={length} and steps={steps}."
+            )
         self.taken = 0
         self._theta, self._length, self._steps = theta, length, steps
         self._adam = torch.optim.Adam([theta], betas=betas, eps=1e-12, foreach=False)

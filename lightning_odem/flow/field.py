@@ -102,40 +102,27 @@ class TransportField:
 class RectifiedField(TransportField):
     r"""The paper's field: the transport with its loss-increasing part damped (eq. 11-14), as a whole or block by block.
 
-    Let :math:`g_b` and :math:`u_b` be the parts of the loss gradient and the transport in block b,
-    :math:`a_b = \langle g_b, u_b\rangle` and :math:`P_b` the projection onto :math:`g_b`. Then
+    With the loss gradient :math:`g_b` and the transport :math:`u_b` in block b, :math:`a_b = \langle g_b,u_b\rangle`
+    and the projection :math:`P_b` onto :math:`g_b`,
 
     .. math:: v_b = u_b - (1 - \gamma) P_b u_b \text{ if } a_b > 0, \text{ else } u_b, \qquad
         \gamma = \mathrm{clip}\left(\max(\Delta L, 0) / \textstyle\sum_b \max(a_b, 0),\ 0,\ 1\right),
 
-    and :math:`\gamma = 1` if no :math:`a_b` is positive. One block over everything is the paper's rule. With smaller
-    blocks the descent of some parameters no longer compensates the ascent of others. Every block along which the loss
-    rises is damped, all by the same factor. Finer blocks make gamma smaller and take more out.
+    and :math:`\gamma = 1` if no :math:`a_b` is positive. One block over everything is the paper's rule. Finer blocks
+    take more out. Theorem 3.4 holds for any, see ``docs/methods.md``.
 
-    **Theorem 3.4 holds for any blocks.** A damped block adds :math:`\langle g_b, v_b\rangle = \gamma a_b` to the loss's
-    rate; a free block adds :math:`a_b \le 0`. Therefore
-    :math:`dL/dt = \sum_b \langle g_b, v_b\rangle \le \gamma \sum_b \max(a_b, 0) \le \max(\Delta L, 0)`, where the last
-    step holds because :math:`\gamma` is at most the quotient above. Integrating this from 0 to t gives eq. 16, and eq.
-    17 follows from it.
-
-    Evaluations and moves process the vectors in pieces of 2^20 entries. Sums are in fp64. No kind of block needs a
-    vector of the model's size: one block and single entries keep a few numbers, lengths about ten numbers per block.
-    Sums over given lengths are not available on Apple's GPU.
-
-    Several processes may each hold a shard of the vectors and follow their part of the path. An evaluation then sums
-    over the processes once: a few numbers, and two for every block that is split.
+    No kind of block needs a vector of the model's size. Given lengths are not available on Apple's GPU. If processes
+    hold shards of the vectors, an evaluation sums over them once.
 
     Args:
         blocks: ``"vector"``, one block; ``"coordinate"``, one block per entry; or the lengths of consecutive blocks,
             integers >= 1 of shape [B] that sum to d.
-        sum_: Sums fp64 numbers on the CPU over all shards, in place, if the vectors are shards. Every process has to
-            evaluate the field equally often.
-        split: Which blocks continue in other shards, bool of shape [B], if the vectors are shards cut by lengths. All
-            shards list these blocks in the same order, with length 0 for those of which they hold nothing. Every other
-            block lies in one shard.
+        sum_: Sums fp64 numbers on the CPU over all shards, in place. Every process evaluates the field equally often.
+        split: Which lengths continue in other shards, bool of shape [B]. All shards list these blocks in the same
+            order; a shard that holds nothing of one gives length 0.
 
     Raises:
-        ValueError: For blocks of another kind. In evaluations, if the blocks do not fit the vectors.
+        ValueError: For blocks of another kind; in evaluations, if they do not fit the vectors.
 
     Example:
         >>> import torch

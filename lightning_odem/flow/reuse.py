@@ -25,7 +25,7 @@ class ReusedGradient:
 
     def __init__(self, rule: str | Solver = "euler", times: int = 2) -> None:
         if times < 1:
-            raise ValueError(f"A gradient is used for one step at least, got times={times}.")
+            raise ValueError(f"A gradient is used for at least one step, got times={times}.")
         self.rule, self.times = resolve_solver(rule), times
 
     def __repr__(self) -> str:

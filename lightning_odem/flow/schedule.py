@@ -32,7 +32,7 @@ def operating_time(weights: Sequence[float]) -> float:
     if not weights[-1]:
         return 0.0
     total = sum(weights)
-    if math.isinf(total):  # of finite weights: relative to the largest their sum is finite
+    if math.isinf(total):  # the sum of finite weights overflows; divided by the largest it does not
         largest = max(weights)
         return weights[-1] / largest / sum(weight / largest for weight in weights)
     return weights[-1] / total

@@ -97,37 +97,33 @@ def integrate(
 ) -> Trajectory:
     r"""Follow the flow from the merged model towards the incoming one and stop at the operating time.
 
-    Integrates :math:`\dot\theta = v_t(\theta)` from :math:`\theta(0) = \theta_0` to ``t_end``. Steps have length
-    ``step_size``; the last one is shortened so that the path ends exactly at ``t_end``. A path to t = 1 ends in
-    ``theta1``, the endpoint extension of Theorem 3.3: its last step goes there regardless of the field.
+    Integrates :math:`\dot\theta = v_t(\theta)`. The last step is shortened so that the path ends exactly at ``t_end``.
+    A path to t = 1 ends in ``theta1`` (Theorem 3.3), regardless of the field.
 
     The loop holds three vectors of length d: the point, ``theta1`` and one gradient. Heun holds two more, ``control``
     one.
 
     Args:
-        theta0: Merged model, shape [d], floating point; not modified.
-        theta1: Incoming model, same shape, dtype and device; not modified.
-        loss_and_grad: Loss and gradient at a point; the gradient has shape [d] and is not modified.
+        theta0: Merged model, shape [d], floating point.
+        theta1: Incoming model, of the same shape, dtype and device.
+        loss_and_grad: Loss and gradient [d] at a point. Models and gradients are not modified.
         t_end: Operating time in [0, 1].
-        step_size: Step length h in (0, 1]. 0.05 is the paper's robust default (Table 4: flat from 0.001 to 0.1).
+        step_size: Step length h in (0, 1]; 0.05 is the paper's (Table 4: flat from 0.001 to 0.1).
         field: Velocity field, :class:`RectifiedField` unless given.
         solver: ``"euler"`` (the paper's), ``"heun"`` or a :class:`Solver`.
-        loss: Loss without gradient, used at ``theta1`` and at the end of the path, where no gradient is needed; by
-            default the loss of ``loss_and_grad``.
-        out: Vector to integrate in, overwritten; ``theta0`` itself may be given to save one vector.
-        on_step: Called with (steps done, steps in all) before the first and after every step.
-        control: Lets the loss decide on the lengths of the steps; ``step_size`` is the length of the first. By default
-            all steps have the same length.
-        estimated: Whether ``loss_and_grad`` gives estimates from a random minibatch. The loss budget and the losses at
-            both ends then come from ``loss``, which has to be given.
-        observe: Called with (time, point) at every point of the path; the point must not be modified.
+        loss: Loss without gradient, for ``theta1`` and the path's end; by default that of ``loss_and_grad``.
+        out: Vector to integrate in; giving ``theta0`` itself saves one vector.
+        on_step: Called with (steps done, all steps) before the first and after every step.
+        control: Lets the loss decide on the lengths of the steps after the first; by default all are equal.
+        estimated: Whether ``loss_and_grad`` estimates on minibatches; then the losses at both ends come from ``loss``.
+        observe: Called with (time, point) at every point, which it must not modify.
 
     Returns:
         The trajectory; ``trajectory.theta`` has the dtype of ``theta0``.
 
     Raises:
-        ValueError: For t outside [0, 1], a step size outside (0, 1], an unknown solver, vectors that do not match, or
-            estimates without ``loss``.
+        ValueError: For numbers out of range, an unknown solver, vectors that do not match, or estimates without
+            ``loss``.
         NonFiniteLossError: If a loss, a gradient or the distance between the models is not finite.
 
     Example:

@@ -24,7 +24,7 @@ _OPTIONAL = (
 
 @dataclass
 class Trajectory:
-    r"""The recorded path of one merge.
+    """The recorded path of one merge.
 
     ``t`` and ``loss`` have one entry per point (n steps, n + 1 points). The lists after them have one entry per step.
 
@@ -34,25 +34,21 @@ class Trajectory:
         t: Times of the points, from 0 to the operating time.
         loss: Calibration loss at each point. If ``estimated``, the losses between the ends are each on one minibatch.
         alignment: <g, u> at the start of each step.
-        gamma: Damping factor of each step, one for all blocks; 1 is undamped. Empty for dynamics that do not damp the
-            gradient's direction.
-        alignment_ratio: ||P_g u|| / ||u|| of each step, the quantity that Theorem 3.3 needs below 1, with P_g the
-            blockwise projection. It is empty in the same cases. If every entry is a block, it is the transport's share
-            in entries with a gradient, which is 1 for most losses; ``damped_share`` tells more then.
+        gamma: Damping factor of each step; 1 is undamped. Like ``alignment_ratio`` and ``damped_share``, it is empty
+            for dynamics that do not damp.
+        alignment_ratio: ||P_g u|| / ||u|| of each step, which Theorem 3.3 needs below 1, with P_g the blockwise
+            projection.
         step_norm: h ||v|| of each step, the length of its Euler move.
-        damped_share: ||u - v|| / ||u|| of each step, how much of the transport was taken out. It is empty in the same
-            cases. If it stays below some s < 1, the exact flow arrives at theta1 for any blocks, because then <theta1 -
-            theta, v> >= (1 - s) ||theta1 - theta||^2 / (1 - t).
+        damped_share: ||u - v|| / ||u|| of each step, see ``docs/methods.md``.
         gradient_evaluations: Gradients taken on the way.
-        estimated: Whether the losses between the ends are estimates. Barrier and envelope excess are maxima and would
-            then measure the noise, so they are measured at the ends only.
+        estimated: Whether the losses between the ends are estimates. Then barrier and envelope excess are measured at
+            the ends only.
         rejected_t: Times reached by steps that were taken back, see :class:`~lightning_odem.flow.StepControl`.
-        rejected_loss: Losses found there.
-        held_out_t: Times of the points that were candidates for the end, see
-            :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to the one that was chosen.
+        rejected_loss: Losses there.
+        held_out_t: Candidates for the end, see :class:`~lightning_odem.flow.LowestPoint`; the path is recorded up to
+            the chosen one.
         held_out_loss: Losses there on the held-out samples.
-        scale: Scales at which the loss was measured in the search of an operating point, see
-            :class:`~lightning_odem.methods.ODEMerge`.
+        scale: Scales tried in the search of an operating point, see :class:`~lightning_odem.methods.ODEMerge`.
         scale_loss: Losses there.
         scale_taken: The scale that was chosen; 0 is the running average.
         average_loss: The loss of the running average.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a ValueError, with the choices there are, unless ``value`` is one of them."""
+    """Raise a ValueError that lists the choices unless ``value`` is one of them."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}.")

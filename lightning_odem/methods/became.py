@@ -45,25 +45,18 @@ def became_time(
     r"""BECAME's merging coefficient as an operating time (Li et al., ICML 2025, arXiv 2504.02666).
 
     The posterior of the earlier tasks is approximated by a Gaussian around the merged model, that of the new task by a
-    Gaussian around the incoming model (Laplace). The diagonal Fisher information is the precision. On the segment
-    between the models, :math:`d = \theta_1 - \theta_0`, the loss of all tasks is then lowest at
+    Gaussian around the incoming model. On the segment between the models, :math:`d = \theta_1 - \theta_0`, the loss of
+    all tasks is then lowest at
 
     .. math::
         a^* = \frac{w_k\, d^\top F_k(\theta_1)\, d}
         {w_k\, d^\top F_k(\theta_1)\, d + \sum_{j<k} w_j\, d^\top F_j(\theta_0)\, d}, \qquad
         d^\top F_j d = \sum_i d_i^2 \frac{1}{n_j} \sum_{b} \Big(\sum_{x \in b} \partial_i \ell_j(x)\Big)^2,
 
-    with minibatches b of 16 of the task's :math:`n_j` calibration samples. Without weights it is BECAME's
-    :math:`d^\top F_{new} d / d^\top (F_{new} + F_{old}) d` with :math:`F_{old}` the sum over the earlier tasks.
+    with minibatches b of 16 of the task's :math:`n_j` calibration samples. F is the diagonal Fisher information.
 
-    This is a reconstruction, not a reproduction: the paper's equation was derived anew and agrees with a public
-    re-implementation of its method. Utility weights are not in the paper; they multiply the tasks' losses. The paper
-    stores each earlier task's Fisher information when the task is learned, on all of its data. Here it is measured at
-    the merged model, on the calibration samples. The paper trains the incoming model on from the merged one, after a
-    stage of gradient projection. Squares of sums over minibatches equal the empirical Fisher information in the mean
-    where a task's gradient vanishes; elsewhere they are larger.
-
-    It costs one gradient on each calibration sample. The only vector held is one gradient.
+    This is a reconstruction, not a reproduction; ``docs/methods.md`` has the differences from the paper. It costs one
+    gradient on each calibration sample. The only vector held is one gradient.
 
     Args:
         objective: The calibration loss. The task that entered its buffer last counts as the incoming one.

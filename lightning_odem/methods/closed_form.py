@@ -17,37 +17,21 @@ MOMENTS, CROSS = "moments/", "cross/"
 class ClosedFormMerge(ExactStream):
     r"""Keep the outputs of every linear layer as close as possible to those of all tasks' models.
 
-    For a layer with the tasks' updates :math:`\tau_k` [o, i] and the second moments :math:`C_k` [i, i] of its inputs,
-    the merged update solves a least-squares problem,
+    For a layer with updates :math:`\tau_k` [o, i] and second moments :math:`C_k` [i, i] of its inputs, the merged
+    update solves a least-squares problem,
 
     .. math:: \min_\Delta \sum_k p_k \lVert (\Delta - \tau_k) C_k^{1/2} \rVert^2
         + \rho \lVert \Delta - \bar\tau \rVert^2, \qquad
         \Delta = \Bigl(\sum_k p_k \tau_k C_k + \rho \bar\tau\Bigr) \Bigl(\sum_k p_k C_k + \rho I\Bigr)^{-1}.
 
-    This is RegMean (Jin et al., ICLR 2023) with a ridge that pulls towards the mean update :math:`\bar\tau`. It needs
-    no data: gradient steps lie in the span of the inputs, so :math:`C_k` is guessed as
-    :math:`\tau_k^T \tau_k / \lVert \tau_k \rVert^2`. With that guess the solution minimises the objective of
-    WUDI-Merging (Cheng et al., ICML 2025), which uses Adam for it. Both sums are running sums, see
-    :class:`~lightning_odem.methods.ExactStream`, so the stream equals the one-shot solution in any order.
+    This is RegMean (Jin et al., ICLR 2023) with a ridge that pulls towards the mean update. By default :math:`C_k` is
+    guessed as :math:`\tau_k^T \tau_k / \lVert \tau_k \rVert^2`, which needs no data and minimises the objective of
+    WUDI-Merging (Cheng et al., ICML 2025). Linear layers and convolutions are merged so, all else is averaged. The
+    stream equals the one-shot solution in any order, see :class:`~lightning_odem.methods.ExactStream`.
 
-    With ``measured`` above 0, one pass of the incoming task's calibration samples through its own model measures the
-    moments, see :func:`~lightning_odem.calibration.input_moments`. :math:`C_k` is then (1 - measured) times the guess
-    plus measured times the measurement, both of trace 1. A padded token counts as an input like any other. Three cases
-    have only the guess: weights that are used without a call of their layer, such as those within
-    ``nn.MultiheadAttention``; a task without samples; and a merged model that counts as a task. The order of the tasks
-    matters in one way only: how many samples a task has when it arrives depends on how many tasks came before it. A
-    task cannot be taken out again, since its samples would be needed.
-
-    Linear layers and convolutions are merged in this way, convolutions [out, in, kh, kw] as [out, in * kh * kw]. The
-    layers of a packed attention weight and the groups of a convolution are matrices of their own. Weights stored as
-    [in, out] are transposed, see :func:`~lightning_odem.methods.layout.parts`. Biases and everything else are averaged.
-
-    Published for CLIP ViT-B/32 and 8 tasks (fine-tuned 90.4): one-shot WUDI 85.2 %, RegMean 82.4 %; WUDI as a
-    recursion 74.7 %.
-
-    State: two vectors of the model's size, and half of [i, i] per layer, which for ViT-B/32 is 0.91 of such a vector.
-    One merge costs one Cholesky factorisation [i, i] per layer. The measuring pass holds [i, i] per layer on the
-    device, 1.7 vectors for ViT-B/32.
+    State: two vectors of the model's size, and half of [i, i] per layer. One merge costs one Cholesky factorisation
+    [i, i] per layer. With ``measured``, one pass of the task's samples through its own model measures the moments, see
+    :func:`~lightning_odem.calibration.input_moments`; then no task can be taken out again. See ``docs/methods.md``.
 
     Args:
         ridge: rho relative to the trace of the summed moments, above 0. 0.1 changes the mean in the few directions that

@@ -123,27 +123,15 @@ class DOPMerge(MergeMethod):
 
     Each weight matrix is merged by minimising :math:`\alpha L_{old} + (1 - \alpha) L_{new}`, the
     :class:`ProjectionLoss` of the merged and of the incoming model. ``"adam"`` takes a fixed number of steps from the
-    mean of the two, as published (:func:`descend`). ``"sylvester"`` goes to the minimum (:func:`solve`), which differs
-    clearly from where those steps end. All other parameters, such as biases and norms, become the plain mean of the two
-    models, so the first task's part in them halves with every merge; ``others="average"`` takes the running average
-    instead. The stream starts from :math:`\Psi_1 = \psi_1`. The order of the tasks matters.
+    mean of the two, as published (:func:`descend`); ``"sylvester"`` goes to the minimum (:func:`solve`). The stream
+    starts from :math:`\Psi_1 = \psi_1`. The order of the tasks matters.
 
-    Utility weights: a task of weight 0 leaves the merged model untouched. Otherwise they have no effect in the
-    published rule. They have an effect with ``alpha=None`` and ``others="average"``.
-
-    Other differences from the released code:
-
-    - The released code minimises for the weights of ``nn.Linear`` only. Here convolutions are included, as matrices
-      [out, in * kh * kw], and everything else that has two dimensions (``layers`` can leave them out).
-    - The released code drops the direction with which the singular values reach ``mass``, a large part of a small
-      matrix. Here it is kept.
-    - The released code leaves parameters that lie directly in a module with children as in the base model. Here all are
-      merged.
-
-    Since ``smoothing`` to the power of ``steps`` is 0.82, the balance of gradients never counts for more than a fifth.
+    A task of weight 0 leaves the merged model untouched. Other utility weights have an effect only with ``alpha=None``
+    and ``others="average"``.
 
     Adam multiplies each matrix with others of its size eight times per step, so a transformer needs a GPU. The closed
-    form costs two singular value decompositions.
+    form costs two singular value decompositions per matrix. See ``docs/methods.md`` for differences from the released
+    code.
 
     Args:
         alpha: Weight of the merged model's loss in [0, 1], with ``"adam"`` the first weight; 0.8 is the published one.
@@ -153,7 +141,8 @@ class DOPMerge(MergeMethod):
         lr: Adam's learning rate; the published 1e-4 moves an entry by 0.02 at most, enough for fine-tuned transformers.
         smoothing: How much of its weight the old loss keeps per step, in [0, 1]; 0.999 is published, 1 fixes it.
         mass: Share of the singular values, in (0, 1], whose directions count; 0.99999 is the published one.
-        others: ``"mean"`` (published) or ``"average"`` for all parameters that are not targeted weight matrices.
+        others: ``"mean"`` of the two models (published) or the running ``"average"``, for all parameters that are not
+            targeted weight matrices.
         layers: Patterns of the weight matrices to target, see
             :func:`~lightning_odem.methods.layout.weight_matrices`; None takes all.
 

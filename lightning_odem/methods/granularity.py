@@ -26,7 +26,7 @@ def rectified_field(context: MergeContext, granularity: str, device: torch.devic
     lengths, split = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
     for shape, part in zip(context.shapes, context.local_shapes, strict=True):
         size, by_row = math.prod(part), granularity == "row" and len(shape) > 1
-        # Parameters are cut between rows: a row lies in one shard, what is no matrix in all of them.
+        # Shards are cut between rows: a row lies in one shard, a parameter without rows may lie in all of them.
         if size or (shards is not None and not by_row):
             rows = part[0] if by_row else 1
             lengths.append(torch.full((rows,), size // rows))

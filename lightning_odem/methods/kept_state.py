@@ -38,7 +38,7 @@ class KeptState:
     def __init__(self, method: MergeMethod) -> None:
         self.value: dict[str, Any] = copy_containers(method.state_dict())
         self._method = method
-        # Inference tensors count no versions.
+        # Inference tensors have no version counter.
         tensors = [(key, tensor) for key, tensor in _tensors(self.value) if not tensor.is_inference()]
         self._versions = [(key, tensor, tensor._version) for key, tensor in tensors]
 

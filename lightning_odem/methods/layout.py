@@ -78,7 +78,7 @@ def matrices(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> I
 
 
 PACKED = ("in_proj_weight", "qkv.weight", "c_attn.weight")
-"""How the names end of attention weights that hold the layers of queries, keys and values, side by side."""
+"""Endings of the names of attention weights that hold the layers of queries, keys and values side by side."""
 
 
 class Part(NamedTuple):

@@ -76,20 +76,11 @@ class NUFILTMerge(MergeMethod):
     most, so what was merged before keeps its effect on them. B A gives the task's own leading directions back; it is
     learned without data (:func:`correction`). Targeted matrices start from :math:`\Psi_1 = \psi_1`, P = I.
 
-    Utility weights: a task of weight 0 leaves the merged model untouched; otherwise they have no effect on the targeted
-    matrices, since the rule is a sum. The order of the tasks matters.
+    A task of weight 0 leaves the merged model untouched. Other utility weights have no effect on the targeted matrices.
+    The order of the tasks matters.
 
-    Differences from the released code:
-
-    - The released code targets the attention and first MLP layers of CLIP (``layers=["*attn*", "*fc1*"]``). The default
-      here targets every weight matrix, convolutions as [out, in * kh * kw].
-    - Everything else stays as in the base model, as in the released code. That is odd for biases and norms;
-      ``others="average"`` takes their running average instead.
-    - ``null_rank`` is 128 of 768 input directions in the released code. In small layers that would be all of them, and
-      nothing new could be merged. So here it is at most the share ``null_share`` of a layer's inputs. In CLIP this has
-      no effect.
-    - Directions that the merged update does not have are never removed. The released code filters the first task's
-      vector too, by an arbitrary basis.
+    One merge costs one singular value decomposition per matrix, with B A two and ``steps`` steps of Adam. See
+    ``docs/methods.md`` for differences from the released code.
 
     Args:
         variant: ``"full"``, or ``"null_space"`` without B A: no optimisation, and most of the gain.

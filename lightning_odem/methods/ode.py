@@ -27,36 +27,29 @@ JUDGES = 32
 class ODEMerge(MergeMethod):
     r"""ODE-M on exact sums: an operating point on a path from the base model, then the gradient flow from there.
 
-    The idea of ODE-M (Lin & Kang, 2026) is that calibration samples choose an operating point on a path between models.
-    The path of ODE-M leads from the merged model to the incoming one, see
-    :class:`~lightning_odem.methods.PaperODEMerge`. This path leads from the base model along the sum of all task
-    vectors with flattened spectra. The sum is kept exactly, whatever the order of the tasks, see
+    As in ODE-M (Lin & Kang, 2026), calibration samples choose an operating point on a path. This path leads from the
+    base model along the sum of all task vectors with flattened spectra, see
     :class:`~lightning_odem.methods.IsotropicMerge`:
 
-    .. math:: \theta(\lambda) = \psi_0 + \lambda c_k\, \bar\sigma\, U V^T, \qquad U \Sigma V^T = \bar\tau_k,
+    .. math:: \theta(\lambda) = \psi_0 + \lambda c_k \bar\sigma U V^T, \qquad U \Sigma V^T = \bar\tau_k,
 
-    for each weight matrix, with the tasks' mean for everything else. The factor :math:`c_k` is chosen so that at
-    :math:`\lambda = 1` all matrices together are as far from the base model as the tasks' models in the mean.
+    for each weight matrix, and the tasks' mean elsewhere. At :math:`\lambda = 1` all matrices together are
+    as far from the base model as the tasks' models in the mean.
 
-    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest. The search begins at the value of the
-       last merge, in the first merge at 1. It takes about four passes without gradient, see
+    1. **How far to go.** :math:`\lambda` is where the calibration loss is lowest, found by
        :class:`~lightning_odem.methods.bracket.Bracket`. If the running average has a lower loss, it is taken instead.
-       The entropy falls with every distance, so it is not searched: :math:`\lambda` stays 1.
-    2. **Gradient flow.** From there the flow follows :math:`\dot\theta = -a(t) D g` on three quarters of the samples,
-       see :class:`~lightning_odem.flow.Descent`, in pieces of one epoch. The other quarter judges each piece. The first
-       piece after which the loss has not fallen by more than its standard error is taken back and ends the flow. The
-       length of the flow is :math:`\kappa \rho \frac{N}{B} \sqrt{E}`, where :math:`\rho` is the distance of the
-       incoming model from the mean of those before, root mean square per weight.
+    2. **Gradient flow** from there, by :class:`~lightning_odem.flow.Descent` on three quarters of the samples, in
+       pieces of one epoch. The first that does not lower the loss of the other quarter by more than its standard error
+       is taken back and ends the flow.
 
-    A merge whose gradients do not help costs about nine passes without gradient and three quarters of one with
-    gradient. Besides the module, the merged, the incoming and the base model, the search holds two vectors of the
-    model's size. The flow holds the point, a gradient and Adam's two moments. Between merges the mean task vector is
-    kept in main memory. A task of weight 0 changes nothing. If only one task has a weight, the result is its own model.
+    If gradients do not help, a merge costs about nine passes without gradient and three quarters of one with gradient.
+    Besides the models, the search holds two vectors of the model's size, the flow four. A task of weight 0 changes
+    nothing. If only one task has a weight, the result is its own model. See ``docs/methods.md``.
 
     Args:
-        batch_size: Samples B per minibatch of the flow.
-        descent: Length :math:`\kappa`, >= 0; 0 omits the flow.
-        epochs: Pieces E of the flow, each one epoch over its samples.
+        batch_size: Samples per minibatch of the flow.
+        descent: Length :math:`\kappa` of the flow, >= 0; 0 omits it.
+        epochs: Pieces of the flow, each one epoch over its samples.
         seed: Seed of the minibatches; each merge starts from it.
 
     Raises:

@@ -29,56 +29,29 @@ _ROUNDING = 1e-9
 class ReleasedODEMerge(MergeMethod):
     r"""ODE-M as in the code its authors released, which is another algorithm than the paper's (Lin & Kang, 2026).
 
-    The loss :math:`\ell_j` of task j, the incoming one included, is measured on its first 8 micro-batches. With
-    :math:`u = (\theta_1 - \theta) / (1 - t)` a step from t to t' = t + h is:
+    The losses :math:`\ell_j` of all tasks, the incoming one included, are measured on their first 8 micro-batches. A
+    step from t to t' = t + h with the transport :math:`u = (\theta_1-\theta)/(1-t)` is:
 
-    1. Every task has a ceiling
-       :math:`C_j(t) = (1 - t) \ell_j(\theta_0) + t \ell_j(\theta_1) + B_{max} (1 - t)^2`.
-    2. The two tasks of largest :math:`\ell_j - C_j(t)` are constrained, and up to two of largest positive
-       :math:`\langle g_j, u\rangle`; :math:`g_j` is the gradient on the first batch of the task.
-    3. A share of descent is added to the transport: :math:`w = u - \eta g_M` with :math:`g_M = \sum_j s_j G_j /
-       \|G_j\|^p` and :math:`\eta = r \|u\| / \|g_M\|`; :math:`G_j` sums the gradients on the task's batches.
-    4. v is the velocity nearest to w with :math:`\langle g_j, v\rangle \le \min((C_j(t') - \ell_j) / h, 0)` for the
+    1. Every task has a ceiling :math:`C_j(t) = (1-t)\,\ell_j(\theta_0) + t\,\ell_j(\theta_1) + B_{max}(1-t)^2`.
+    2. The two tasks of largest :math:`\ell_j-C_j(t)` are constrained, and up to two of largest positive
+       :math:`\langle g_j,u\rangle`, with the gradient :math:`g_j` on the task's first batch.
+    3. Descent is added: :math:`w = u-\eta g_M`, :math:`g_M = \sum_j s_j G_j/\|G_j\|^p`, :math:`\eta = r\|u\|/\|g_M\|`
+       with tasks' shares :math:`s_j` and sums :math:`G_j` of gradients.
+    4. v is the velocity nearest to w with :math:`\langle g_j,v\rangle \le \min((C_j(t')-\ell_j)/h,\,0)` for the
        constrained tasks, see :func:`~lightning_odem.flow.constraints.project_`.
     5. :math:`\theta` moves by s h v with the first s of 1, 0.7, 0.49, ... (8 in all) after which no task is above
-       :math:`C_j(t')`, or not at all. Time advances by h in any case; the rate 1 / (1 - t) makes up for some of it.
+       :math:`C_j(t')`, or not at all. Time advances by h in any case.
 
-    Losses and ceilings that differ by less than a billionth of the largest of them count as equal. The same holds for
-    the inner products of step 2. Among equal tasks, those that arrived first are constrained. At t = 0 all tasks are
-    equal, since each is :math:`B_{max}` below its ceiling.
-
-    Ceilings may sink below a model that does not move. The model then stays until a single step brings every task below
-    its ceiling, which may take the rest of the path. The report shows this as steps of length 0.
-
-    The weights :math:`s_j` are the tasks' shares of the calibration loss: equal with the buffer's quota ``"equal"``, as
-    published, their utility weights with ``"utility"``. Constraints treat every task alike. A task without samples in
-    the buffer is not seen. The calibration's batch size, 128 as published, is part of the rule here.
-
-    Differences from the released code:
-
-    - The operating time follows from the utility weights, and the last step is shortened to end there. The released
-      code takes floor(1 / (k h)) steps of a path to 1 / k.
-    - The released projection drops all constraints if a multiplier is above 1. This one does not have that defect.
-    - ``refine`` refines after every merge. The released code refines once, after the last merge of a stream whose
-      length it knows.
-    - t = 1 takes the incoming model without a path.
-
-    The published runs hold 2048 calibration samples. In them rounding chooses among equal tasks, and may refuse a step
-    that ends at a ceiling.
-
-    A step costs one gradient on each of the first 8 batches of every task, and one pass without gradient over these
-    batches per try of the line search. It holds up to nine vectors of the model's size: the two models, :math:`g_M`, up
-    to four constraints' gradients and two that are being computed. The trajectory's losses are means over the tasks by
-    their shares; ``alignment`` is :math:`\langle g_M, u\rangle`. There is no gamma, so ``gamma``, ``alignment_ratio``
-    and ``damped_share`` stay empty.
+    A step costs one gradient on each of these batches and one pass without gradient per try of s. Up to nine vectors
+    of the model's size are held. See ``docs/methods.md``.
 
     Args:
         step_size: Step length h in (0, 1].
         budget: :math:`B_{max} \ge 0`, in units of the loss: slack of the ceilings at the start of a path.
         descent: :math:`r \ge 0`, length of the descent relative to the transport's; 0 omits it.
         norm_power: p in [0, 1]; 1 makes all tasks' gradients equally long, 0 leaves them as they are.
-        refine: Whether to follow each merge up by 80 small steps of AdamW on the buffer, see
-            :func:`~lightning_odem.methods.refinement.refine`. The published runs do so at their end.
+        refine: Whether each merge ends with :func:`~lightning_odem.methods.refinement.refine`, 80 small steps of AdamW
+            on the buffer; the published runs end with it once.
 
     Raises:
         ValueError: For an argument outside its range.

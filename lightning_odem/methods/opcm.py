@@ -61,19 +61,11 @@ class OPCMMerge(MergeMethod):
 
     For equal utilities both give the same models, as A differs by the factor k only. :math:`\Psi_1 = \psi_1`. A task of
     weight 0 leaves the merged model and the mean norm untouched; any other task counts fully in the mean norm. The
-    papers define the mean norm only without weights. The order of the tasks matters.
+    order of the tasks matters.
 
-    Other differences from the released code:
-
-    - The released code projects the weights of ``nn.Linear`` only. Here convolutions are projected too
-      (``convolutions=False`` gives the released rule), and everything else that has two dimensions, such as embedding
-      tables (``layers`` can leave them out).
-    - The released code skips parameters that lie directly in a module with children. Here none is skipped.
-    - With alpha 1 the released code removes the diagonal only. Here the whole block is removed.
-
-    One merge costs one singular value decomposition per matrix, in fp64. The state consists of the scale and the norms,
-    a few numbers: A is the merged model's update times the scale. If the method takes over a stream that another one
-    began, the merged model it finds counts as one task.
+    One merge costs one singular value decomposition per matrix, in fp64. The state is a few numbers: the scale and the
+    norms. If the method takes over a stream that another one began, the merged model it finds counts as one task. See
+    ``docs/methods.md`` for differences from the released code.
 
     Args:
         alpha: Share in [0, 1] of the singular values whose directions are protected; 0.5 is the published one.

@@ -124,7 +124,7 @@ def _import(path: str) -> type[MergeMethod] | MergeFunction:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"There is no merge method at {path!r}: {error}.") from error
     if not callable(rule) or (isinstance(rule, type) and not issubclass(rule, MergeMethod)):
-        raise ValueError(f"{path} is no merge method: neither a subclass of MergeMethod nor a function.")
+        raise ValueError(f"{path} is not a merge method: neither a subclass of MergeMethod nor a function.")
     return rule
 
 

@@ -28,31 +28,20 @@ class RepresentationCorrection(MergeMethod):
 
     .. math:: \mathbb{E}_{x \in D_k} |z(x; \Psi_k) - z(x; \Psi_{k-1})|
 
-    averaged over the features' dimensions, or the squared difference. It protects what came before at the expense of
-    the incoming task. Features are what the module's ``features(inputs)`` returns, or its predictions if it has no such
-    method. Batch-norm layers use the merged statistics of the utility time on both sides.
+    averaged over the features' dimensions, or the squared difference. Features are what the module's
+    ``features(inputs)`` returns, or its predictions if it has no such method.
 
-    The released code corrects CLIP's visual projection, which it finds by its shape; in any other backbone it corrects
-    nothing. By default this class corrects the last weight matrix among the merged parameters. Name other matrices in
-    ``layers`` if the features do not depend on that one.
-
-    Each batch costs a pass without gradient, a pass with gradient and two writes of the weights into the module. That
-    is less than storing the features of a whole epoch, since a shuffled or augmented epoch does not come a second time.
-    Memory: three vectors of the model's size (the previous model, the corrected model, a gradient) besides those of the
-    wrapped method, and Adam's two moments of the corrected matrices.
-
-    State, first task and the operating time reached are the wrapped method's. A task of utility weight 0 changes
-    nothing. Nothing is corrected if the method chose the time 0. The loss at the end of a path, and with it barrier and
-    envelope excess, is that of the corrected model; this takes one more pass over the calibration samples.
+    Each batch costs a pass with gradient and one without. Besides the wrapped method's memory, three vectors of the
+    model's size and Adam's moments of the corrected matrices are held. State, first task and the operating time reached
+    are the wrapped method's. Nothing is corrected if a task has utility weight 0 or the method chose the time 0. See
+    ``docs/methods.md``.
 
     Args:
         method: The merge method, an instance, a registered name or an import path.
-        layers: Patterns of the weight matrices to correct, see
-            :func:`~lightning_odem.methods.layout.weight_matrices`; None takes the last one.
-        lr: Learning rate, constant. 2e-8 is the released code's default. Its class-incremental script sets 1e-7; both
-            are for CLIP ViT-B/16. Its domain-incremental script sets 0: no correction. AdamW moves an entry by about lr
-            per batch for any size of the gradient, so a sensible value is a small fraction of the entries' own size
-            over the number of batches.
+        layers: Patterns of the weight matrices to correct, see :func:`~lightning_odem.methods.layout.weight_matrices`;
+            None takes the last one, on which the features should depend.
+        lr: Learning rate, constant. The default is the released code's, for CLIP ViT-B/16; elsewhere a small fraction
+            of the entries' own size over the number of batches is sensible, see ``docs/methods.md``.
         loss: ``"l1"`` (the default of the released code) or ``"l2"`` (what its class-incremental script sets).
         weight_decay: AdamW's weight decay; 0.01 is PyTorch's default, which the released code keeps.
         clip: Largest norm of the gradient of the corrected matrices together; 1 as released.

@@ -57,7 +57,7 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
     held = {task: min(max(round(fraction * n), 1), n - 1) if n else 0 for task, n in buffer.counts.items()}
     if not any(held[task] for task in buffer.shares()):
         raise ValueError(
-            f"Holding out calibration samples needs a task with two of them at least, the buffer has {buffer.counts}. "
+            f"Holding out calibration samples needs a task with at least two of them, the buffer has {buffer.counts}. "
             "Raise calibration_size, or choose another operating_time."
         )
     kept = {task: n - held[task] for task, n in buffer.counts.items()}

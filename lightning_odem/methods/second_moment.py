@@ -39,18 +39,11 @@ class SecondMomentMerge(MergeMethod):
     from :math:`\Psi_1 = \psi_1, \bar F_1 = F_1`. With equal moments it is the running average. In the paper each task
     is fine-tuned from the merged model, ``ContinualMergeCallback(finetune_from="merged")``.
 
-    An entry has no moment if the optimizer never stepped it or another method began the stream. There the models are
-    interpolated plainly with a, as in the released code, and the moment that exists is kept. The same happens where
-    both moments are zero and the fraction is 0/0, at weights that no loss depends on; the released code gives NaN for
-    them.
+    An entry has no moment if the optimizer never stepped it or another method began the stream. There, and where both
+    moments are zero, the models are interpolated plainly with a.
 
-    F is not an empirical Fisher information. The released code, and so this method, takes the raw moment after the last
-    step. It averages the squared gradients of about the last 1 / (1 - beta_2) steps as the optimizer got them, clipped
-    or not. It has no bias correction and is not normalised between tasks. So a task with larger gradients counts more,
-    and one trained for only a few hundred steps counts less. The paper's class-incremental experiments are merged like
-    this; the script of its domain-incremental ones interpolates plainly.
-
-    State: the mean moments, one vector of the model's size on the CPU.
+    A merge takes no gradient and holds three vectors of the model's size besides the mean moments. State: the mean
+    moments, one vector on the CPU. See ``docs/methods.md`` for what F is and is not, and for the released code.
 
     Args:
         coefficient: a in [0, 1], the incoming model's weight; None (the default) takes the operating time, so that

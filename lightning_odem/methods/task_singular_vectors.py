@@ -26,19 +26,14 @@ class TaskSingularVectorsMerge(MergeMethod):
 
     .. math:: \Psi_K = \psi_0 + \lambda\, \hat U\, \mathrm{diag}(S_1, \dots, S_K)\, \hat V^T.
 
-    As more tasks come, each task keeps fewer directions, the leading ones among those it has. So the one-shot rule
-    needs only truncated factors of earlier tasks, and the order does not matter. Other parameters are averaged. Utility
-    weights multiply singular values, :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task alone
-    gives its own model. A task of weight 0 changes nothing, bit by bit. The layers of a packed attention weight are
-    matrices of their own.
+    As more tasks come, each task keeps fewer directions, so truncated factors of earlier tasks are enough and the order
+    does not matter. Other parameters are averaged. Utility weights multiply singular values,
+    :math:`S_k K w_k / \sum_j w_j`; K counts the tasks with a weight. One task alone gives its own model. A task of
+    weight 0 changes nothing, bit by bit. In a stream that another method began, the merged model counts as one task.
 
-    In a stream that another method began, the merged model counts as one task.
-
-    Published, one-shot, CLIP ViT-B/16 and 8, 14, 20 tasks: 89.0, 84.6, 80.6 %.
-
-    State: the factors and the running average. For square matrices the factors take at most two vectors of the model's
-    size, whatever K is. One merge costs one singular value decomposition of the update and two of the factors per
-    matrix.
+    State: the factors, for square matrices at most two vectors of the model's size whatever K is, and the running
+    average. One merge costs one singular value decomposition of the update and two of the factors per matrix, and no
+    gradient. See ``docs/methods.md``.
 
     Args:
         scale: lambda, above 0; 1 is the authors' choice.

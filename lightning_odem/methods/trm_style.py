@@ -68,11 +68,8 @@ def norm_gradient(gradient: Callable[[Tensor], Tensor], theta: Tensor, at_theta:
 class TRMStyleMerge(MergeMethod):
     r"""A reconstruction of Trajectory Regularized Merging from its abstract (Deng & Wang, 2026, arXiv 2605.08311).
 
-    This is TRM-style, not TRM: only the abstract was available, and no code. It says that a merge is an optimisation
-    within an augmented trajectory subspace, under three objectives: task alignment, prediction consistency and gradient
-    responsiveness. Everything more specific is reconstructed: the directions that span the subspace, coefficients per
-    tensor, all three losses, their weights, the optimiser, the starting point and every default. The results are not
-    results of the paper.
+    This is TRM-style, not TRM: only the abstract was available, and no code. Everything more specific than an
+    optimisation in a subspace under three objectives is reconstructed. The results are not results of the paper.
 
     The subspace is that of :func:`trajectory_subspace`. The start is the running average. With g the gradient of the
     cross-entropy, Adam minimises over the coefficients, on batches (x, y) of the incoming task's own training data,
@@ -80,18 +77,13 @@ class TRMStyleMerge(MergeMethod):
     .. math:: \mathrm{CE}(\theta; x, y) + \lambda_c \, \mathrm{KL}(p_{\theta_0}(x) \,\|\, p_\theta(x))
         + \lambda_r \max(0, \kappa \|g(\theta_0)\| - \|g(\theta)\|).
 
-    - Alignment: cross-entropy of the predictions.
-    - Consistency: divergence from the merged model's predictions on the same batch. If a module has a head per task,
-      both are the predictions of the incoming task's head, because the data of earlier tasks are not available.
-    - Responsiveness: a hinge on the norm of the gradient on the same batch, over all merged parameters. It is zero
-      while the norm is above the fraction kappa of its value at the merged model. Without that limit it would just
-      raise the loss, whose minimum has no gradient. Its own gradient is a finite difference, see :func:`norm_gradient`,
-      which is coarse under half precision.
+    The three terms are alignment with the task, consistency with the merged model's predictions and responsiveness of
+    the gradient, see ``docs/methods.md``. No data of earlier tasks is used. Batches come in the order of the task's
+    training dataloader, epoch after epoch.
 
-    No data of earlier tasks is used. A step costs three gradients on a batch and one pass without gradient, and two
-    more gradients while the hinge is active. Besides the models and snapshots it holds the basis (S + 2 vectors) and up
-    to eight vectors for points and gradients. Batches come in the order of the task's training dataloader, epoch after
-    epoch.
+    A step costs three gradients on a batch and one pass without gradient, and two more gradients while the hinge is
+    active. Besides the models and snapshots, S + 2 vectors of the model's size (the basis) and up to eight for points
+    and gradients are held.
 
     Args:
         steps: Adam's steps; 0 gives the running average.

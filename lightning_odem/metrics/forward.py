@@ -12,23 +12,20 @@ class WeightedForwardTransfer(WeightedSummary):
     .. math:: \text{FWT}_w = \frac{\sum_{i=2}^{K} w_i \, (a_{i-1,i} - b_i)}{\sum_{i=2}^{K} w_i}
 
     Where :math:`a_{i-1,i}` is the accuracy on task :math:`i` of the merged model before that task was trained,
-    :math:`b_i` the accuracy of the base model on it, and :math:`w_i` its utility weight. Lopez-Paz & Ranzato (2017)
-    take a randomly initialised model for :math:`b_i`; in model merging every task starts from the base model.
-
-    The base model is the model before any merge, so it is merge -1 here, and both accuracies go through ``update``.
+    :math:`b_i` that of the base model, and :math:`w_i` the task's utility weight. Lopez-Paz & Ranzato (2017) take a
+    randomly initialised model for :math:`b_i`; in model merging every task starts from the base model.
 
     As input to ``update`` the metric accepts the following input:
 
     - ``preds`` (:class:`~torch.Tensor`): Scores of shape ``(B, C)`` or class ids of shape ``(B,)``
     - ``target`` (:class:`~torch.Tensor`): Class ids in an int tensor of shape ``(B,)``
-    - ``merge`` (:class:`int`): -1 for the base model, or ``task - 1`` for the merged model before the task was trained
+    - ``merge`` (:class:`int`): -1 for the base model, ``task - 1`` for the merged model before the task was trained
     - ``task`` (:class:`int`): Index of the task of the batch, from 0
 
     As output of ``compute`` the metric returns the following output:
 
     - ``fwt_w`` (:class:`~torch.Tensor`): 0-dim tensor, fp64, over the tasks up to the last one on which a merged model
-      was measured. NaN if there is no such task, while all of them have weight 0, and if a required accuracy was not
-      measured.
+      was measured. NaN if there is none, all have weight 0, or an accuracy is missing.
 
     Args:
         weights: Utility weight of each task of the stream, by task index; all equal if not given. The weight of the
@@ -36,9 +33,7 @@ class WeightedForwardTransfer(WeightedSummary):
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If a weight is negative, infinite or NaN, or none is positive. From ``update``, if the input is
-            invalid or ``merge`` is neither -1 nor ``task - 1``. From ``compute``, if there are fewer weights than
-            tasks.
+        ValueError: As :class:`WeightedSummary`; from ``update``, if the input is invalid.
 
     Example:
         >>> from torch import tensor

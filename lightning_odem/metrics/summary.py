@@ -160,7 +160,7 @@ class WeightedForgetting(WeightedSummary):
     .. math:: \text{F}_w = \frac{\sum_{j<K} w_j \, \big(\max_{j \le l < K} a_{l,j} - a_{K,j}\big)}{\sum_{j<K} w_j}
 
     Where :math:`a_{l,j}` is the accuracy on task :math:`j` after merge :math:`l`, :math:`K` the last merge, and
-    :math:`w_j` the utility weight of the task.
+    :math:`w_j` the task's utility weight.
 
     As input to ``update`` the metric accepts the following input:
 
@@ -172,15 +172,14 @@ class WeightedForgetting(WeightedSummary):
     As output of ``compute`` the metric returns the following output:
 
     - ``forgetting_w`` (:class:`~torch.Tensor`): 0-dim tensor, fp64, positive where accuracy was lost. NaN before the
-      second merge, while all earlier tasks have weight 0, and if a required accuracy was not measured.
+      second merge, while all earlier tasks have weight 0, and if an accuracy is missing.
 
     Args:
         weights: Utility weight of each task of the stream, by task index; all equal if not given.
         kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If a weight is negative, infinite or NaN, or none is positive. From ``update``, if the input is
-            invalid. From ``compute``, if there are fewer weights than tasks.
+        ValueError: As :class:`WeightedSummary`; from ``update``, if the input is invalid.
 
     Example:
         >>> from torch import tensor

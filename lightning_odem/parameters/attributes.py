@@ -1,4 +1,4 @@
-"""What Python attributes of modules are, to put them back."""
+"""Copies of modules' Python attributes, to put them back."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-# Parameters, buffers, hooks, submodules and the flag of train mode are no attributes of the user's.
+# Parameters, buffers, hooks, submodules and the train flag are not the user's attributes.
 _OF_MODULES = frozenset(vars(nn.Module()))
 _IMMUTABLE = frozenset((str, int, float, bool, type(None), torch.device, torch.dtype))
 _SEQUENCES = (list, deque)
@@ -20,12 +20,12 @@ _SETS = (set,)
 class Attributes:
     """A copy of modules' attributes: numbers, strings, lists, dicts and sets, nested; metrics' states; iterators.
 
-    :meth:`put_back` leaves the very objects that there were with what was in them. Of other objects only the name is
-    put back, not what was done to them.
+    :meth:`put_back` restores the same objects with their former contents. Any other object is put back under its name,
+    but changes within it stay.
 
     Args:
         modules: The modules.
-        tensors: Whether tensors that are no parameters or buffers are copied too.
+        tensors: Whether tensors that are neither parameters nor buffers are copied too.
     """
 
     def __init__(self, modules: Iterable[nn.Module], tensors: bool = True) -> None:
@@ -133,10 +133,10 @@ class ReadAhead:
         return getattr(self.__dict__["_source"], name)
 
     def start(self) -> None:
-        """Note where it is."""
+        """Note the position to go back to."""
         self._starts.append(self._next)
 
     def rewound(self) -> Iterator[Any]:
-        """What goes on from where it was noted last: itself, or the iterator it is of where nothing was read."""
+        """Continue from the position noted last: with this iterator, or its source if there is nothing to repeat."""
         self._next = self._starts.pop()
         return self if self._starts or self._read else self._source

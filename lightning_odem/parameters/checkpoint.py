@@ -17,7 +17,7 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What may hold the weights in a folder; the first one found does, as in transformers."""
+"""Files that may hold the weights in a folder; the first one found is read, as in transformers."""
 
 _HYPER_PARAMETERS = ("hparams_name", "hyper_parameters")
 

@@ -94,7 +94,7 @@ class Processes:
             yield
             self._meet(store, block)
         except BaseException as error:
-            with suppress(RuntimeError):  # without the process that has the store, the error itself still counts
+            with suppress(RuntimeError):  # without the process that holds the store, the error is raised here only
                 if store.add(f"{block}/failed", 1) == 1:
                     store.set(f"{block}/error", _pack(error, self.rank))  # type: ignore[arg-type]
                 if len(_entered) == 2:
@@ -121,9 +121,9 @@ class Processes:
         assert work is not None, "every process is in the default group"
         while not work.is_completed():
             if on_cpu:
-                with suppress(RuntimeError):  # that the time is up; what else it may be is raised below
+                with suppress(RuntimeError):  # from a timeout; any other error is raised by the last wait below
                     work.wait(timedelta(seconds=_LOOK))
-            else:  # where a wait that runs out of time ends the group
+            else:  # there a timeout would end the whole group
                 _wait(work.is_completed, _LOOK)
             if not work.is_completed():
                 self._raise_errors(_store())
@@ -156,9 +156,9 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _pack(error: BaseException, rank: int) -> bytes:
-    """An error as bytes: what is needed to make it again, and its text."""
+    """An error as bytes: what is needed to rebuild it, and its text."""
     parts = b""
-    with suppress(Exception):  # the error's type decides what goes wrong when it is pickled
+    with suppress(Exception):  # pickling runs code of the error's type, which may raise anything
         parts = pickle.dumps((type(error), error.args, vars(error)))
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return pickle.dumps((parts, f"{type(error).__name__}: {error}", rank, text))

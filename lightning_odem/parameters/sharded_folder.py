@@ -30,7 +30,7 @@ def refuse_sharded_folder(folder: Path) -> None:
         Traceback (most recent call last):
         ValueError: The folder ... is a checkpoint of DeepSpeed in shards (zero_to_fp32.py). Make one file of it and ...
     """
-    folder = Path(os.path.abspath(folder))  # "." has no name from which to name a file beside it
+    folder = Path(os.path.abspath(folder))  # "." has no name, and the file beside the folder is named after it
     # The shards lie in a folder within DeepSpeed's, which Lightning calls "checkpoint".
     root = folder.parent if any(folder.glob("*_model_states.pt")) else folder
     if any(root.glob("*/*_model_states.pt")) or (root / "zero_to_fp32.py").is_file():

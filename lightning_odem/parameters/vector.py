@@ -81,7 +81,7 @@ class ParameterVector:
         self.shards = find_shards(named)
         if self.shards is not None and (whole := named.keys() - self.shards.shapes.keys()):
             raise ValueError(
-                f"Of {len(named)} parameters to merge {len(named) - len(whole)} are sharded and {len(whole)} are not "
+                f"{len(named) - len(whole)} of {len(named)} parameters to merge are sharded and {len(whole)} are not "
                 f"({', '.join(sorted(whole)[:3])}, ...). Apply fully_shard to the modules of all of them, or leave "
                 "parameters out with exclude=."
             )

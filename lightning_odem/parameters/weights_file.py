@@ -89,7 +89,7 @@ def read_file(path: str | os.PathLike) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
-            # Of tensors that are mapped, nothing else would notice a changed byte.
+            # Nothing else would notice a changed byte in mapped tensors.
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of its entry {broken} is wrong")
@@ -103,8 +103,8 @@ def read_file(path: str | os.PathLike) -> Any:
             ) from error
         raise ValueError(f"{path} is corrupt or not a file of weights: it cannot be unpickled safely.") from error
     except OSError:
-        raise  # the file system's, not the file's
-    except Exception as error:  # whatever a reader says of bytes that are not what it expects
+        raise  # an error of the file system, not of the file
+    except Exception as error:  # readers raise many types on unexpected bytes
         raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
 
 
@@ -121,7 +121,7 @@ def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:
     others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
-            f"{path} is not a state dict: these entries are no tensors: {', '.join(others)}. Save the state dict by "
+            f"{path} is not a state dict: these entries are not tensors: {', '.join(others)}. Save the state dict by "
             "itself or under the key 'state_dict'."
         )
     return dict(content)

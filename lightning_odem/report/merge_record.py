@@ -1,4 +1,4 @@
-"""What is known about one merge, and about one removal, as plain data."""
+"""What is known about one merge, or one removal, as plain data."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,29 +10,23 @@ class MergeRecord:
 
     Args:
         task: Name of the task whose fine-tuned model came in.
-        t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper with no earlier utility).
+        t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper).
         method: Registered name of the merge method.
-        path: Lists for the recorded path. ``t`` and ``loss`` have an entry per point (n + 1 points). ``alignment`` (the
-            inner product of gradient and transport field), ``gamma``, ``alignment_ratio``, ``step_norm`` and
-            ``damped_share`` have one per step (n steps). ``gamma``, ``alignment_ratio`` and ``damped_share`` are empty
-            for paths without such damping. All lists are empty for methods that follow no path and for the first task.
-            Options of some methods add ``held_out_t`` and ``held_out_loss`` (candidates for the end, also beyond it,
-            and their losses on held-out samples), ``rejected_t`` and ``rejected_loss`` (steps taken back), or
-            ``scale``, ``scale_loss``, ``scale_taken``, ``average_loss``, ``descent_loss`` and ``descent_taken`` (the
-            search of an operating point and the flow from there, see :class:`~lightning_odem.flow.Trajectory`).
+        path: Lists for the recorded path by name, as :class:`~lightning_odem.flow.Trajectory` describes them. ``t`` and
+            ``loss`` have an entry per point (n + 1 points), ``alignment``, ``gamma``, ``alignment_ratio``,
+            ``step_norm`` and ``damped_share`` one per step (n steps). All lists are empty for methods that follow no
+            path and for the first task. Some methods add further lists.
         steps: Steps of the path.
-        loss_before: Calibration loss of the merged model before this merge, at the start of the path (NaN if never
-            measured).
+        loss_before: Calibration loss of the merged model before this merge; NaN if never measured.
         loss_after: Calibration loss of the merged model after it.
         loss_incoming: Calibration loss of the incoming model.
         barrier: Largest excess of the path's loss over the chord between its endpoints' losses (Def. 3.2).
         envelope_excess: By how much the path exceeded the bound of Theorem 3.4; 0 if the bound held.
-        estimated: Whether the path's losses between its ends are those of minibatches. Barrier and envelope excess are
-            then measured at the ends only.
+        estimated: Whether the path's losses between its ends are those of minibatches. Then barrier and envelope excess
+            are those of the ends.
         gradient_evaluations: Gradients taken on the calibration set or a part of it.
         loss_evaluations: Passes over the calibration set, or a part of it, without a gradient.
-        sample_gradients: Samples that went through a pass with gradient, of the calibration set and of the task's own
-            data.
+        sample_gradients: Samples that went through a pass with gradient, the task's own data included.
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.

@@ -1,4 +1,4 @@
-"""Names as they are shown: those from files must not steer a terminal."""
+"""Names as they are shown; names from files must not control the terminal."""
 
 
 def plain(text: str) -> str:

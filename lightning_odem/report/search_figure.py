@@ -28,7 +28,7 @@ def plot_search(record: MergeRecord) -> Figure:
     """
     path = record.path
     if not path.get("scale"):
-        raise ValueError(f"The merge of task {record.task!r} ({record.method}) searched no operating point.")
+        raise ValueError(f"The merge of task {record.task!r} ({record.method}) did not search for an operating point.")
     figure = new_figure(8.4, 3.8)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     order = np.argsort(path["scale"])

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from lightning_odem.metrics import TaskMetric
+from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.report.merge_record import MergeRecord
 from lightning_odem.report.plain import plain
 from lightning_odem.report.record import StreamReport
@@ -180,7 +180,7 @@ def columns_per_block(widths: list[int], width: int) -> int:
 
 def render(title: str, header: list[str], rows: list[list[str]], width: int) -> str:
     """One table, or several below each other that repeat the first column."""
-    header = ["\n".join(map(plain, name.split("\n"))) for name in header]  # of two lines where there are weights
+    header = ["\n".join(map(plain, name.split("\n"))) for name in header]  # headers have two lines if there are weights
     rows = [list(map(plain, row)) for row in rows]
     text = StringIO()
     console = Console(

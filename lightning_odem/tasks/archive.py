@@ -55,7 +55,7 @@ class NpzArchive:
     def _labels(self, split: str) -> npt.NDArray[np.int64]:
         labels = self._array(f"{split}_labels")
         if labels.ndim == 2 and labels.shape[1] > 1:
-            raise ValueError(f"{self.path}: {split}_labels has {labels.shape[1]} labels per image; only one will do.")
+            raise ValueError(f"{self.path}: {split}_labels has {labels.shape[1]} labels per image, needs one.")
         if labels.shape not in ((labels.size,), (labels.size, 1)) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"{self.path}: {split}_labels must be integer [N] or [N, 1], found {labels.dtype} {list(labels.shape)}."

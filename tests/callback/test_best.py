@@ -28,7 +28,9 @@ def best_of(directory, **settings):
 def test_the_best_epoch_is_merged_and_reported(tmp_path, weights_only, one_trainer, recwarn):
     module, merge = Ranked(batch_norm=True), ContinualMergeCallback("average", merge_weights="best")
     ranking = best_of(tmp_path, save_weights_only=weights_only)
-    trainer = make_trainer(merge, ranking, EarlyStopping("score", mode="max", patience=2), max_epochs=4, enable_checkpointing=True)
+    trainer = make_trainer(
+        merge, ranking, EarlyStopping("score", mode="max", patience=2), max_epochs=4, enable_checkpointing=True
+    )
     for number in range(2):
         trainer.fit(module, datamodule=Task(number))
         if not one_trainer:

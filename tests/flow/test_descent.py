@@ -114,5 +114,5 @@ def test_what_is_not_finite_is_an_error(loss_and_grad, message):
 
 @pytest.mark.parametrize(("length", "steps"), [(-0.1, 3), (0.1, 0)])
 def test_a_negative_length_and_no_step_are_refused(length, steps):
-    with pytest.raises(ValueError, match="a length >= 0 and a step at least"):
+    with pytest.raises(ValueError, match="a length >= 0 and at least one step"):
         Descent(torch.zeros(3), length, steps)

@@ -73,7 +73,7 @@ def test_a_part_measures_its_own_samples_and_the_objective_counts_them():
 
 
 def test_without_a_task_of_two_samples_nothing_can_be_held_out():
-    with pytest.raises(ValueError, match="two of them at least"):
+    with pytest.raises(ValueError, match="at least two of them"):
         hold_out(make_objective({"c": 1}), 0.25)
 
 

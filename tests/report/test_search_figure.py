@@ -62,7 +62,7 @@ def test_a_merge_without_descent_has_no_pieces():
 
 
 def test_a_merge_without_a_search_is_refused():
-    with pytest.raises(ValueError, match="task 'b' \\(average\\) searched no operating point"):
+    with pytest.raises(ValueError, match="task 'b' \\(average\\) did not search for an operating point"):
         plot_search(MergeRecord("b", 0.5, "average"))
 
 

@@ -29,7 +29,7 @@ class SecondMoments(Need[Tensor]):
         """Refuse optimizers that keep no second moments.
 
         Raises:
-            ValueError: If one keeps none; the message names it and the optimizers that would do.
+            ValueError: If one keeps none; the message names it and the optimizers that would work.
         """
         check_second_moments(run.trainer.optimizers, run.method)
 
@@ -66,7 +66,7 @@ def check_second_moments(optimizers: Iterable[Optimizer], method: str) -> None:
     """Refuse optimizers that keep no second moments, before any training.
 
     Raises:
-        ValueError: If one keeps none; the message names it and the optimizers that would do.
+        ValueError: If one keeps none; the message names it and the optimizers that would work.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, ZeroRedundancyOptimizer):
@@ -83,12 +83,12 @@ def check_second_moments(optimizers: Iterable[Optimizer], method: str) -> None:
 
 
 def _keeps_second_moments(optimizer: Optimizer) -> bool:
-    # What an optimizer keeps shows only after a step, so one of its kind takes one on a parameter of no importance.
+    # An optimizer shows what it keeps only after a step, so a copy of it takes one on a parameter made for this.
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones_like(parameter)
     try:
         trial = type(optimizer)([parameter], **optimizer.defaults)
         trial.step()
-    except Exception:  # an optimizer that cannot be tried is judged by what it has kept in the end
+    except Exception:  # an optimizer that cannot be tried is judged after the training, by what it has kept
         return True
     return SECOND_MOMENT in trial.state.get(parameter, {})

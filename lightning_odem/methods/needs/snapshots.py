@@ -15,8 +15,8 @@ from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 class Snapshots(Need[Sequence[Tensor]]):
     """Weights [d] at evenly spaced steps of the incoming model's training, oldest first.
 
-    Neither its start nor its end is among them. The length of a run is not known beforehand, so there may be as few as
-    half the requested number, less one.
+    The start and the end of the training are not among them. The length of a run is not known beforehand, so there may
+    be as few as half the requested number, less one.
 
     Args:
         count: Largest number of weights to keep, 2 or more.

@@ -1,4 +1,4 @@
-"""Needs declared and read by words, as until version 0.5. This module will be removed with version 0.8."""
+"""Needs declared and read as words, as version 0.5 and before did. This module will be removed with version 0.8."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ def resolve_needs(rule: Any) -> None:
     given = (given,) if isinstance(given, Need | str | type) else tuple(given)
     if unknown := [need for need in given if not (need in WORDS if isinstance(need, str) else _is_need(need))]:
         raise ValueError(
-            f"{rule!r} needs {', '.join(sorted(map(str, unknown)))}; what a method can need are objects such as "
+            f"{rule!r} needs {', '.join(sorted(map(str, unknown)))}; a method can need objects such as "
             f"{', '.join(f'{need.__name__}()' for need in WORDS.values())}, or another subclass of Need."
         )
     # A set of words has no order.

@@ -80,7 +80,7 @@ def test_a_class_stands_for_a_need_without_arguments_and_one_needs_no_tuple():
 def test_what_is_no_need_is_refused(needs):
     method = Earlier()
     method.needs = needs
-    with pytest.raises(ValueError, match=r"what a method can need are objects such as BaseModel\(\), Calibration\(\)"):
+    with pytest.raises(ValueError, match=r"a method can need objects such as BaseModel\(\), Calibration\(\)"):
         resolve_method(method)
 
 
