@@ -29,7 +29,6 @@ from lightning_odem.stream.stream import Stream
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
 
 OFFLOADS = ("cpu", "disk")
-EVALUATE: tuple[str | bool, ...] = ("every", "last", False)
 MERGE_WEIGHTS = ("last", "best")
 
 
@@ -149,7 +148,7 @@ class ContinualMergeCallback(L.Callback):
             raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
-        if evaluate not in EVALUATE and not (type(evaluate) is int and evaluate > 0):
+        if evaluate not in ("every", "last") and evaluate is not False and not (type(evaluate) is int and evaluate > 0):
             raise ValueError(
                 "evaluate is 'every' (all tasks after each merge), a number n (all tasks after every n-th merge, "
                 f"otherwise the merged one), 'last' (all tasks after the last merge), or False; got {evaluate!r}."

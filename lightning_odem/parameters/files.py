@@ -71,10 +71,13 @@ def none_to_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
+_MAY_BE_NONE = ("checkpoint", "epoch")
+
+
 def map_values(data: Any, convert: Callable[[Any], Any]) -> Any:
-    """Apply ``convert`` to every leaf of nested dicts and lists, except checkpoints, which may be None themselves."""
+    """Apply ``convert`` to every leaf of nested dicts and lists, except to those that may be None themselves."""
     if isinstance(data, dict):
-        return {key: value if key == "checkpoint" else map_values(value, convert) for key, value in data.items()}
+        return {key: value if key in _MAY_BE_NONE else map_values(value, convert) for key, value in data.items()}
     if isinstance(data, list):
         return [map_values(value, convert) for value in data]
     return convert(data)
