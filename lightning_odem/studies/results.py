@@ -1,6 +1,5 @@
 """What a comparison measured, as data: one cell per stream and merge method."""
 
-import csv
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import numpy as np
 from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
 from lightning_odem.report.record import StreamReport
+from lightning_odem.studies.report_files import write_csv
 
 _SETTING = ("seed", "order", "weighting", "calibration_size")
 _KEY = ("method", *_SETTING)
@@ -133,8 +133,8 @@ class Comparison:
         files = [directory / name for name in ("results.json", "cells.csv", "accuracies.csv")]
         with replacing(files[0]) as draft:
             draft.write_text(json.dumps(map_values(self._as_dict(), nan_to_none), allow_nan=False), encoding="utf-8")
-        _write_csv(files[1], _CELL_COLUMNS, (_cell_row(cell) for cell in self.cells))
-        _write_csv(files[2], _ACCURACY_COLUMNS, (row for cell in self.cells for row in _accuracy_rows(cell)))
+        write_csv(files[1], _CELL_COLUMNS, (_cell_row(cell) for cell in self.cells))
+        write_csv(files[2], _ACCURACY_COLUMNS, (row for cell in self.cells for row in _accuracy_rows(cell)))
         return files
 
     @classmethod
@@ -220,10 +220,3 @@ def _accuracy_rows(cell: CellResult) -> Iterable[dict[str, Any]]:
     for merge, accuracies in enumerate(cell.report.accuracy, start=1):
         for task, accuracy in zip(cell.report.tasks, accuracies, strict=False):
             yield {**key, "merge": merge, "task": task, "accuracy": accuracy}
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: nan_to_none(value) for name, value in row.items()} for row in rows)
