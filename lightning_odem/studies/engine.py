@@ -16,7 +16,8 @@ from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.stream.trace import Epochs, TrainingTrace
 from lightning_odem.studies.cells import Cell, run_cells
-from lightning_odem.studies.finetuning import FineTuned, measure
+from lightning_odem.studies.fine_tuned_cache import FineTuned
+from lightning_odem.studies.finetuning import measure
 from lightning_odem.studies.memory import peak_memory
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.results import CellResult, Comparison

@@ -14,11 +14,10 @@ from lightning_odem.studies.comparison_report import save as save_comparison
 from lightning_odem.studies.engine import run_comparison
 from lightning_odem.studies.path import check_points
 from lightning_odem.studies.plan import plan_streams
-from lightning_odem.studies.preparation import prepare
 from lightning_odem.studies.results import Comparison
 from lightning_odem.studies.schedule import ScheduleStudy, run_schedule
 from lightning_odem.studies.schedule_report import render_schedule, save_schedule
-from lightning_odem.studies.study import Study
+from lightning_odem.studies.study import Study, prepare
 from lightning_odem.studies.tables import render_comparison
 from lightning_odem.studies.trajectory import PairPath, check_pairs, run_trajectory
 from lightning_odem.studies.trajectory_report import render_trajectory, save_trajectory

@@ -19,7 +19,8 @@ from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.stream import Stream
-from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, measure
+from lightning_odem.studies.fine_tuned_cache import FineTuned, FineTunedCache
+from lightning_odem.studies.finetuning import SPLITS, fine_tune, load_own, measure
 from lightning_odem.studies.joint import train_jointly
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.training_fingerprint import describe_training, fingerprint, hash_tensors
