@@ -155,8 +155,8 @@ class Comparison:
                 joint.setdefault(entry["seed"], {})[entry["task"]] = entry["accuracy"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a comparison: {error!r}. Choose the directory of a comparison. A damaged cell is merged "
-                "again if its directory is removed."
+                f"{path} is not a comparison: {error!r}. Choose the directory of a comparison. "
+                "A damaged cell is merged again if its directory is removed."
             ) from error
         return cls(cells, joint)
 
