@@ -44,9 +44,9 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
         2  0.500  0.50       75.0        70.0  +5.00
         3  0.333  0.25       75.0        70.0  +5.00
         <BLANKLINE>
-        t*: time of the best mean validation accuracy over the tasks seen among 4
-        candidates on the path, of equals the smallest. ACC: mean test accuracy over the
-        tasks seen, in percent. The stream went on with the model at t = 1/k. 1 order.
+        t*: smallest time with the best mean validation accuracy over the tasks seen, of
+        4 candidates on the path. ACC: mean test accuracy over the tasks seen, in
+        percent. The stream continued from the model at t = 1/k. 1 order.
         <BLANKLINE>
         Spearman correlation of 1 - t* and (k - 1)/k: 1.000
         <BLANKLINE>
@@ -68,9 +68,10 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
     header = ["k", "1/k", "t*", "ACC at t*", "ACC at 1/k", "gain"]
     spread = f"Mean ± sample standard deviation over {len(studies)} orders." if len(studies) > 1 else "1 order."
     caption = (
-        f"t*: time of the best mean validation accuracy over the tasks seen among {len(studies[0].merges[0].t)} "
-        "candidates on the path, of equals the smallest. ACC: mean test accuracy over the tasks seen, in percent. The "
-        f"stream went on with the model at t = {'1/k' if studies[0].follow == 'schedule' else 't*'}. {spread}"
+        "t*: smallest time with the best mean validation accuracy over the tasks seen, of "
+        f"{len(studies[0].merges[0].t)} candidates on the path. ACC: mean test accuracy over the tasks seen, in "
+        f"percent. The stream continued from the model at t = {'1/k' if studies[0].follow == 'schedule' else 't*'}. "
+        f"{spread}"
     )
     correlations = [study.spearman for study in studies if not math.isnan(study.spearman)]
     undefined = len(studies) - len(correlations)

@@ -42,7 +42,7 @@ def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> st
                mean    50.0  *75.0  50.0
         <BLANKLINE>
         t = 0 is the model fine-tuned on the first task, t = 1 that on the second. *:
-        best mean along the path, of equals the first.
+        first best mean along the path.
         <BLANKLINE>
     """
     width = width or Console().width
@@ -64,8 +64,8 @@ def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> st
             console.print()
             console.print(table)
         console.print()
-    caption = "t = 0 is the model fine-tuned on the first task, t = 1 that on the second. *: best mean along the path, "
-    console.print(f"{caption}of equals the first.")
+    caption = "t = 0 is the model fine-tuned on the first task, t = 1 that on the second."
+    console.print(f"{caption} *: first best mean along the path.")
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
