@@ -23,6 +23,7 @@ from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.figures import COLORS, new_figure, open_frame
 from lightning_odem.report.tables import number
 from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
+from lightning_odem.studies.study import prepare
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -44,7 +45,7 @@ class SharesTrainer(ContinualTrainer):
             raise ValueError(f"A share of the utility needs two tasks at least, got {len(names)}.")
         stream = TaskStream({name: lambda name=name, **_: datamodule[name] for name in names})
         stream.pretraining = datamodule.pretraining
-        self._prepare(model, stream, pretrain_epochs)
+        prepare(self, model, stream, pretrain_epochs)
         others = len(names) - 1
         weights = [(*[(1 - w) / others] * others, w) for w in shares]
         plans = [StreamPlan(0, order, "share", calibration_size, names, w) for order, w in enumerate(weights)]

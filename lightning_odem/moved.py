@@ -1,4 +1,4 @@
-"""Modules under the paths they had until version 0.5; to be removed with version 0.8."""
+"""Modules under the paths they had until version 0.5 or 0.6; to be removed with version 0.8."""
 
 import sys
 import warnings
@@ -38,6 +38,8 @@ MOVED = {
     "state": "stream.state",
     "stream.digits": "tasks.digits",
     "stream.task": "tasks.task",
+    "studies.display": "studies.cells",
+    "studies.figures": "studies.comparison_report",
     "tangent": "classifiers.tangent",
     "trace": "stream.trace",
     "trainer": "studies.trainer",

@@ -1,7 +1,7 @@
 """Merge methods side by side, and the paths of the flow, on the same fine-tuned models."""
 
+from lightning_odem.studies.comparison_report import save
 from lightning_odem.studies.engine import run_comparison
-from lightning_odem.studies.figures import save
 from lightning_odem.studies.path import check_points
 from lightning_odem.studies.plan import StreamPlan, plan_streams
 from lightning_odem.studies.results import CellResult, Comparison

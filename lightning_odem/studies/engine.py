@@ -1,8 +1,9 @@
-"""Merges every stream of a plan with every method, and goes on where it was interrupted."""
+"""Merges every stream of a plan with every method."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lightning_odem.methods import MergeMethod
@@ -14,8 +15,9 @@ from lightning_odem.stream.attach import attached
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.stream.trace import Epochs, TrainingTrace
-from lightning_odem.studies.display import Display
-from lightning_odem.studies.finetuning import FineTuned, measure
+from lightning_odem.studies.cells import Cell, run_cells
+from lightning_odem.studies.fine_tuned_cache import FineTuned
+from lightning_odem.studies.finetuning import measure
 from lightning_odem.studies.memory import peak_memory
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.results import CellResult, Comparison
@@ -36,19 +38,19 @@ def run_comparison(
 ) -> Comparison:
     """Merge every stream with every method.
 
-    A cell is one stream merged by one method. Its result is written when it is done, under a hash of all that decides
-    it, so a comparison that is started again does only what is missing.
+    A cell is one stream merged by one method. Its result is written as soon as it is done, under a hash of everything
+    that decides it. A comparison that is started again therefore runs only the missing cells.
 
     Args:
         bench: The fine-tuned models.
         methods: Methods by label.
         plans: The streams.
-        directory: Where the cells are kept, under ``cells``.
+        directory: Where the cells are kept, in the subdirectory ``cells``.
         split: ``"test"``, or ``"val"`` for choosing settings.
-        full_matrix: Evaluate all tasks seen after each merge; otherwise only what ACC and BWT at the end need: the
-            new task after each merge, and all tasks after the last.
-        joint: Train jointly on all tasks as well, once per seed.
-        show_progress: Show cells done, and the time left judging by the mean of those done.
+        full_matrix: Evaluate all tasks seen after each merge. Otherwise only what the final ACC and BWT need is
+            evaluated: the new task after each merge, and all tasks after the last merge.
+        joint: Also train jointly on all tasks, once per seed.
+        show_progress: Show how many cells are done and the time left.
     """
     seeds = dict.fromkeys(plan.seed for plan in plans)
     for seed in seeds:
@@ -56,22 +58,16 @@ def run_comparison(
             model = bench.fine_tuned(seed, task.task_name)
             for method in methods.values():
                 check_needs(method, Offer(True, True, True, model.collected))
-    comparison = Comparison([], {seed: bench.joint(seed, split) for seed in seeds} if joint else {})
-    todo = [(plan, label, method) for plan in plans for label, method in methods.items()]
-    with Display(len(todo), show_progress) as display:
-        for plan, label, method in todo:
-            settings = [describe_method(method), plan.weights, plan.calibration_size, split, full_matrix]
-            path = directory / "cells" / bench.fingerprint(plan.seed, plan.tasks, *settings)
-            if (path / "results.json").exists():
-                cell = replace(Comparison.load(path).cells[0], method=label, order=plan.order, weighting=plan.weighting)
-                display.skip()
-            else:
-                display.begin(f"{label}, order {plan.order}, {plan.weighting}, N = {plan.calibration_size}")
-                cell = run_cell(bench, method, plan, label, split, full_matrix)
-                Comparison([cell]).save(path)
-                display.done()
-            comparison.cells.append(cell)
-    return comparison
+    joint_scores = {seed: bench.joint(seed, split) for seed in seeds} if joint else {}
+    pairs = [(plan, label) for plan in plans for label in methods]
+    cells = [_cell(bench, methods[label], plan, label, split, full_matrix, directory) for plan, label in pairs]
+    results = run_cells(cells, show_progress)
+    # The same cell may have had another label, or a place in another plan, when it was run.
+    named = [
+        replace(result, method=label, order=plan.order, weighting=plan.weighting)
+        for result, (plan, label) in zip(results, pairs, strict=True)
+    ]
+    return Comparison(named, joint_scores)
 
 
 def run_cell(
@@ -111,6 +107,26 @@ def run_cell(
                 before_training=math.nan,
             )
     return CellResult(label, plan.seed, plan.order, plan.weighting, plan.calibration_size, report, peaks)
+
+
+def _cell(
+    bench: Workbench,
+    method: MergeMethod,
+    plan: StreamPlan,
+    label: str,
+    split: str,
+    full_matrix: bool,
+    directory: Path,
+) -> Cell:
+    settings = [describe_method(method), plan.weights, plan.calibration_size, split, full_matrix]
+    kept = directory / "cells" / bench.fingerprint(plan.seed, plan.tasks, *settings)
+    return Cell(
+        kept / "results.json",
+        f"{label}, order {plan.order}, {plan.weighting}, N = {plan.calibration_size}",
+        run=partial(run_cell, bench, method, plan, label, split, full_matrix),
+        write=lambda result, path: Comparison([result]).save(path.parent),
+        read=lambda path: Comparison.load(path.parent).cells[0],
+    )
 
 
 def _trace(model: FineTuned, task: Task) -> TrainingTrace:

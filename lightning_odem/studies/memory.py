@@ -11,7 +11,7 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class Peak:
-    """Bytes above what was held when the block began; NaN where it cannot be measured."""
+    """Bytes in use at the peak beyond those at the start of the block; NaN if they cannot be measured."""
 
     bytes: float = math.nan
 
@@ -20,9 +20,9 @@ class Peak:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the highest memory use of a block above its start.
 
-    On CUDA the tensors of torch's allocator. On the CPU the resident memory of the process, which Linux keeps the
-    highest value of; memory that was freed before the block but kept by the allocator is used again unseen, so small
-    blocks read low.
+    On CUDA, the tensors of torch's allocator are measured. On the CPU, the resident memory of the process is measured,
+    whose highest value Linux records. Memory that was freed before the block but kept by the allocator is reused
+    without being counted, so the peak of small blocks is underestimated.
 
     Example:
         >>> with peak_memory(torch.device("cpu")) as peak:

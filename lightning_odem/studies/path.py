@@ -1,4 +1,4 @@
-"""Following the whole path between two models, with stops where the model on the way is looked at."""
+"""Following the whole path between two models, with stops at which the model is measured."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,23 +18,23 @@ from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_sna
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.stream.merging import merging
-from lightning_odem.studies.finetuning import FineTuned
+from lightning_odem.studies.fine_tuned_cache import FineTuned
 from lightning_odem.studies.workbench import Workbench
 
 Visit = Callable[[float, Callable[[], Snapshot]], None]
-"""Told t, and how to take a snapshot of the model there."""
+"""Called at a stop with its time t and a function that takes a snapshot of the model there."""
 
 SAME_ACCURACY = 1e-9
-"""Means of accuracies that differ by less differ by rounding: a single sample counts for more."""
+"""Mean accuracies that differ by less than this differ by rounding only: a single sample changes them by more."""
 
 
 class StraightLine(MergeMethod):
-    """The straight line from the merged to the incoming model, whatever the loss: the flow of the transport alone.
+    """The straight line from the merged to the incoming model: the transport alone, without rectification.
 
-    It measures the loss like :class:`~lightning_odem.methods.PaperODEMerge`, at every step, and costs no gradient.
+    The loss is measured at every step, as by :class:`~lightning_odem.methods.PaperODEMerge`. No gradient is computed.
 
     Args:
-        step_size: Distance in time between the points where the loss is measured; 1 is a multiple of it.
+        step_size: Distance in time between the points where the loss is measured. 1 is a multiple of it.
     """
 
     needs = (Calibration(),)
@@ -68,30 +68,32 @@ def follow_path(
     division: Division,
     batch_norm: str = "average",
 ) -> MergeRecord:
-    r"""Follow the path from the merged model to the incoming one and stop at evenly spaced times.
+    r"""Follow the path from the merged model to the incoming model and stop at evenly spaced times.
 
-    The path is integrated once: 1 / h gradients with steps of length h, however many stops there are, and no vector of
-    the model's size beyond those of a merge. At t = 0 the module is the merged model, at t = 1 the incoming one.
+    The path is integrated once. This costs 1 / h gradients for steps of length h, however many stops there are, and no
+    vectors of the model's size beyond those of a merge. At t = 0 the module is the merged model, at t = 1 the incoming
+    model.
 
-    In between it is what a merge with the operating time t makes of it, with one difference: here batch-norm statistics
-    move with t while the path is followed, there they stand at those of its end, which a path with many ends has not.
+    At a stop in between, the module is the result of a merge with the operating time t, with one difference: along this
+    path, batch-norm statistics change with t. In a merge they are fixed at those of its end, but a path with several
+    stops has no single end.
 
     Args:
-        module: The module, attached to a Trainer; afterwards it is the incoming model.
-        flow: What the path follows, :class:`~lightning_odem.methods.PaperODEMerge` or :class:`StraightLine`.
+        module: The module, attached to a Trainer. Afterwards it is the incoming model.
+        flow: Method whose path is followed: :class:`~lightning_odem.methods.PaperODEMerge` or :class:`StraightLine`.
         merged: Parameters and buffers of the merged model by name.
-        incoming: Those of the incoming model.
+        incoming: Parameters and buffers of the incoming model by name.
         task: Name of the incoming task.
         calibration: Samples and loss.
-        points: Stops, t = 0 and t = 1 included.
-        visit: Told t in [0, 1] at every stop, with the module standing at :math:`\theta(t)`, and what takes a snapshot
-            of the model there, not rounded to half precision. It may change what is not merged as long as it puts back
-            what the calibration loss depends on.
+        points: Number of stops, t = 0 and t = 1 included.
+        visit: Called at every stop while the module is at :math:`\theta(t)`. Its arguments are t and a function that
+            takes a snapshot of the model there, not rounded to half precision. It may change what is not merged, but
+            must restore what the calibration loss depends on.
         division: Which parameters are merged.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
 
     Returns:
-        The record of the merge to t = 1; ``path["loss"]`` has the losses at all steps.
+        The record of the merge to t = 1. ``path["loss"]`` has the losses at all steps.
 
     Raises:
         TypeError: For a method that is no flow.
@@ -123,14 +125,15 @@ def follow_path(
 def store_logits_of(
     model: FineTuned, module: LightningModule, *, task: str, calibration: CalibrationSet, division: Division
 ) -> None:
-    """Keep what the model where a first path starts gives for its task's samples, if the loss compares with it.
+    """Store a model's logits of its task's samples, if the calibration loss compares with them.
 
-    Those of the model where a path ends are kept when it is followed.
+    This is for the model at which a first path starts. Logits of the model at the end of a path are stored while the
+    path is followed.
 
     Args:
         model: The fine-tuned model.
-        module: The module, attached to a Trainer; afterwards it is this model.
-        task: Name of the model's task, whose samples are in the buffer.
+        module: The module, attached to a Trainer. Afterwards it is this model.
+        task: Name of the model's task. Its samples are in the buffer.
         calibration: Samples and loss.
         division: Which parameters are merged.
     """
@@ -141,15 +144,15 @@ def store_logits_of(
 
 
 def check_points(flow: MergeMethod, points: int) -> None:
-    """Refuse stops that a flow does not make.
+    """Refuse stops that do not coincide with steps of a flow.
 
     Args:
         flow: The method whose path is to be followed.
-        points: Stops at evenly spaced times from 0 to 1.
+        points: Number of stops at evenly spaced times from 0 to 1.
 
     Raises:
         TypeError: For a method that is no flow.
-        ValueError: If a stop lies between two steps, or the flow does not go to t = 1 in steps of its length.
+        ValueError: If a stop lies between two steps, or the flow does not reach t = 1 in steps of equal length.
 
     Example:
         >>> check_points(PaperODEMerge(step_size=0.05), points=11)
@@ -159,7 +162,9 @@ def check_points(flow: MergeMethod, points: int) -> None:
         ValueError: 11 points from t = 0 to t = 1 lie 0.1 apart, which is no multiple of the step size 0.04. ...
     """
     if not isinstance(flow, (PaperODEMerge, StraightLine)):
-        raise TypeError(f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}.")
+        raise TypeError(
+            f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}. Choose 'ode_paper'."
+        )
     if isinstance(flow, PaperODEMerge) and (
         flow.step_control or isinstance(flow.solver, ReusedGradient) or isinstance(flow.operating_time, FixedTime)
     ):
@@ -178,7 +183,7 @@ def check_points(flow: MergeMethod, points: int) -> None:
 
 
 def check_measured_by_accuracy(bench: Workbench) -> None:
-    """Refuse tasks that bring a metric: along a path accuracies are compared.
+    """Refuse tasks with another metric than accuracy, because accuracies are compared along a path.
 
     Raises:
         ValueError: If a task has another metric.
@@ -187,13 +192,13 @@ def check_measured_by_accuracy(bench: Workbench) -> None:
         metric = TaskMetric.of(find_metric(name, bench.model, bench.stream[name]))
         if metric != ACCURACY:
             raise ValueError(
-                f"This study compares accuracies; task {name!r} is measured by {metric.name}. Take away its "
-                "task_metric, or use `compare`, which knows other metrics."
+                f"This study compares accuracies; task {name!r} is measured by {metric.name}. Remove its "
+                "task_metric, or use `compare`, which supports other metrics."
             )
 
 
 class _Stops(MergeMethod):
-    """A flow with stops."""
+    """A flow that calls ``visit`` at evenly spaced times."""
 
     needs = (Calibration(),)
 
@@ -215,7 +220,7 @@ class _Stops(MergeMethod):
         def arrive(done: int, steps: int) -> None:
             self._interpolate(done / steps)
             if done and done % (steps // (self._points - 1)) == 0:
-                objective.vector.write_(merged)  # the flow's point: it moves in this memory
+                objective.vector.write_(merged)  # the flow updates its current point in this memory
                 if self._statistics.policy == "recalibrate":
                     self._statistics.recalibrate(objective.buffer, objective.batch_loss, objective.batch_size)
                 self._visit(done / steps, lambda: self._take() | objective.vector.unrounded(merged))

@@ -1,4 +1,4 @@
-"""Which streams a comparison merges."""
+"""The streams that a study merges."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ WEIGHTINGS = ("uniform", "dirichlet")
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One stream of fine-tuned models, which every method merges.
+    """One stream of fine-tuned models that every method merges.
 
     Args:
         seed: Seed of fine-tuning and of the calibration samples.
@@ -19,7 +19,7 @@ class StreamPlan:
         weighting: ``"uniform"`` or ``"dirichlet"``.
         calibration_size: Samples kept of all tasks together.
         tasks: Names of the tasks in order.
-        weights: Their utility weights, with mean 1.
+        weights: Utility weights of the tasks in this order, with mean 1.
     """
 
     seed: int
@@ -39,11 +39,12 @@ def plan_streams(
     seeds: Sequence[int],
     calibration_sizes: Sequence[int],
 ) -> list[StreamPlan]:
-    """Every combination of seeds, calibration sizes, orders and weightings.
+    """Plan a stream for every combination of seeds, calibration sizes, orders and weightings.
 
-    Order 0 is that of the stream, the others are random permutations, all of them different and the same for every
-    seed of fine-tuning. Dirichlet weights are drawn anew for every order, symmetric with ``concentration`` per task,
-    and belong to tasks, not to places in the order.
+    Order 0 is that of the stream. The other orders are random permutations, which all differ and are the same for every
+    seed of fine-tuning. Utility weights of the weighting ``"dirichlet"`` are drawn once for every order, from the
+    symmetric Dirichlet distribution with ``concentration`` per task. A weight belongs to a task, not to a place in the
+    order.
 
     Raises:
         ValueError: For no order, seed or size, fewer samples than tasks, more orders than the tasks have permutations,
@@ -65,10 +66,10 @@ def plan_streams(
         )
     if min(calibration_sizes) < len(tasks):
         raise ValueError(
-            f"{min(calibration_sizes)} calibration samples are too few for {len(tasks)} tasks, of which each needs one."
+            f"{min(calibration_sizes)} calibration samples are too few for {len(tasks)} tasks; each task needs one."
         )
     if concentration <= 0.0:
-        raise ValueError(f"The concentration of a Dirichlet distribution is positive, got {concentration}.")
+        raise ValueError(f"The concentration of a Dirichlet distribution must be positive, got {concentration}.")
     sequences = _orders(tasks, orders)
     return [
         StreamPlan(

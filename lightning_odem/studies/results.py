@@ -1,6 +1,5 @@
-"""What a comparison measured, as data: one cell per stream and merge method."""
+"""The results of a comparison as data: one cell per stream and merge method."""
 
-import csv
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import numpy as np
 from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
 from lightning_odem.report.record import StreamReport
+from lightning_odem.studies.report_files import write_csv
 
 _SETTING = ("seed", "order", "weighting", "calibration_size")
 _KEY = ("method", *_SETTING)
@@ -30,11 +30,12 @@ class CellResult:
     Args:
         method: The user's label of the method.
         seed: Seed of fine-tuning and of the calibration samples.
-        order: 0-based index of the task order; ``report.tasks`` is the order itself.
-        weighting: ``"uniform"`` for equal utility weights, ``"dirichlet"`` for drawn ones, see ``report.weights``.
+        order: 0-based index of the task order. ``report.tasks`` is the order itself.
+        weighting: ``"uniform"`` for equal utility weights, ``"dirichlet"`` for drawn weights. They are in
+            ``report.weights``.
         calibration_size: Samples kept of all tasks together.
-        report: Accuracies, weights and merges. A row of accuracies holds NaN where nothing was evaluated.
-        peak_memory: Bytes in use at the peak of each merge beyond those at its start; NaN where not measured.
+        report: Accuracies, weights and merges. Accuracies that were not evaluated are NaN.
+        peak_memory: Bytes in use at the peak of each merge beyond those at its start; NaN if not measured.
     """
 
     method: str
@@ -47,11 +48,11 @@ class CellResult:
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What this cell shares with the cells of other methods: seed, order, weighting and calibration size."""
+        """Seed, order, weighting and calibration size, which cells of other methods share."""
         return tuple(getattr(self, name) for name in _SETTING)
 
     def per_merge(self) -> dict[str, float]:
-        """Costs as means over the merges after the first, which only adopts the incoming model; NaN without any.
+        """Mean costs of all merges but the first, which only adopts the incoming model; NaN for a single merge.
 
         Returns:
             ``seconds_per_merge``, ``gradient_evaluations`` (passes over the calibration samples), ``sample_gradients``
@@ -105,7 +106,7 @@ class Comparison:
 
     @property
     def metric(self) -> TaskMetric | None:
-        """What the scores of all tasks are; None if they are unlike."""
+        """The metric of all tasks; None if tasks have different metrics."""
         found = {cell.report.metric() for cell in self.cells} or {ACCURACY}
         return found.pop() if len(found) == 1 else None
 
@@ -116,14 +117,14 @@ class Comparison:
     def save(self, directory: str | os.PathLike) -> list[Path]:
         """Write ``results.json``, ``cells.csv`` and ``accuracies.csv``.
 
-        ``results.json`` holds everything and is what :meth:`load` reads; it is written in one step: a reader sees the
-        old file or the new one. ``cells.csv`` has one row per cell, with ``acc`` and ``bwt`` under that cell's utility
-        weights and the costs of :meth:`CellResult.per_merge`. ``accuracies.csv`` has one row per cell, merge (counted
-        from 1) and task merged so far. Accuracies are fractions, or scores of the task's metric; what was not measured
-        is ``null`` or an empty field.
+        ``results.json`` holds everything, and :meth:`load` reads it. It is written in one step, so that a reader sees
+        the old file or the new file. ``cells.csv`` has one row per cell, with ``acc`` and ``bwt`` computed with that
+        cell's utility weights, and the costs of :meth:`CellResult.per_merge`. ``accuracies.csv`` has one row per cell,
+        merge (counted from 1) and task merged so far. Accuracies are fractions, or scores of the task's metric. Values
+        that were not measured are ``null`` or an empty field.
 
         Args:
-            directory: Made if it does not exist.
+            directory: Directory to write to. It is created if it does not exist.
 
         Returns:
             The files written.
@@ -133,8 +134,8 @@ class Comparison:
         files = [directory / name for name in ("results.json", "cells.csv", "accuracies.csv")]
         with replacing(files[0]) as draft:
             draft.write_text(json.dumps(map_values(self._as_dict(), nan_to_none), allow_nan=False), encoding="utf-8")
-        _write_csv(files[1], _CELL_COLUMNS, (_cell_row(cell) for cell in self.cells))
-        _write_csv(files[2], _ACCURACY_COLUMNS, (row for cell in self.cells for row in _accuracy_rows(cell)))
+        write_csv(files[1], _CELL_COLUMNS, (_cell_row(cell) for cell in self.cells))
+        write_csv(files[2], _ACCURACY_COLUMNS, (row for cell in self.cells for row in _accuracy_rows(cell)))
         return files
 
     @classmethod
@@ -153,7 +154,10 @@ class Comparison:
             for entry in data["joint"]:
                 joint.setdefault(entry["seed"], {})[entry["task"]] = entry["accuracy"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a comparison: {error!r}.") from error
+            raise ValueError(
+                f"{path} is not a comparison: {error!r}. Choose the directory of a comparison. "
+                "A damaged cell is merged again if its directory is removed."
+            ) from error
         return cls(cells, joint)
 
     def _as_dict(self) -> dict[str, Any]:
@@ -166,7 +170,7 @@ class Comparison:
 
 
 def one_per_stream(cells: Iterable[CellResult]) -> list[CellResult]:
-    """The first cell of each setting, for what does not depend on the method."""
+    """Select the first cell of each setting, for values that do not depend on the method."""
     streams: dict[tuple, CellResult] = {}
     for cell in cells:
         streams.setdefault(cell.setting, cell)
@@ -174,7 +178,7 @@ def one_per_stream(cells: Iterable[CellResult]) -> list[CellResult]:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; NaN where undefined: the mean of no value, the deviation of fewer than two.
+    """Mean and sample standard deviation. The mean of no value and the deviation of fewer than two values are NaN.
 
     Example:
         >>> mean_and_std([1.0, 3.0]), mean_and_std([1.0])
@@ -185,17 +189,17 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_difference(cells: Sequence[CellResult], method: str, baseline: str) -> tuple[float, float]:
-    """How much more accurate a method is than another one on the same streams.
+    """Mean difference in final ACC_w between two methods on the same streams.
 
-    Pairing takes out what all methods have in common on a stream: how hard its order, seed and weights are.
+    Pairing removes the variance that methods share on a stream, because of its order, seed and weights.
 
     Args:
-        cells: Cells of both methods; those whose setting only one of them has are ignored.
+        cells: Cells of both methods. A cell whose setting the other method does not have is ignored.
         method: Label of the method.
         baseline: Label of the method it is compared with.
 
     Returns:
-        Mean of the differences in final ACC_w, and its standard error, NaN for fewer than two pairs.
+        Mean of the differences, and its standard error, which is NaN for fewer than two pairs.
     """
     baseline_acc = {cell.setting: cell.report.acc() for cell in cells if cell.method == baseline}
     pairs = [cell for cell in cells if cell.method == method and cell.setting in baseline_acc]
@@ -220,10 +224,3 @@ def _accuracy_rows(cell: CellResult) -> Iterable[dict[str, Any]]:
     for merge, accuracies in enumerate(cell.report.accuracy, start=1):
         for task, accuracy in zip(cell.report.tasks, accuracies, strict=False):
             yield {**key, "merge": merge, "task": task, "accuracy": accuracy}
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: nan_to_none(value) for name, value in row.items()} for row in rows)

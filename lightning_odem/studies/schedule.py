@@ -1,4 +1,4 @@
-"""Where along each merge's path the best model lies, against the operating time 1 / k (Table 7 of the paper)."""
+"""The best operating time of each merge along its path, to compare it with 1 / k (Table 7 of the paper)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,15 +33,15 @@ Follow = Literal["schedule", "best"]
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    r"""The models along the path of one merge, and which of them is best.
+    r"""The candidates along the path of one merge, and the best of them.
 
     Args:
         k: Number of the merge, 2 or more.
         task: Name of the incoming task.
         t: Times of the candidates, from 0 to 1.
-        validation: Mean validation accuracy of each over the tasks seen.
-        test_best: Mean test accuracy, over the tasks seen, of the candidate chosen by validation.
-        test_schedule: That of the model at t = 1 / k.
+        validation: Mean validation accuracy of each candidate over the tasks seen.
+        test_best: Mean test accuracy over the tasks seen of the candidate with the best validation accuracy.
+        test_schedule: Mean test accuracy over the tasks seen of the model at t = 1 / k.
 
     Example:
         >>> point = OperatingPoint(2, "b", [0.0, 0.5, 1.0], [0.5, 0.75, 0.75], test_best=0.7, test_schedule=0.6)
@@ -58,12 +58,12 @@ class OperatingPoint:
 
     @property
     def t_best(self) -> float:
-        r""":math:`t_k^\star`, the time of the best validation accuracy; of equals the smallest."""
+        r""":math:`t_k^\star`, the smallest time with the best validation accuracy."""
         return self.t[first_largest(self.validation, SAME_ACCURACY)]
 
     @property
     def t_schedule(self) -> float:
-        """1 / k, eq. 18 for equal utility weights."""
+        """1 / k, the operating time of eq. 18 for equal utility weights."""
         return 1 / self.k
 
     @property
@@ -74,12 +74,12 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class ScheduleStudy:
-    """One task order.
+    """The result for one task order.
 
     Args:
         order: 0-based index of the task order.
         tasks: Names of the tasks in this order.
-        follow: Which model the stream went on with, ``"schedule"`` or ``"best"``.
+        follow: Model from which the stream continued, ``"schedule"`` or ``"best"``.
         merges: All merges but the first.
     """
 
@@ -117,17 +117,17 @@ def run_schedule(
 ) -> list[ScheduleStudy]:
     """Find the best operating time of every merge of every order, on validation data.
 
-    An order's result is written when it is done, so a study that is started again does only what is missing.
+    A result is written as soon as its order is done, so a study that is started again does only what is missing.
 
     Args:
         bench: The fine-tuned models.
         plans: The streams, with equal utility weights.
         method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
-        directory: Where the results are kept, under ``schedule``.
-        points: Candidates at evenly spaced times, 0 and 1 included.
-        follow: Model that the stream goes on with: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines the
-            merged model; or ``"best"``, the candidate chosen. The paper does not say which it took.
-        show_progress: Show orders done and the time left.
+        directory: Where the results are kept, in the subdirectory ``schedule``.
+        points: Number of candidates at evenly spaced times, 0 and 1 included.
+        follow: Model from which the stream continues: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines the
+            merged model; or ``"best"``, the candidate chosen. The paper does not say which it used.
+        show_progress: Show how many orders are done and the time left.
 
     Raises:
         TypeError: For a method that is no flow.
@@ -136,7 +136,7 @@ def run_schedule(
     check_points(method, points)
     check_measured_by_accuracy(bench)
     for seed in dict.fromkeys(plan.seed for plan in plans):
-        bench.module(seed)  # fine-tunes, with a progress display of its own
+        bench.module(seed)  # fine-tunes first: fits have their own progress display
     cells = []
     for plan in plans:
         settings = [describe_method(method), plan.calibration_size, points, follow]
@@ -196,7 +196,7 @@ def _run_order(
 
 
 class _Candidates:
-    """The models on a path, of which the best is kept."""
+    """Measures the models on a path and keeps the best."""
 
     def __init__(self, measure: Callable[[], float]) -> None:
         self._measure = measure

@@ -1,6 +1,5 @@
 """The schedule study as table, figure and files."""
 
-import json
 import math
 import os
 import textwrap
@@ -13,22 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from lightning_odem.parameters.files import nan_to_none
 from lightning_odem.report.figures import BLUE, new_figure, open_frame
 from lightning_odem.report.tables import number, render
-from lightning_odem.studies.results import _write_csv, mean_and_std
+from lightning_odem.studies.report_files import save_report
+from lightning_odem.studies.results import mean_and_std
 from lightning_odem.studies.schedule import ScheduleStudy
-from lightning_odem.studies.tables import _points, _spread
+from lightning_odem.studies.tables import difference_text, spread_text
 
 _PER_MERGE = ("k", "task", "t_schedule", "t_best", "test_best", "test_schedule", "gain")
 
 
 def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) -> str:
-    """Operating times and accuracies by merge, mean and deviation over the orders, and the rank correlation.
+    """Render operating times and accuracies by merge, and the rank correlation.
+
+    If there are several orders, each value is the mean over them with the sample standard deviation.
 
     Args:
-        studies: What to show; all with as many tasks.
-        width: Characters per line; the terminal's by default.
+        studies: What to show. All have the same number of tasks.
+        width: Characters per line, the terminal's by default.
 
     Example:
         >>> from lightning_odem.studies import OperatingPoint
@@ -43,9 +44,9 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
         2  0.500  0.50       75.0        70.0  +5.00
         3  0.333  0.25       75.0        70.0  +5.00
         <BLANKLINE>
-        t*: time of the best mean validation accuracy over the tasks seen among 4
-        candidates on the path, of equals the smallest. ACC: mean test accuracy over the
-        tasks seen, in percent. The stream went on with the model at t = 1/k. 1 order.
+        t*: smallest time with the best mean validation accuracy over the tasks seen, of
+        4 candidates on the path. ACC: mean test accuracy over the tasks seen, in
+        percent. The stream continued from the model at t = 1/k. 1 order.
         <BLANKLINE>
         Spearman correlation of 1 - t* and (k - 1)/k: 1.000
         <BLANKLINE>
@@ -59,17 +60,18 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
                 str(merges[0].k),
                 f"{merges[0].t_schedule:.3f}",
                 _number_and_std([merge.t_best for merge in merges], ".2f"),
-                _spread([merge.test_best for merge in merges]),
-                _spread([merge.test_schedule for merge in merges]),
-                _points(gain, "+") + ("" if math.isnan(deviation) else f" ± {_points(deviation)}"),
+                spread_text([merge.test_best for merge in merges]),
+                spread_text([merge.test_schedule for merge in merges]),
+                difference_text(gain, "+") + ("" if math.isnan(deviation) else f" ± {difference_text(deviation)}"),
             ]
         )
     header = ["k", "1/k", "t*", "ACC at t*", "ACC at 1/k", "gain"]
     spread = f"Mean ± sample standard deviation over {len(studies)} orders." if len(studies) > 1 else "1 order."
     caption = (
-        f"t*: time of the best mean validation accuracy over the tasks seen among {len(studies[0].merges[0].t)} "
-        "candidates on the path, of equals the smallest. ACC: mean test accuracy over the tasks seen, in percent. The "
-        f"stream went on with the model at t = {'1/k' if studies[0].follow == 'schedule' else 't*'}. {spread}"
+        "t*: smallest time with the best mean validation accuracy over the tasks seen, of "
+        f"{len(studies[0].merges[0].t)} candidates on the path. ACC: mean test accuracy over the tasks seen, in "
+        f"percent. The stream continued from the model at t = {'1/k' if studies[0].follow == 'schedule' else 't*'}. "
+        f"{spread}"
     )
     correlations = [study.spearman for study in studies if not math.isnan(study.spearman)]
     undefined = len(studies) - len(correlations)
@@ -80,10 +82,10 @@ def render_schedule(studies: Sequence[ScheduleStudy], width: int | None = None) 
 
 
 def plot_schedule(studies: Sequence[ScheduleStudy]) -> Figure:
-    """The best operating times against the number of tasks, every order and their mean, with 1 / k.
+    """Draw the best operating times of every order, their mean and 1 / k against the number of tasks.
 
     Args:
-        studies: What to show; all with as many tasks.
+        studies: What to show. All have the same number of tasks.
     """
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
@@ -106,20 +108,17 @@ def plot_schedule(studies: Sequence[ScheduleStudy]) -> Figure:
 
 
 def save_schedule(studies: Sequence[ScheduleStudy], directory: str | os.PathLike) -> list[Path]:
-    """Write ``schedule.json``, ``.csv`` (one row per order and merge), ``.txt`` and ``.png``; accuracies as fractions.
+    """Write ``schedule.json``, ``.csv`` (one row per order and merge), ``.txt`` and ``.png``.
+
+    Accuracies are fractions in the JSON and CSV files.
 
     Args:
         studies: What to write.
-        directory: Made if it does not exist.
+        directory: Directory to write to. It is created if it does not exist.
 
     Returns:
         The files written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    files = [directory / f"schedule.{kind}" for kind in ("json", "csv", "txt", "png")]
-    data = [{**asdict(study), "spearman": nan_to_none(study.spearman)} for study in studies]
-    files[0].write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
     rows = (
         {
             **{name: getattr(merge, name) for name in _PER_MERGE},
@@ -129,10 +128,15 @@ def save_schedule(studies: Sequence[ScheduleStudy], directory: str | os.PathLike
         for study in studies
         for merge in study.merges
     )
-    _write_csv(files[1], ("order", *_PER_MERGE, "validation_best"), rows)
-    files[2].write_text(render_schedule(studies, width=140), encoding="utf-8")
-    plot_schedule(studies).savefig(files[3])
-    return files
+    return save_report(
+        "schedule",
+        directory,
+        data=[{**asdict(study), "spearman": study.spearman} for study in studies],
+        columns=("order", *_PER_MERGE, "validation_best"),
+        rows=rows,
+        table=render_schedule(studies, width=140),
+        figure=plot_schedule(studies),
+    )
 
 
 def _number_and_std(values: list[float], spec: str) -> str:

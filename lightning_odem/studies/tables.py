@@ -13,10 +13,10 @@ from lightning_odem.report.tables import number, render
 from lightning_odem.studies.results import CellResult, Comparison, mean_and_std, one_per_stream, paired_difference
 
 METRICS = {"uniform": ("ACC", "BWT"), "dirichlet": ("ACC_w", "BWT_w")}
-"""Names of final accuracy (eq. 2) and backward transfer (eq. 3) under each weighting."""
+"""Names of final accuracy (eq. 2) and backward transfer (eq. 3) for each weighting."""
 
 BASELINE = "average"
-"""Label of the method that the others are compared with."""
+"""Label of the method that other methods are compared with."""
 
 
 class _Table(NamedTuple):
@@ -27,16 +27,16 @@ class _Table(NamedTuple):
 
 
 def render_comparison(comparison: Comparison, width: int | None = None) -> str:
-    """Accuracy, backward transfer and costs of each method, one table per calibration size.
+    """Render accuracy, backward transfer and costs of each method, one table per calibration size.
 
-    Rows are the base model, the fine-tuned models on their own tasks, joint training and the methods in order of
-    appearance. ACC and BWT are taken over cells with equal utility weights, ACC_w and BWT_w over those with drawn
-    weights, each under its own; the caption below the table says what the numbers are. A dash marks a value that is
-    undefined or was not measured, columns without any cell are left out.
+    Rows are the base model, the fine-tuned models on their own tasks, joint training, and the methods in order of
+    appearance. ACC and BWT are means over cells with equal utility weights. ACC_w and BWT_w are means over cells with
+    drawn weights, each computed with its own weights. The caption below the table says what the numbers are. A dash
+    marks a value that is undefined or was not measured. Columns without any cell are left out.
 
     Args:
         comparison: What to show.
-        width: Characters per line; the terminal's by default.
+        width: Characters per line, the terminal's by default.
 
     Example:
         >>> from lightning_odem.report import MergeRecord, StreamReport
@@ -64,17 +64,17 @@ def render_comparison(comparison: Comparison, width: int | None = None) -> str:
 
 
 def render_sizes(comparison: Comparison, width: int | None = None) -> str:
-    """Accuracy of each method by the number of calibration samples (Table 3 of the paper), one table per weighting.
+    """Render ACC of each method by the number of calibration samples (Table 3 of the paper), a table per weighting.
 
     Args:
         comparison: What to show.
-        width: Characters per line; the terminal's by default.
+        width: Characters per line, the terminal's by default.
     """
     return _text([_sizes_table(comparison, weighting) for weighting in comparison.weightings], width)
 
 
 def markdown_comparison(comparison: Comparison) -> str:
-    """The tables of :func:`render_comparison`, and with several calibration sizes :func:`render_sizes`, in Markdown."""
+    """Render the tables of :func:`render_comparison` in Markdown, and of :func:`render_sizes` if there are several."""
     tables = [_comparison_table(comparison, size) for size in comparison.calibration_sizes]
     if len(tables) > 1:
         tables += [_sizes_table(comparison, weighting) for weighting in comparison.weightings]
@@ -103,16 +103,16 @@ def _comparison_table(comparison: Comparison, size: int) -> _Table:
             streams = [cell for cell in one_per_stream(cells) if cell.weighting == weighting]
             if name == "joint":
                 streams = [cell for cell in streams if cell.seed in comparison.joint]
-            row += [_spread([acc_of(cell) for cell in streams], metric=metric), *[""] * (compared + 1)]
+            row += [spread_text([acc_of(cell) for cell in streams], metric=metric), *[""] * (compared + 1)]
         rows.append(row + [""] * 3)
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [method]
         for weighting in weightings:
             ours = [cell for cell in cells if (cell.method, cell.weighting) == (method, weighting)]
             both = [cell for cell in cells if cell.weighting == weighting]
-            row.append(_spread([cell.report.acc() for cell in ours], metric=metric))
+            row.append(spread_text([cell.report.acc() for cell in ours], metric=metric))
             row += [_difference(both, method, metric) if ours else ""] if compared else []
-            row.append(_spread([cell.report.bwt() for cell in ours], "+", metric))
+            row.append(spread_text([cell.report.bwt() for cell in ours], "+", metric))
         rows.append(row + _costs([cell for cell in cells if cell.method == method]))
     title = f"{len(cells[0].report.tasks)} tasks, {size} calibration samples"
     return _Table(title, header, rows, _caption(cells, weightings, compared, metric))
@@ -125,7 +125,7 @@ def _sizes_table(comparison: Comparison, weighting: str) -> _Table:
         row = [method]
         for size in comparison.calibration_sizes:
             ours = [cell for cell in cells if (cell.method, cell.calibration_size) == (method, size)]
-            row.append(_spread([cell.report.acc() for cell in ours], metric=comparison.metric))
+            row.append(spread_text([cell.report.acc() for cell in ours], metric=comparison.metric))
         rows.append(row)
     header = ["", *map(str, comparison.calibration_sizes)]
     return _Table(
@@ -143,17 +143,18 @@ def _difference(cells: list[CellResult], method: str, metric: TaskMetric | None)
         return ""
     mean, error = paired_difference(cells, method, BASELINE)
     if math.isnan(error):
-        return _points(mean, "+", metric)
+        return difference_text(mean, "+", metric)
     mark = "≈ " if abs(mean) <= 2 * error else ""
-    return f"{mark}{_points(mean, '+', metric)} ± {_points(error, metric=metric)}"
+    return f"{mark}{difference_text(mean, '+', metric)} ± {difference_text(error, metric=metric)}"
 
 
-def _points(difference: float, sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
-    """A difference with one decimal more: pairing makes differences more exact than the scores themselves."""
+def difference_text(difference: float, sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
+    """Format a difference with one more decimal than scores, because paired differences are more exact."""
     return (metric or ACCURACY).text(difference, sign, digits=1)
 
 
-def _spread(values: list[float], sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
+def spread_text(values: list[float], sign: str = "", metric: TaskMetric | None = ACCURACY) -> str:
+    """Format the mean of values and their sample standard deviation, if there is one."""
     if not values:
         return ""
     mean, std = mean_and_std(values)
@@ -214,7 +215,7 @@ def _markdown(table: _Table) -> str:
 
 
 def _join(tables: list[str], captions: list[str]) -> str:
-    """Each table with its caption below, or below the last of several in a row that have the same one."""
+    """Join tables and captions. Tables in a row that share a caption have it below the last of them."""
     parts = []
     for table, caption, following in zip(tables, captions, [*captions, ""][1:], strict=True):
         parts += [table] if caption == following else [table, caption]

@@ -1,41 +1,31 @@
 """A Trainer that goes through a stream of tasks."""
 
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import lightning as L
-from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_odem.callback.callback import ContinualMergeCallback
-from lightning_odem.classifiers.classifier import TaskClassifier
-from lightning_odem.classifiers.pretraining import pretrain
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.report import StreamReport
-from lightning_odem.studies import (
-    Comparison,
-    PairPath,
-    ScheduleStudy,
-    Workbench,
-    check_pairs,
-    check_points,
-    plan_streams,
-    render_comparison,
-    render_schedule,
-    render_trajectory,
-    run_comparison,
-    run_schedule,
-    run_trajectory,
-    save_schedule,
-    save_trajectory,
-)
-from lightning_odem.studies import save as save_comparison
+from lightning_odem.studies.comparison_report import save as save_comparison
+from lightning_odem.studies.engine import run_comparison
+from lightning_odem.studies.path import check_points
+from lightning_odem.studies.plan import plan_streams
+from lightning_odem.studies.results import Comparison
+from lightning_odem.studies.schedule import ScheduleStudy, run_schedule
+from lightning_odem.studies.schedule_report import render_schedule, save_schedule
+from lightning_odem.studies.study import Study, prepare
+from lightning_odem.studies.tables import render_comparison
+from lightning_odem.studies.trajectory import PairPath, check_pairs, run_trajectory
+from lightning_odem.studies.trajectory_report import render_trajectory, save_trajectory
 from lightning_odem.tasks import TaskStream
 
 
 class ContinualTrainer(L.Trainer):
-    """Lightning's Trainer with ``fit_tasks``: fine-tune and merge one task after the other.
+    """Lightning's Trainer with ``fit_tasks``, which fine-tunes and merges one task after the other.
 
     Example::
 
@@ -46,9 +36,9 @@ class ContinualTrainer(L.Trainer):
     def fit_tasks(self, model: L.LightningModule, datamodule: TaskStream, pretrain_epochs: int = 0) -> StreamReport:
         """Fine-tune and merge every task of a stream that is not merged yet, and print the table.
 
-        Each task is trained for the Trainer's ``max_epochs`` (or ``max_steps``). Without a ContinualMergeCallback
-        among the Trainer's callbacks one with its defaults is added. With one that has a ``dirpath``, the same command
-        goes on with the stream that is there, and pretrains nothing.
+        Each task is trained for the Trainer's ``max_epochs`` (or ``max_steps``). If no ContinualMergeCallback is among
+        the Trainer's callbacks, one with its defaults is added. If there is one with a ``dirpath``, the same command
+        continues the stream in that directory, and pretrains nothing.
 
         Args:
             model: The module; its weights are the base model.
@@ -57,7 +47,7 @@ class ContinualTrainer(L.Trainer):
                 is pretrained already.
 
         Returns:
-            What was measured.
+            The report of the stream.
 
         Raises:
             ValueError: If pretraining is asked for but the stream has no source task or the module no backbone.
@@ -67,7 +57,7 @@ class ContinualTrainer(L.Trainer):
             merge = ContinualMergeCallback()
             self.callbacks.insert(0, merge)  # type: ignore[attr-defined]
         begun = bool(merge.report.tasks)
-        self._prepare(model, datamodule, 0 if begun else pretrain_epochs)
+        prepare(self, model, datamodule, 0 if begun else pretrain_epochs)
         if begun:
             rank_zero_info(f"The stream goes on after {len(merge.report.tasks)} merged tasks")
             merge.load_base(model)
@@ -97,11 +87,11 @@ class ContinualTrainer(L.Trainer):
         models: str | None = None,
         pretrain_epochs: int = 0,
     ) -> Comparison:
-        """Run merge methods side by side on the same fine-tuned models, orders, utility weights and samples.
+        """Compare merge methods on the same fine-tuned models, orders, utility weights and samples.
 
-        Every task is fine-tuned once per seed with this Trainer's settings. Models and results are kept in ``dirpath``;
-        started again, a comparison does only what is missing. A ContinualMergeCallback among the Trainer's callbacks
-        says what is excluded, what becomes of batch-norm statistics and how calibration samples are chosen.
+        Every task is fine-tuned once per seed with this Trainer's settings. Models and results are kept in ``dirpath``,
+        and a comparison that is started again does only what is missing. The options of a ContinualMergeCallback among
+        the Trainer's callbacks apply: excluded parameters, batch-norm policy and the choice of calibration samples.
 
         Args:
             model: The module; its weights are the base model.
@@ -109,26 +99,27 @@ class ContinualTrainer(L.Trainer):
             methods: Merge methods by label, or a list of names.
             orders: Number of task orders: the stream's own and random ones.
             weighting: ``"uniform"`` utility weights, ``"dirichlet"`` draws (one per order), or both.
-            concentration: Of the symmetric Dirichlet distribution. 1 is uniform over all possible weights; the paper
-                does not state its distribution.
+            concentration: Concentration of the symmetric Dirichlet distribution. 1 is uniform over all possible
+                weights; the paper does not state its distribution.
             seeds: Seeds of the fine-tuning and of the choice of calibration samples.
             calibration_sizes: Samples kept of all tasks together, N.
-            checkpoints: Files or folders with models fine-tuned elsewhere, by name of the task, or one path for all
+            checkpoints: Files or folders with models fine-tuned elsewhere, by task name, or one path for all tasks
                 with ``{task}`` in it.
-            split: Where accuracies are measured: ``"test"``, or ``"val"`` for choosing settings.
-            full_matrix: Evaluate all tasks seen after each merge; False only what the final ACC and BWT need.
-            joint: Train on all tasks jointly as well, as an upper bound.
-            dirpath: Where everything is kept.
-            models: ``dirpath`` of an earlier comparison, whose fine-tuned models and cells are used again as far as
-                they are the same; what is new of them goes there too.
-            pretrain_epochs: As in :meth:`fit_tasks`.
+            split: Split on which accuracies are measured: ``"test"``, or ``"val"`` for choosing settings.
+            full_matrix: Evaluate all tasks seen after each merge. If False, only what the final ACC and BWT need is
+                evaluated.
+            joint: Also train on all tasks jointly, as an upper bound.
+            dirpath: Directory of models, cells and results.
+            models: ``dirpath`` of an earlier comparison. Its fine-tuned models and cells are used again if they are the
+                same, and new ones are kept there.
+            pretrain_epochs: Epochs to pretrain the base model first, as in :meth:`fit_tasks`.
 
         Returns:
-            All cells; tables, figures, CSV and JSON are in ``dirpath``.
+            All cells. Tables, figures, CSV and JSON files are in ``dirpath``.
 
         Raises:
-            ValueError: For no or an unknown method, an unknown task or weighting, fewer samples than tasks, or if a
-                method needs what there is not.
+            ValueError: For no or an unknown method, an unknown task or weighting, fewer samples than tasks, or a method
+                whose needs cannot be met.
         """
         if isinstance(methods, list):
             methods = {name: name for name in methods}
@@ -143,25 +134,10 @@ class ContinualTrainer(L.Trainer):
             seeds=seeds,
             calibration_sizes=calibration_sizes,
         )
-        self._save_config(dirpath, "compare")
-        self._prepare(model, datamodule, pretrain_epochs)
-        kept = models or dirpath
+        run = partial(run_comparison, methods=resolved, plans=plans, split=split, full_matrix=full_matrix, joint=joint)
         needs = [need for method in resolved.values() for need in method.needs]
-        bench = Workbench(self, model, datamodule, kept, checkpoints, needs)
-        comparison = run_comparison(
-            bench,
-            resolved,
-            plans,
-            Path(kept),
-            split=split,
-            full_matrix=full_matrix,
-            joint=joint,
-            show_progress=self.progress_bar_callback is not None,
-        )
-        save_comparison(comparison, dirpath)
-        print(render_comparison(comparison))
-        rank_zero_info(f"Cells, tables and figures: {dirpath}")
-        return comparison
+        study = Study("compare", run, render_comparison, save_comparison, needs)
+        return study.conduct(self, model, datamodule, dirpath, checkpoints, pretrain_epochs, models)
 
     def trajectory(
         self,
@@ -178,26 +154,26 @@ class ContinualTrainer(L.Trainer):
     ) -> list[PairPath]:
         """Evaluate the models along the whole path from one fine-tuned model to another (Table 6 of the paper).
 
-        For each pair the flow is integrated once, from t = 0 to 1, with calibration samples of both tasks; the straight
-        line between the two models is measured beside it. Fine-tuned models are those of :meth:`compare` in the same
-        ``dirpath``; started again, only what is missing is done.
+        For each pair the flow is integrated once, from t = 0 to 1, with calibration samples of both tasks. The straight
+        line between the two models is measured too. Fine-tuned models are those of :meth:`compare` in the same
+        ``dirpath``, and a study that is started again does only what is missing.
 
         Args:
             model: The module; its weights are the base model.
             datamodule: The tasks.
             pairs: Names of the tasks where a path starts and ends; by default each task of the stream and the next.
             method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
-            points: Evenly spaced times at which the model is evaluated on both test sets, 0 and 1 included. Their
-                distance is a multiple of the flow's step size.
+            points: Number of evenly spaced times at which the model is evaluated on both test sets, 0 and 1 included.
+                Their distance is a multiple of the flow's step size.
             calibration_size: Samples of both tasks together.
             seed: Seed of the fine-tuning and of the choice of calibration samples.
-            checkpoints: Files or folders with models fine-tuned elsewhere, by name of the task, or one path for all
+            checkpoints: Files or folders with models fine-tuned elsewhere, by task name, or one path for all tasks
                 with ``{task}`` in it.
-            dirpath: Where everything is kept.
-            pretrain_epochs: As in :meth:`fit_tasks`.
+            dirpath: Directory of models and results.
+            pretrain_epochs: Epochs to pretrain the base model first, as in :meth:`fit_tasks`.
 
         Returns:
-            Two paths per pair; table, figure, CSV and JSON are in ``dirpath``.
+            Two paths per pair. Table, figure, CSV and JSON files are in ``dirpath``.
 
         Raises:
             TypeError: For a method that is no flow.
@@ -207,22 +183,11 @@ class ContinualTrainer(L.Trainer):
         check_points(flow, points)
         pairs = list(pairwise(datamodule.names)) if pairs is None else pairs
         check_pairs(pairs, datamodule.names)
-        self._save_config(dirpath, "trajectory")
-        self._prepare(model, datamodule, pretrain_epochs)
-        paths = run_trajectory(
-            Workbench(self, model, datamodule, dirpath, checkpoints),
-            pairs,
-            flow,
-            Path(dirpath),
-            points=points,
-            calibration_size=calibration_size,
-            seed=seed,
-            show_progress=self.progress_bar_callback is not None,
+        run = partial(
+            run_trajectory, pairs=pairs, method=flow, points=points, calibration_size=calibration_size, seed=seed
         )
-        save_trajectory(paths, dirpath)
-        print(render_trajectory(paths))
-        rank_zero_info(f"Results, table and figure: {dirpath}")
-        return paths
+        study = Study("trajectory", run, render_trajectory, save_trajectory)
+        return study.conduct(self, model, datamodule, dirpath, checkpoints, pretrain_epochs)
 
     def schedule(
         self,
@@ -240,28 +205,28 @@ class ContinualTrainer(L.Trainer):
     ) -> list[ScheduleStudy]:
         """Find the best operating time of every merge, to compare it with 1 / k (Table 7 of the paper).
 
-        In each merge the flow is integrated once, from t = 0 to 1, and the models on its way are evaluated on the
-        validation data of the tasks seen. Fine-tuned models are those of :meth:`compare` in the same ``dirpath``;
-        started again, only orders that are missing are done.
+        In each merge the flow is integrated once, from t = 0 to 1, and the models along its path are evaluated on the
+        validation data of the tasks seen. Fine-tuned models are those of :meth:`compare` in the same ``dirpath``, and a
+        study that is started again does only missing orders.
 
         Args:
             model: The module; its weights are the base model.
-            datamodule: The tasks; all count the same.
+            datamodule: The tasks. All have the same utility weight.
             orders: Number of task orders: the stream's own and random ones, those of :meth:`compare`.
             method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
-            points: Candidates at evenly spaced times, 0 and 1 included. Their distance is a multiple of the flow's
-                step size. Of equally good ones the smallest time counts as the best.
-            follow: Model that the stream goes on with: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines
-                the merged model; or ``"best"``, the candidate chosen. The paper does not say which it took.
+            points: Number of candidates at evenly spaced times, 0 and 1 included. Their distance is a multiple of the
+                flow's step size. If candidates are equally good, the one with the smallest time is chosen.
+            follow: Model from which the stream continues: ``"schedule"``, the one at t = 1 / k, as Algorithm 1 defines
+                the merged model; or ``"best"``, the candidate chosen. The paper does not say which it used.
             calibration_size: Samples kept of all tasks together.
             seed: Seed of the fine-tuning and of the choice of calibration samples.
-            checkpoints: Files or folders with models fine-tuned elsewhere, by name of the task, or one path for all
+            checkpoints: Files or folders with models fine-tuned elsewhere, by task name, or one path for all tasks
                 with ``{task}`` in it.
-            dirpath: Where everything is kept.
-            pretrain_epochs: As in :meth:`fit_tasks`.
+            dirpath: Directory of models and results.
+            pretrain_epochs: Epochs to pretrain the base model first, as in :meth:`fit_tasks`.
 
         Returns:
-            One per order; table, figure, CSV and JSON are in ``dirpath``.
+            One result per order. Table, figure, CSV and JSON files are in ``dirpath``.
 
         Raises:
             TypeError: For a method that is no flow.
@@ -270,7 +235,7 @@ class ContinualTrainer(L.Trainer):
         flow = resolve_method(method)
         check_points(flow, points)
         if len(datamodule) < 2:
-            raise ValueError(f"The stream has {len(datamodule)} task; a merge needs two at least.")
+            raise ValueError(f"The stream has {len(datamodule)} task; a merge needs two at least. Add tasks to it.")
         plans = plan_streams(
             datamodule.names,
             orders=orders,
@@ -279,51 +244,6 @@ class ContinualTrainer(L.Trainer):
             seeds=[seed],
             calibration_sizes=[calibration_size],
         )
-        self._save_config(dirpath, "schedule")
-        self._prepare(model, datamodule, pretrain_epochs)
-        studies = run_schedule(
-            Workbench(self, model, datamodule, dirpath, checkpoints),
-            plans,
-            flow,
-            Path(dirpath),
-            points=points,
-            follow=follow,
-            show_progress=self.progress_bar_callback is not None,
-        )
-        save_schedule(studies, dirpath)
-        print(render_schedule(studies))
-        rank_zero_info(f"Results, table and figure: {dirpath}")
-        return studies
-
-    def _save_config(self, directory: str, name: str) -> None:
-        """Save the command line's configuration beside the results, not with each fit."""
-        callbacks: list[L.Callback] = self.callbacks  # type: ignore[attr-defined]
-        for saver in [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]:
-            callbacks.remove(saver)
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            saver.parser.save(saver.config, Path(directory) / f"{name}.yaml", overwrite=True)
-
-    def _prepare(self, model: L.LightningModule, datamodule: TaskStream, pretrain_epochs: int) -> None:
-        for task in datamodule:  # bad data of the last task is found before the first is trained
-            task.prepare_data()
-            task.setup("fit")
-        if pretrain_epochs:
-            self._pretrain(model, datamodule, pretrain_epochs)
-
-    def _pretrain(self, model: L.LightningModule, stream: TaskStream, epochs: int) -> None:
-        if stream.pretraining is None or not isinstance(model, TaskClassifier):
-            raise ValueError(
-                f"pretrain_epochs={epochs} needs a stream with a source task and a TaskClassifier, got "
-                f"{type(stream).__name__} and {type(model).__name__}. Set pretrain_epochs to 0 and load pretrained "
-                "weights instead, for example with TaskClassifier's checkpoint."
-            )
-        rank_zero_info(f"Pretraining the base model on {stream.pretraining.task_name} for {epochs} epochs")
-        pretrain(
-            model,
-            stream.pretraining,
-            epochs,
-            accelerator=self.strategy.root_device.type,
-            fast_dev_run=self.fast_dev_run,  # type: ignore[attr-defined]
-            limit_train_batches=self.limit_train_batches,
-            enable_progress_bar=self.progress_bar_callback is not None,
-        )
+        run = partial(run_schedule, plans=plans, method=flow, points=points, follow=follow)
+        study = Study("schedule", run, render_schedule, save_schedule)
+        return study.conduct(self, model, datamodule, dirpath, checkpoints, pretrain_epochs)

@@ -1,9 +1,10 @@
-"""What made a fine-tuned model, as one hash."""
+"""What made a fine-tuned model, as plain data and as one hash."""
 
 import hashlib
 import inspect
 import json
 import re
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -16,8 +17,9 @@ from lightning_odem.stream.store.fingerprint import hash_tensors
 from lightning_odem.tasks import Task
 
 _SAMPLED = 256
+# Their versions are in the description, or Python's own.
 _LIBRARIES = ("abc", "builtins", "lightning", "torch", "typing")
-# Callbacks that leave the training alone.
+# Callbacks that do not change the training.
 _IDLE = (ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor)
 _TRAINER = (
     "max_epochs",
@@ -35,23 +37,24 @@ _TRAINER = (
 
 
 def fingerprint(description: Any) -> str:
-    """SHA-256 of plain data, 20 hexadecimal digits."""
+    """Give the first 20 hexadecimal digits of the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(description, sort_keys=True, default=repr).encode()).hexdigest()[:20]
 
 
 def describe_training(module: L.LightningModule, task: Task, trainer: L.Trainer, seed: int) -> dict[str, Any]:
-    """Everything that makes a fine-tuned model what it is, as plain data.
+    """Describe what decides a fine-tuned model as plain data.
 
-    The module by its class, source (of its bases too), plain attributes, architecture and weights; the task by
-    :func:`describe_task`; the Trainer's settings and callbacks; the seed; and the versions of torch and lightning. Not
-    that of this package, so that an update does not train everything anew. What it cannot see: source code outside
-    these classes, and randomness that the seed does not govern.
+    The module is described by its class, plain attributes, architecture and weights, and by the source code of its
+    class, its submodules' classes and their base classes. The task is described by :func:`describe_task`. The Trainer's
+    settings and callbacks, the seed, and the versions of torch and lightning are included. The version of this package
+    is not, so that an update does not train everything anew. Source code outside the classes named, and randomness
+    that the seed does not govern, are not seen.
     """
     callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, _IDLE)]  # type: ignore[attr-defined]
     return {
         "module": {
             "class": f"{type(module).__module__}.{type(module).__qualname__}",
-            "source": _sources(type(module)),
+            "source": _sources(module),
             "settings": _plain_attributes(module) | {key: _stable(value) for key, value in module.hparams.items()},
             "architecture": _stable(module),
             "weights": hash_tensors(module.state_dict()),
@@ -68,9 +71,9 @@ def describe_training(module: L.LightningModule, task: Task, trainer: L.Trainer,
 
 
 def describe_task(task: Task) -> dict[str, Any]:
-    """A task's settings and a hash of its training data.
+    """Describe a task by its settings and a hash of its training data.
 
-    The hash covers all labels and up to 256 images, evenly spaced: every image of a large dataset would take minutes.
+    The hash covers all labels and up to 256 evenly spaced images. Every image of a large dataset would take minutes.
     """
     train = task.calibration_dataset()
     digest = hashlib.sha256(np.asarray(train.targets).tobytes())
@@ -84,8 +87,9 @@ def describe_task(task: Task) -> dict[str, Any]:
         "batch_size": task.batch_size,
         "seed": task.seed,
         "train_transform": _stable(task.train_transform),
+        **({"train_transform_source": found} if (found := _sources(task.train_transform)) else {}),
         # Scores are kept with a model.
-        **({"metric": _sources(type(task))} if hasattr(task, "task_metric") else {}),
+        **({"metric": _sources(task)} if hasattr(task, "task_metric") else {}),
     }
 
 
@@ -104,13 +108,18 @@ def _stable(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _sources(kind: type) -> list[str]:
-    """Source code of a class and of those it is derived from, but for the libraries of every module."""
-    return [_source(base) for base in kind.__mro__ if base.__module__.split(".")[0] not in _LIBRARIES]
+def _sources(value: Any) -> list[str]:
+    """Source code of a function, or of an object's class, its submodules' classes and all their base classes."""
+    if inspect.isfunction(value):
+        return [_source(value)]
+    parts = value.modules() if isinstance(value, nn.Module) else [value]
+    kinds = dict.fromkeys(kind for part in parts for kind in type(part).__mro__)
+    return [_source(kind) for kind in kinds if kind.__module__.split(".")[0] not in _LIBRARIES]
 
 
-def _source(kind: type) -> str:
+@cache  # large files take long to search
+def _source(definition: Any) -> str:
     try:
-        return inspect.getsource(kind)
+        return inspect.getsource(definition)
     except (OSError, TypeError):
         return ""

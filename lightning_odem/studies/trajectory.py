@@ -30,18 +30,18 @@ from lightning_odem.studies.path import (
 from lightning_odem.studies.workbench import Workbench
 
 LINE = "straight line"
-"""Label of the transport alone."""
+"""Label of the straight line between two models, the transport alone."""
 
 
 @dataclass(frozen=True)
 class PairPath:
-    """What was measured along one path from the model fine-tuned on one task to that fine-tuned on another.
+    """Measurements along one path from a model fine-tuned on one task to a model fine-tuned on another.
 
     Args:
         method: Name of the flow, or :data:`LINE`.
         t: Times of the points, from 0 to 1.
-        loss: Loss at each point on the calibration samples of both tasks, each task counted by its share.
-        accuracy: Test accuracy at each point by task; the start's first.
+        loss: Loss at each point on the calibration samples of both tasks. Each task is weighted by its share.
+        accuracy: Test accuracy at each point by task. The first task is that of the start.
 
     Example:
         >>> path = PairPath("ode", [0.0, 0.5, 1.0], [1.0] * 3, {"a": [0.9, 0.8, 0.1], "b": [0.1, 0.7, 0.9]})
@@ -67,7 +67,7 @@ class PairPath:
 
     @property
     def best(self) -> int:
-        """Index of the point of the best mean; of equals the first."""
+        """Index of the first point with the best mean."""
         return first_largest(self.mean, SAME_ACCURACY)
 
 
@@ -82,32 +82,32 @@ def run_trajectory(
     seed: int = 0,
     show_progress: bool = True,
 ) -> list[PairPath]:
-    """Measure the path of a flow, and the straight line, between the fine-tuned models of every pair of tasks.
+    """Measure the path of a flow and the straight line between the fine-tuned models of every pair of tasks.
 
-    A pair's result is written when it is done, so a study that is started again does only what is missing.
+    A result is written as soon as its pair is done, so a study that is started again does only what is missing.
 
     Args:
         bench: The fine-tuned models.
         pairs: Names of the tasks where a path starts and ends.
         method: The flow, a :class:`~lightning_odem.methods.PaperODEMerge`.
-        directory: Where the results are kept, under ``trajectory``.
-        points: Evenly spaced times at which the model is evaluated, 0 and 1 included.
+        directory: Where the results are kept, in the subdirectory ``trajectory``.
+        points: Number of evenly spaced times at which the model is evaluated, 0 and 1 included.
         calibration_size: Samples of both tasks together.
         seed: Seed of the fine-tuning and of the choice of calibration samples.
-        show_progress: Show pairs done and the time left.
+        show_progress: Show how many pairs are done and the time left.
 
     Returns:
-        Two per pair, the flow's and the straight line's.
+        Two paths per pair: that of the flow and the straight line.
 
     Raises:
         TypeError: For a method that is no flow.
-        ValueError: If a point lies between two steps, a pair is not one of two tasks of the stream, or a task has
+        ValueError: If a point lies between two steps, a pair does not consist of two tasks of the stream, or a task has
             another metric than accuracy.
     """
     check_points(method, points)
     check_pairs(pairs, bench.stream.names)
     check_measured_by_accuracy(bench)
-    bench.module(seed)  # fine-tunes, with a progress display of its own
+    bench.module(seed)  # fine-tunes first: fits have their own progress display
     cells = [
         Cell(
             directory
@@ -122,10 +122,10 @@ def run_trajectory(
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> None:
-    """Refuse what is no pair of two tasks.
+    """Refuse pairs that do not consist of two tasks of the stream.
 
     Raises:
-        ValueError: With the pairs and the tasks there are.
+        ValueError: If there is such a pair, or no pair. The message names the pairs and the tasks.
     """
     wrong = [list(pair) for pair in pairs if len(set(pair)) != 2 or not set(pair) <= set(tasks)]
     if wrong or not pairs:

@@ -1,6 +1,5 @@
 """The trajectory study as table, figure and files."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,20 +15,20 @@ from rich.table import Table
 from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.figures import BLUE, new_figure, open_frame
 from lightning_odem.report.tables import RULE_BELOW_HEADER, column_widths, columns_per_block
-from lightning_odem.studies.results import _write_csv
+from lightning_odem.studies.report_files import save_report
 from lightning_odem.studies.trajectory import LINE, PairPath
 
 _COLUMNS = ("start", "end", "method", "t", "accuracy_start", "accuracy_end", "mean", "loss")
 
 
 def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> str:
-    """Accuracies along the paths in the layout of the paper's Table 6, in percent, one table per method.
+    """Render accuracies along the paths in the layout of the paper's Table 6, in percent, one table per method.
 
-    Columns are the times t; those that do not fit beside each other continue below.
+    Columns are the times t. Columns that do not fit beside each other continue below.
 
     Args:
-        paths: What to show; all with the same times.
-        width: Characters per line; the terminal's by default.
+        paths: What to show. All have the same times.
+        width: Characters per line, the terminal's by default.
 
     Example:
         >>> path = PairPath("ode", [0.0, 0.5, 1.0], [1.0] * 3, {"a": [0.9, 0.8, 0.1], "b": [0.1, 0.7, 0.9]})
@@ -43,7 +42,7 @@ def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> st
                mean    50.0  *75.0  50.0
         <BLANKLINE>
         t = 0 is the model fine-tuned on the first task, t = 1 that on the second. *:
-        best mean along the path, of equals the first.
+        first best mean along the path.
         <BLANKLINE>
     """
     width = width or Console().width
@@ -65,13 +64,13 @@ def render_trajectory(paths: Sequence[PairPath], width: int | None = None) -> st
             console.print()
             console.print(table)
         console.print()
-    caption = "t = 0 is the model fine-tuned on the first task, t = 1 that on the second. *: best mean along the path, "
-    console.print(f"{caption}of equals the first.")
+    caption = "t = 0 is the model fine-tuned on the first task, t = 1 that on the second."
+    console.print(f"{caption} *: first best mean along the path.")
     return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
 
 
 def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
-    """Mean accuracy on the two tasks, in percent, and calibration loss below it, over t; one column per pair.
+    """Draw mean accuracy on the two tasks, in percent, and calibration loss against t, one column per pair.
 
     Args:
         paths: What to show.
@@ -105,28 +104,31 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
 
 
 def save_trajectory(paths: Sequence[PairPath], directory: str | os.PathLike) -> list[Path]:
-    """Write ``trajectory.json``, ``.csv`` (one row per path and point), ``.txt`` and ``.png``; accuracies as fractions.
+    """Write ``trajectory.json``, ``.csv`` (one row per path and point), ``.txt`` and ``.png``.
+
+    Accuracies are fractions in the JSON and CSV files.
 
     Args:
         paths: What to write.
-        directory: Made if it does not exist.
+        directory: Directory to write to. It is created if it does not exist.
 
     Returns:
         The files written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    files = [directory / f"trajectory.{kind}" for kind in ("json", "csv", "txt", "png")]
-    files[0].write_text(json.dumps([asdict(path) for path in paths], indent=1), encoding="utf-8")
     rows = (
         dict(zip(_COLUMNS, (*path.pair, path.method, *values), strict=True))
         for path in paths
         for values in zip(path.t, *path.accuracy.values(), path.mean, path.loss, strict=True)
     )
-    _write_csv(files[1], _COLUMNS, rows)
-    files[2].write_text(render_trajectory(paths, width=140), encoding="utf-8")
-    plot_trajectory(paths).savefig(files[3])
-    return files
+    return save_report(
+        "trajectory",
+        directory,
+        data=[asdict(path) for path in paths],
+        columns=_COLUMNS,
+        rows=rows,
+        table=render_trajectory(paths, width=140),
+        figure=plot_trajectory(paths),
+    )
 
 
 def _rows(path: PairPath) -> list[list[str]]:

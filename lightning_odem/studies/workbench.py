@@ -1,4 +1,4 @@
-"""The fine-tuned models of a stream and a module to merge them in, made once and used by every comparison."""
+"""The fine-tuned models of a stream and a module to merge them in, made once and used by every study."""
 
 from collections.abc import Iterable, Mapping
 from copy import copy, deepcopy
@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_odem import version
@@ -20,8 +19,9 @@ from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.stream.attach import attached
 from lightning_odem.stream.stream import Stream
-from lightning_odem.studies.finetuning import SPLITS, FineTuned, FineTunedCache, fine_tune, load_own, measure
-from lightning_odem.studies.joint import JointData, JointTraining
+from lightning_odem.studies.fine_tuned_cache import FineTuned, FineTunedCache
+from lightning_odem.studies.finetuning import SPLITS, fine_tune, load_own, measure
+from lightning_odem.studies.joint import train_jointly
 from lightning_odem.studies.plan import StreamPlan
 from lightning_odem.studies.training_fingerprint import describe_training, fingerprint, hash_tensors
 from lightning_odem.tasks import Task, TaskStream
@@ -30,7 +30,7 @@ from lightning_odem.tasks import Task, TaskStream
 class Workbench:
     """Fine-tunes a stream's tasks from one base model, each once per seed, and keeps the results in files.
 
-    A :class:`~lightning_odem.ContinualMergeCallback` among the Trainer's callbacks is taken out while it works; its
+    A :class:`~lightning_odem.ContinualMergeCallback` among the Trainer's callbacks is removed from them. Its
     ``exclude``, ``batch_norm`` and ``calibration`` apply.
 
     Args:
@@ -38,10 +38,10 @@ class Workbench:
         model: The base model.
         stream: The tasks.
         directory: Where the files are kept.
-        checkpoints: Models fine-tuned elsewhere, by name of the task, or one path for all with ``{task}`` in it; other
-            tasks are fine-tuned here. Read by the model's ``read_checkpoint(path)`` if it has one, else by
+        checkpoints: Models fine-tuned elsewhere, by task name, or one path for all with ``{task}`` in it. Other tasks
+            are fine-tuned here. Checkpoints are read by the model's ``read_checkpoint(path)`` if it has one, else by
             :func:`~lightning_odem.parameters.read_checkpoint`.
-        needs: What the methods need; what they collect of each training run is kept with its model.
+        needs: Needs of the methods. What they collect during a training is kept with its model.
 
     Raises:
         ValueError: If the Trainer has several processes, or a checkpoint is given for an unknown task.
@@ -57,11 +57,13 @@ class Workbench:
         needs: Iterable[Need[Any]] = (),
     ) -> None:
         if trainer.world_size > 1:
-            raise ValueError(f"Comparisons run in one process, but the Trainer has {trainer.world_size}.")
+            raise ValueError(
+                f"Studies run in one process, but the Trainer has {trainer.world_size}. Set its devices to 1."
+            )
         if isinstance(checkpoints, str):
             checkpoints = {name: checkpoints.format(task=name) for name in stream.names}
         if unknown := [name for name in checkpoints or {} if name not in stream.names]:
-            raise ValueError(f"checkpoints for unknown tasks: {unknown}; the stream has {', '.join(stream.names)}.")
+            raise ValueError(f"checkpoints has unknown tasks {unknown}; the stream has {', '.join(stream.names)}.")
         self.trainer, self.model, self.stream = trainer, model, stream
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         found = [callback for callback in callbacks if isinstance(callback, ContinualMergeCallback)]
@@ -72,7 +74,7 @@ class Workbench:
         self.division.check(model)
         self.base: Snapshot = take_snapshot(model, self.division.shared(model))
         self._checkpoints = dict(checkpoints or {})
-        # Second moments cost no more than their place, and a method that needs them may be compared later.
+        # Second moments cost no more than the space they take, and a method that needs them may be compared later.
         self._needs = combine([SecondMoments(), *needs])
         self._cache = FineTunedCache(self._directory / "fine_tuned")
         self._fresh_start = FreshStart()
@@ -80,7 +82,7 @@ class Workbench:
         self._modules: dict[int, L.LightningModule] = {}
 
     def describe(self, seed: int, task: str) -> Any:
-        """What makes the fine-tuned model of a task, as plain data."""
+        """Describe what decides the fine-tuned model of a task as plain data."""
         if (seed, task) not in self._descriptions:
             description = describe_training(self.model, self._task(seed, task), self.trainer, seed)
             # Decides which tensors are merged and which are the task's own.
@@ -91,7 +93,7 @@ class Workbench:
         return self._descriptions[seed, task]
 
     def fine_tuned(self, seed: int, task: str) -> FineTuned:
-        """The fine-tuned model of a task, from its file if there is one."""
+        """Read the fine-tuned model of a task from its file, or fine-tune it."""
         description = self.describe(seed, task)
         model = self._cache.load(task, description, self._needs)
         if model is None:
@@ -111,7 +113,7 @@ class Workbench:
         return model
 
     def module(self, seed: int) -> L.LightningModule:
-        """A module with what belongs to each of the tasks, such as their heads; its merged weights do not matter."""
+        """Give a module with each task's own parameters, such as heads. Its shared weights are arbitrary."""
         if seed not in self._modules:
             module = deepcopy(self.model)
             for task in self.stream.names:
@@ -120,7 +122,7 @@ class Workbench:
         return self._modules[seed]
 
     def begin(self, method: MergeMethod, plan: StreamPlan) -> Stream:
-        """A stream of a plan without a task yet, with the callback's settings."""
+        """Begin the stream of a plan with the callback's settings, before its first task."""
         options = self.settings.calibration
         return Stream(
             method,
@@ -132,21 +134,14 @@ class Workbench:
         )
 
     def joint(self, seed: int, split: str) -> dict[str, float]:
-        """Score on each task of the base model trained on all of them at once."""
+        """Score on each task of the base model after joint training on all tasks."""
         tasks = [self._task(seed, name) for name in self.stream.names]
         description = {"joint": [self.describe(seed, task.task_name) for task in tasks]}
         found = self._cache.load("joint", description)
         if found is None:
             rank_zero_info(f"Training jointly on all {len(tasks)} tasks (seed {seed})")
             module = deepcopy(self.module(seed))
-            with isolate_rng():
-                L.seed_everything(seed, verbose=False)
-                rewind = _Rewind(self._fresh_start)
-                self.trainer.callbacks.append(rewind)  # type: ignore[attr-defined]
-                try:
-                    self.trainer.fit(JointTraining(module), datamodule=JointData(tasks))
-                finally:
-                    self.trainer.callbacks.remove(rewind)  # type: ignore[attr-defined]
+            train_jointly(self.trainer, module, tasks, seed=seed, fresh_start=self._fresh_start)
             found = FineTuned(weights=take_snapshot(module, self.division.shared(module)), own={})
             with attached(module, self.trainer):
                 for part in SPLITS:
@@ -157,8 +152,8 @@ class Workbench:
         return {name: found.fine_tuned[f"{split}/{name}"] for name in self.stream.names}
 
     def fingerprint(self, seed: int, tasks: tuple[str, ...], *more: Any) -> str:
-        """Hash of the fine-tuned models in an order, and of whatever else decides a result."""
-        # Defaults and rules change between versions of this package, trained models do not.
+        """Hash the descriptions of the fine-tuned models in an order, and all else that decides a result."""
+        # Defaults and rules change between versions of this package; trained models do not.
         settings = [version.__version__, self.settings.batch_norm, repr(self.settings.calibration)]
         return fingerprint([[self.describe(seed, task) for task in tasks], settings, *more])
 
@@ -170,14 +165,6 @@ class Workbench:
     def _given(self, task: str) -> dict[str, Tensor] | None:
         if task not in self._checkpoints:
             return None
-        # A module may know more places than files, such as model hubs, and how names there differ from its own.
+        # A module may read model hubs too, and knows how their tensor names differ from its own.
         read = getattr(self.model, "read_checkpoint", read_checkpoint)
         return dict(read(self._checkpoints[task]))
-
-
-class _Rewind(L.Callback):
-    def __init__(self, fresh_start: FreshStart) -> None:
-        self._fresh_start = fresh_start
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._fresh_start.prepare(trainer)

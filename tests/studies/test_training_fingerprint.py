@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 from images import make_backbone, make_model, make_stream, make_trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, TQDMProgressBar
+from torch import nn
 
 from lightning_odem import TaskClassifier
 from lightning_odem.studies.training_fingerprint import describe_task, describe_training, fingerprint, hash_tensors
@@ -59,6 +62,57 @@ def test_another_source_of_a_base_class_changes_the_fingerprint():
         return derived(Steps)
 
     assert described(model=once()) == described(model=once()) != described(model=twice())
+
+
+def test_another_source_of_a_submodule_changes_the_fingerprint():
+    def plain():
+        class Activation(nn.Module):
+            def forward(self, x):
+                return x.tanh()
+
+        return Activation()
+
+    def steep():
+        class Activation(nn.Module):
+            def forward(self, x):
+                return (2 * x).tanh()
+
+        return Activation()
+
+    def model(activation):
+        backbone = make_backbone()
+        backbone[2] = activation
+        return TaskClassifier(backbone, mean=[0.5] * 3, std=[0.25] * 3)
+
+    assert described(model=model(plain())) == described(model=model(plain())) != described(model=model(steep()))
+
+
+def test_another_source_of_the_augmentation_changes_the_description_of_a_task():
+    def mirrored():
+        class Augmentation(nn.Module):
+            def forward(self, image):
+                return image.flip(-1)
+
+        return nn.Sequential(Augmentation())
+
+    def upside_down():
+        class Augmentation(nn.Module):
+            def forward(self, image):
+                return image.flip(-2)
+
+        return nn.Sequential(Augmentation())
+
+    def task(transform):
+        return describe_task(make_stream(train_transform=transform)["a"])
+
+    assert task(mirrored()) == task(mirrored()) != task(upside_down())
+
+
+def test_the_source_of_a_function_that_augments_is_in_the_description_of_a_task():
+    def mirrored(image):
+        return image.flip(-1)
+
+    assert "image.flip(-1)" in json.dumps(describe_task(make_stream(train_transform=mirrored)["a"]))
 
 
 def test_other_weights_of_the_base_model_change_the_fingerprint():
