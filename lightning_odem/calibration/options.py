@@ -27,6 +27,8 @@ class CalibrationOptions:
             :class:`~lightning_odem.calibration.prediction_loss.ClassScores`.
         shares: Each task's share of the loss: as the places are shared (``"quota"``), ``"equal"``, or ``"utility"``, in
             proportion to the utility weights, which then act on the loss as well as on the operating time.
+        in_checkpoints: Whether checkpoints of ``ModelCheckpoint`` carry the samples of earlier tasks. By default they
+            refer to the stream's directory, which has to be there when a training is resumed.
     """
 
     batch_size: int | Literal["as trained"] = _BATCH_SIZE
@@ -34,6 +36,7 @@ class CalibrationOptions:
     seed: int = 0
     loss: Literal["labels", "logits", "entropy"] = "labels"
     shares: Literal["quota", "equal", "utility"] = "quota"
+    in_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, str) and self.batch_size != "as trained":

@@ -309,7 +309,7 @@ class ContinualMergeCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the stream where the module was not built before."""
-        self._session.prepare(pl_module)
+        self._session.prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the base model on the first fit, and draw the task's samples."""
@@ -371,8 +371,11 @@ class ContinualMergeCallback(L.Callback):
         return vars(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put whole tensors into the checkpoint where processes share the parameters."""
-        checkpoint["callbacks"][self.state_key].update(self._state.whole(pl_module).state_dict())
+        """Put whole tensors into the checkpoint, and of the calibration samples where they are on disk."""
+        state = checkpoint["callbacks"][self.state_key]
+        state.update(self._state.whole(pl_module).state_dict())
+        if not self.calibration.in_checkpoints and (reference := self._directory.refer_to_samples()) is not None:
+            state["buffer"] = {"reference": reference}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of a checkpoint; evaluating an older checkpoint leaves a stream in progress alone."""
@@ -385,6 +388,8 @@ class ContinualMergeCallback(L.Callback):
                 )
             if self.report.tasks:
                 return
+        if reference := state_dict["buffer"].get("reference"):
+            state_dict = {**state_dict, "buffer": self._directory.read_samples(reference)}
         self._session.load_checkpoint(state_dict, fitting=self._stage == "fit")
 
     # -------------------------------------------------------------------------------------------------------- details

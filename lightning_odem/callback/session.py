@@ -140,20 +140,20 @@ class Session:
         self.state.started = {}
         self.directory.lock(trainer)
         self._random.before_fit(trainer.strategy)
-        if trainer.ckpt_path is None:
-            self._next(trainer)  # refused before tuners and finders run
         # Before the module's own setup, which may look at the heads there are or set them anew.
-        self._start.reset()
         is_whole = is_ready(module, self.state.base or {}, self.state.own_names)
         if is_whole or not self._taken_up:
             self._go_on(module)
+        self._start.reset()
         if is_whole:
             self._start.begin(module, self.state, is_new_process=self._taken_up, is_merged=self._settled)
 
-    def prepare(self, module: L.LightningModule) -> None:
-        """Go on with the stream where the module was not built before."""
+    def prepare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Go on with the stream where the module was not built before, and refuse a task that has no name or weight."""
         if self.fit.phase < Phase.PREPARED:
             self._go_on(module)
+        if not self.fit.resumed:
+            self._next(trainer)
 
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
@@ -301,10 +301,8 @@ class Session:
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         started = self._next(trainer)
         self.stream.division.check(module)
-        if self._taken_up:
-            self._start.check_base(module, self.state)
-            self._taken_up = False
-        self._start.complete(module, self.state)
+        self._start.complete(module, self.state, is_new_process=self._taken_up)
+        self._taken_up = False
         # The instance may have served another stream.
         self.stream.load_method()
         self.state.started = started

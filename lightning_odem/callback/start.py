@@ -39,15 +39,12 @@ class StartWeights:
             is_new_process: Whether the module was built for a stream that another process has begun.
             is_merged: Whether the module held the merged model when the last fit ended; a warning says so if its
                 weights were changed since.
-
-        Raises:
-            ValueError: As :meth:`check_base`.
         """
         if state.base is None or find_shards(dict(module.named_parameters())) is not None:
             return
-        if is_new_process:
-            self.check_base(module, state)
-        elif is_merged and self._finetune_from != "module" and self._differing(module, state):
+        if is_new_process and self._differing(module, state):
+            return  # refused by complete, unless a checkpoint that is loaded by then gives the module its weights
+        if is_merged and self._finetune_from != "module" and self._differing(module, state):
             rank_zero_warn(
                 f"The weights of {type(module).__name__} were changed after the last merge: they are neither the base "
                 f"nor the merged model. They are overwritten, since finetune_from={self._finetune_from!r}; "
@@ -55,20 +52,21 @@ class StartWeights:
             )
         self._load(module, state)
 
-    def complete(self, module: nn.Module, state: StreamState) -> None:
-        """Put the weights in when the training starts, unless :meth:`begin` has; the first model becomes the base."""
+    def complete(self, module: nn.Module, state: StreamState, is_new_process: bool) -> None:
+        """Put the weights in when the training starts, unless :meth:`begin` has; the first model becomes the base.
+
+        Raises:
+            ValueError: If the module did not start from the base model of a stream that another process has begun.
+        """
+        if is_new_process and self._put is None:
+            self._check_base(module, state)
         if state.base is None:
             state.base = take_snapshot(module, self._division.shared(module))
         elif self._put is None or self._put is not self._wanted(state):
             self._load(module, state)
 
-    def check_base(self, module: nn.Module, state: StreamState) -> None:
-        """Refuse a module that did not start from the base model of the stream found in the directory.
-
-        Raises:
-            ValueError: With the differences, and how to get the base model.
-        """
-        if self._put is None and (differing := self._differing(module, state)):
+    def _check_base(self, module: nn.Module, state: StreamState) -> None:
+        if differing := self._differing(module, state):
             found = take_snapshot(module, self._division.shared(module))
             prints = [fingerprint(weights)[:12] for weights in (state.base or {}, found)]
             raise ValueError(

@@ -18,6 +18,7 @@ from lightning_odem.report import StreamReport, save
 from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.store import StreamLock, StreamStore
+from lightning_odem.stream.store.reference import refer, resolve
 
 
 class RunDirectory:
@@ -195,6 +196,20 @@ class RunDirectory:
         if self._mapped:
             state.map(self._store.map)
             state.cut(module)
+
+    def refer_to_samples(self) -> dict[str, Any] | None:
+        """Where the calibration samples of the state in memory are on disk; None if they are not."""
+        if self.path is None or self._store is None:
+            return None
+        return refer(self._store.section("buffer"), self._store.directory)
+
+    def read_samples(self, reference: dict[str, Any]) -> Any:
+        """The calibration samples that one of Lightning's checkpoints refers to, from this directory or its own.
+
+        Raises:
+            StreamStateError: If they are not there any more.
+        """
+        return resolve(reference, *([] if self._store is None else [self._store.directory]))
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
         """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""

@@ -161,6 +161,10 @@ class StreamStore:
         self._known[section] = (value, sections[section])
         return value
 
+    def section(self, name: str) -> Section | None:
+        """A section as it was saved, loaded or mapped last, by this object; None if there is none."""
+        return self._known[name][1] if name in self._known else None
+
     def _numbers(self) -> list[int]:
         try:
             names = os.listdir(self.directory)
