@@ -1,15 +1,18 @@
 """Checkpoints: what they hold, and streams that go on in another process."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from toy import Classifier, Failing, Incoming, Streamed, Task, accuracy, everything, fit, make_trainer, same
+from torch.utils._pytree import tree_leaves
+from toy import FEATURES, Classifier, Failing, Incoming, Streamed, Task, accuracy, everything, fit, make_trainer, same
 
-from lightning_odem import ContinualMergeCallback
+from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.methods import OPCMMerge
+from lightning_odem.stream.store import StreamStateError
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -191,6 +194,43 @@ def test_a_task_resumed_in_its_middle_ends_as_if_it_had_not_been_interrupted(tmp
     assert merge.report.tasks == ["task_1", "task_2"]
     for name in ("pretrained", "before_training", "fine_tuned"):
         assert getattr(merge.report, name) == pytest.approx(getattr(reference.report, name), nan_ok=True)
+
+
+def large_stream(tmp_path, **options):
+    """Two tasks with many samples; the second one's checkpoint."""
+    settings = {"dirpath": str(tmp_path / "stream"), "calibration": CalibrationOptions(**options)}
+    module, merge = Classifier(), ContinualMergeCallback(calibration_size=1000, **settings)
+    fit(module, Task(0, "first", size=900), merge, max_epochs=1)
+    kept = ModelCheckpoint(tmp_path / "kept")
+    fit(module, Task(1, "second", size=900), merge, kept, max_epochs=1, enable_checkpointing=True)
+    return kept.best_model_path, merge
+
+
+def test_a_checkpoint_refers_to_the_calibration_samples_on_disk(tmp_path):
+    path, merge = large_stream(tmp_path / "small")
+    whole, _ = large_stream(tmp_path / "whole", in_checkpoints=True)
+    assert Path(whole).stat().st_size - Path(path).stat().st_size > 0.9 * 900 * (FEATURES * 4 + 8)
+    state = torch.load(path, weights_only=True)["callbacks"][merge.state_key]
+    other = ContinualMergeCallback(calibration_size=1000)
+    other.load_state_dict(state)
+    assert other._state.buffer.counts == {"first": 900}
+    carried = torch.load(whole, weights_only=True)["callbacks"][merge.state_key]["buffer"]["tasks"]["first"]
+    found = other._state.buffer.state_dict()["tasks"]["first"]
+    pairs = list(zip(tree_leaves(carried), tree_leaves(found), strict=True))
+    tensors = [(one, two) for one, two in pairs if isinstance(one, torch.Tensor)]
+    assert len(tensors) >= 2
+    assert all(torch.equal(one, two) for one, two in tensors)
+
+
+def test_calibration_samples_are_found_where_the_stream_was_moved_to(tmp_path):
+    path, merge = large_stream(tmp_path)
+    (tmp_path / "stream").rename(tmp_path / "elsewhere")
+    state = torch.load(path, weights_only=True)["callbacks"][merge.state_key]
+    with pytest.raises(StreamStateError, match=r"refers to calibration samples in buffer-.*in_checkpoints=True"):
+        ContinualMergeCallback().load_state_dict(state)
+    moved = ContinualMergeCallback(dirpath=str(tmp_path / "elsewhere"), calibration_size=1000)
+    moved.load_state_dict(state)
+    assert moved._state.buffer.counts == {"first": 900}
 
 
 @pytest.mark.parametrize(
