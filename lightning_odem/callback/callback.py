@@ -35,94 +35,39 @@ MERGE_WEIGHTS = ("last", "best")
 class ContinualMergeCallback(L.Callback):
     r"""Merges each fine-tuned model into one deployed model: one ``fit`` is one task.
 
-    The module's weights when the first fit starts are the base model. Every later fit fine-tunes from them again. When
-    its training ends the callback merges the fine-tuned model, whose share is the operating time
-    :math:`t_k = w_k / (w_1 + \dots + w_k)`. By default the task is added to the sum of all tasks, calibration samples
-    choose how far to go from the base model along it, and a gradient flow from there is kept as far as held-out samples
-    confirm it, see :class:`~lightning_odem.methods.ODEMerge`. The module then holds the merged model; every task seen
-    is evaluated, the numbers go to the loggers (step = number of the task), to ``report`` and to ``dirpath``.
-
-    The module needs nothing but ``training_step`` on batches ``(inputs, targets)`` and ``forward(inputs)`` that gives
-    predictions. It may define
-
-    - ``calibration_step(batch, task) -> loss`` to be used instead of ``training_step``, which is called with logging
-      switched off; or ``-> (loss, count)`` where the loss is a mean over tokens, masks or pairs, with their number;
-    - ``prediction_step(batch, task) -> (predictions, targets)`` to be used instead of ``forward``;
-    - ``task_metric(task)``, the ``torchmetrics.Metric`` of a task, or a collection whose first entry is its score. By
-      default it is the accuracy of class scores [B, C] or ids [B]; what it cannot measure is refused before training.
-      The datamodule may define it too;
-    - ``task_specific``, a tuple of patterns like ``exclude``, for parameters such as the heads of single tasks.
-
-    The datamodule may define ``task_name``, ``task_weight``, and ``calibration_dataset()`` or
-    ``calibration_dataloader()`` for samples without augmentation.
-
-    Note:
-        ``ModelCheckpoint`` writes its files before the merge: they hold fine-tuned, unmerged weights. Test with
-        ``trainer.test(model, datamodule)``, or with ``ckpt_path=callback.last_merged_path``.
-
-    **Streams that last.** After each merge the stream's state is in the folder ``stream`` of its directory, written in
-    one step: a process killed at any moment leaves the state before or after the merge, never half of one. A new
-    callback with that ``dirpath`` goes on with the stream, see :meth:`remaining`; its module has to start with the
-    weights of the base model (:meth:`load_base`). If the process was seeded, before the callback was made, as the one
-    that began the stream, and that one set no seeds between tasks, random numbers go on where the last merge left
-    them (or begin with the seed, where Lightning sets it for each fit: after ``seed_everything`` under strategies for
-    several processes): the result is that of one process, bit for bit. While a task is fitted no other process can fit
-    one.
-
-    **Several processes** share the evaluations of the calibration loss; every one takes the same steps. They may hold
-    the parameters whole (``strategy="ddp"``) or share them by FSDP2 (``ModelParallelStrategy``), where each holds and
-    merges its own shards; some methods need whole tensors and are refused then.
+    The module's weights at the first fit are the base model, from which every fit fine-tunes. When a training ends, the
+    callback merges its model, whose share is the operating time :math:`t_k = w_k / (w_1 + \dots + w_k)`. The module
+    then holds the merged model. Every task seen is measured, and the numbers go to the loggers, to :attr:`report` and
+    to ``dirpath``. ``ModelCheckpoint`` writes its files before the merge. The guide (``docs/guide.md``) says what the
+    module and the datamodule may define, how streams last, and what several processes share.
 
     Args:
-        method: Name of a merge method, ``"ode"`` (see above), ``"ode_paper"`` (Algorithm 1 of ODE-M), ``"average"``
-            or another of :data:`~lightning_odem.methods.METHODS`, or a :class:`~lightning_odem.methods.MergeMethod`.
-        weights: Utility weights by task name, or a list in the order of the tasks; by default the datamodule's
-            ``task_weight``, else 1. Non-negative and finite.
-        calibration_size: Samples kept of all tasks together, N. 1024 is the paper's.
-        finetune_from: ``"base"`` fine-tunes every task from the base model, as model merging assumes; ``"merged"``
-            from the merged model.
-        exclude: Patterns of parameters that are not merged and kept per task: globs over dotted names, or names of
-            modules, for example ``["head", "*.adapter.*"]``. A task's training starts with those the module has: its
-            predecessor's, unless they are set between the fits.
-        dirpath: Directory of the stream: its state, checkpoints, report and figures. One that holds a stream is gone
-            on with. By default the next free ``merge_runs/version_N`` in the Trainer's root directory.
-        batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``, see
-            :class:`~lightning_odem.calibration.BatchNormStatistics`. Other buffers become the incoming model's.
-        calibration: Further settings of the calibration, among them whether its loss reads labels.
-        offload: Where the base and the merged model, the buffer and what tasks and method keep are between merges:
-            ``"cpu"``, in main memory, or ``"disk"``, mapped from the files of the state, which costs memory only where
-            they are used.
-        evaluate: ``"every"`` measures every task seen after each merge, ``False`` nothing: scores are NaN then.
-
-    Attributes:
-        report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
-        calibration_data: Calibration datasets, or iterables of batches, by task name; they come before the
-            datamodule's.
-        evaluation_data: Dataloaders or datamodules to measure scores on, by task name; needed for tasks that
-            another process has merged unless :meth:`remaining` was given them, otherwise the datamodule's test or
-            validation data.
-        last_merged_path: The checkpoint with the merged weights, or None.
-        division: Which parameters are merged and which belong to single tasks.
+        method: A merge method or its name in :data:`~lightning_odem.methods.METHODS`.
+        weights: Utility weights by task name or in order; by default the datamodule's ``task_weight``, else 1.
+        calibration_size: Samples kept of all tasks together; 1024 is the paper's.
+        finetune_from: Weights that a training starts with: ``"base"``, ``"merged"`` or what the ``"module"`` holds.
+        exclude: Patterns of parameters kept per task: globs over dotted names, or names of modules.
+        dirpath: Directory of the stream; one that is there is continued. By default ``merge_runs/version_N``.
+        batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``.
+        calibration: Further settings of the calibration.
+        offload: Where models and samples are between merges: ``"cpu"``, or ``"disk"``, mapped from the state's files.
+        evaluate: All tasks are measured after ``"every"`` merge, every n-th, or the ``"last"`` of :meth:`remaining`;
+            otherwise the merged one is. ``False`` measures nothing.
+        monitor: A value logged in ``validation_step``, as the score; by default ``task_metric(task)``, else accuracy.
+        mode: ``"max"`` if a higher monitored value is better, ``"min"`` if a lower one.
+        merge_weights: ``"last"`` weights of a training, or the ``"best"`` by its ``ModelCheckpoint(monitor=...)``.
+        evaluation_data: By task name, datamodules to measure on, or which of several dataloaders.
 
     Raises:
-        ValueError: For unknown names, weights that are no utilities, or a calibration size below 1.
-        StreamStateError: If the state in ``dirpath`` cannot be read; a damaged newest one falls back to the one before.
+        ValueError: For unknown names, weights that are no utilities, or numbers out of range.
+        StreamStateError: If the state in ``dirpath`` cannot be read.
 
     Example::
 
-        merge = ContinualMergeCallback()
-        for task in tasks:
-            trainer = L.Trainer(max_epochs=3, callbacks=[merge])
-            trainer.fit(model, datamodule=task)
-        print(merge.table())
-
-    A stream that a later process goes on with, next week or after a crash::
-
-        L.seed_everything(0)
-        model = ...  # with the weights of the base model
         merge = ContinualMergeCallback(dirpath="streams/shop")
         for task in merge.remaining(tasks):
             L.Trainer(max_epochs=3, callbacks=[merge]).fit(model, datamodule=task)
+        print(merge.table())
     """
 
     def __init__(
