@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration import batches
-from lightning_odem.calibration.keeping import Collate, Items
+from lightning_odem.calibration.items import Collate, Items
 from lightning_odem.calibration.quota import allocate, balanced_order
 from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 
