@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.buffer import CalibrationBuffer
-from lightning_odem.calibration.process_part import Piece, shard, shard_each
-from lightning_odem.calibration.reduction import read_tail, tail, tail_length
+from lightning_odem.calibration.process_part import Piece, partition, partition_each, read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.parameters.processes import Processes
@@ -180,7 +179,7 @@ class CalibrationObjective:
 
     def _pieces(self, batches: Sequence[MicroBatch]) -> list[Piece]:
         """This process's part of a pass."""
-        cut = shard if self.vector.shards is None else shard_each
+        cut = partition if self.vector.shards is None else partition_each
         return cut(batches, self.processes.rank, self.processes.size)
 
     def _raise_everywhere(self, error: Exception | None) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lightning_odem.parameters.files import replacing
-from lightning_odem.stream.store.error import StreamInUseError
+
+
+class StreamInUseError(RuntimeError):
+    """Another process, or another object of this one, has the stream; the message names it."""
 
 
 class StreamLock:

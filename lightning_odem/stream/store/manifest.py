@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
-from lightning_odem.stream.store.tensor_file import TensorFile
+from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
 
 FORMAT = 1
 """Version of the format on disk that is written here, and the newest that is read."""

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_odem import version
 from lightning_odem.parameters.files import sync
 from lightning_odem.stream.store.encoding import decode, encode
-from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section
-from lightning_odem.stream.store.tensor_file import TensorFile
+from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
 
 _MANIFEST = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z0-9_]+")

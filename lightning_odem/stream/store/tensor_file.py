@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_odem.parameters.files import sync
-from lightning_odem.stream.store.error import DamagedFileError
+
+
+class StreamStateError(ValueError):
+    """The state of a stream on disk cannot be read; the message names the file and what was found in it."""
+
+
+class DamagedFileError(StreamStateError):
+    """A file is missing or is not what was written; an older generation may be whole."""
 
 
 @dataclass(frozen=True)
