@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
-from lightning_odem.calibration.task_samples import Sampling
+from lightning_odem.calibration.sample_collector import SampleCollector
 from lightning_odem.callback.fit import Fit, Phase
 from lightning_odem.callback.guards import (
     FreshStart,
@@ -35,7 +35,7 @@ from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
 from lightning_odem.stream.naming import file_name, next_task_name, next_task_weight
-from lightning_odem.stream.random_state import RandomStream, load_random_state, take_random_state
+from lightning_odem.stream.random_state import RandomContinuation, load_random_state, take_random_state
 from lightning_odem.stream.removal import Model, remove_task
 from lightning_odem.stream.restoration import is_ready, restore_task_parameters
 from lightning_odem.stream.state import StreamState
@@ -188,7 +188,7 @@ class ContinualMergeCallback(L.Callback):
         self.evaluation_data = self._measurement.given
         self._stage: str | None = None  # of the Trainer's run that is going on
         self._fit = Fit()
-        self._random = RandomStream()
+        self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
         self._handed_out: tuple[Any, str] = (None, "")
         if dirpath is not None and (stored := self._directory.load()) is not None:
@@ -259,7 +259,7 @@ class ContinualMergeCallback(L.Callback):
             model: The fine-tuned model that it was merged with, which the stream does not keep: a checkpoint as
                 ``ModelCheckpoint`` writes it at the end of the training or another file of weights, a module, or
                 tensors by name. Another model is refused where the stream knows the right one, see
-                :func:`~lightning_odem.stream.removal.read_model`.
+                :func:`~lightning_odem.stream.identity.read_model`.
 
         Raises:
             ValueError: If there is no such task or no other one with a weight, if the method cannot take it out or has
@@ -583,7 +583,7 @@ class ContinualMergeCallback(L.Callback):
             self._fit.sampling = None
             if self._stream.needs_samples:
                 given = self.calibration_data.get(task)
-                self._fit.sampling = Sampling(trainer, task, weight, self._state.buffer, given)
+                self._fit.sampling = SampleCollector(trainer, task, weight, self._state.buffer, given)
         self._measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:

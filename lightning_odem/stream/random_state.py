@@ -51,7 +51,7 @@ def random_digest(state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-class RandomStream:
+class RandomContinuation:
     """Lets a new process draw the random numbers that the one before would have drawn.
 
     It does so if this process was seeded like the one that began the stream when this object was made, and if that one

@@ -1,7 +1,6 @@
 """A task taken out of a stream again: what is left is the stream of the other tasks, up to rounding."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,27 +8,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_odem.calibration.batch_norm import BatchNormStatistics
 from lightning_odem.methods import BaseModel, MergeContext, MergeMethod, method_name
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.methods.layout import tensors
-from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.files import replacing
-from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.shards import find_shards, reshard
-from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
-from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
+from lightning_odem.parameters.snapshot import Snapshot
+from lightning_odem.parameters.vector import canonical_name
 from lightning_odem.parameters.weights_file import read_file
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.directory import RunDirectory
+from lightning_odem.stream.identity import Model, read_model, recorded_names
 from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import fingerprint
-
-Model = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
 
 def remove_task(
@@ -108,75 +101,6 @@ def take_out(state: StreamState, method: MergeMethod, task: str, model: Model) -
     )
 
 
-def read_model(model: Model, state: StreamState, task: str) -> Snapshot:
-    """The tensors of a fine-tuned model that merges have moved, under the stream's names.
-
-    Args:
-        model: The model: a file or folder, see :func:`~lightning_odem.parameters.read_checkpoint`, a module, or tensors
-            by name. Its other tensors do not matter.
-        state: The stream.
-        task: The task that it was merged for.
-
-    Raises:
-        ValueError: If names or shapes differ, a value is not finite, or the task was merged with another model. Of a
-            task whose model an earlier version merged, or several processes in shards, that is not known: another
-            model is then subtracted without notice.
-    """
-    if isinstance(model, nn.Module):
-        found: Mapping[str, Any] = take_snapshot(model)
-    else:
-        found = model if isinstance(model, Mapping) else read_checkpoint(model)
-    if others := [str(name) for name, tensor in found.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"A model is given as tensors by name; these are none: {', '.join(others[:3])}.")
-    found = {canonical_name(name): tensor.detach().cpu() for name, tensor in found.items()}
-    names, merged = moved_names(state), state.merged or {}
-    wanted = [*names["parameters"], *names["statistics"]]
-    there = {name: other for name, other in match_names(wanted, found).items() if other in found}
-    shapes = {name: found[other].shape for name, other in there.items()}
-    check_same_shapes({name: merged[name].shape for name in wanted}, shapes, "merged", "withdrawn")
-    read = {name: found[there[name]] for name in wanted}
-    if broken := [name for name, tensor in read.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"The withdrawn model holds infinite or NaN values in {', '.join(broken[:3])}.")
-    digest = state.fingerprints.get(task)
-    given = fingerprint({name: read[name] for name in names["parameters"]}) if digest else None
-    if given != digest:
-        raise ValueError(
-            f"Task {task!r} was merged with another model than the one given (SHA-256 {str(digest)[:12]}... and "
-            f"{str(given)[:12]}...). Give the weights as they were at the end of its training: not those of the best "
-            "epoch, not rounded to another precision."
-        )
-    return read
-
-
-def moved_names(state: StreamState) -> dict[str, list[str]]:
-    """Which tensors of a stream's merged model merges move, see :class:`~lightning_odem.stream.state.StreamState`.
-
-    Of states that do not say it: all floating-point tensors, those of batch norm by their names. Buffers of other kinds
-    are not told apart from parameters there.
-    """
-    if state.names:
-        return state.names
-    floating = {name for name, tensor in (state.merged or {}).items() if tensor.is_floating_point()}
-    pairs = [(f"{stem}running_mean", f"{stem}running_var") for stem in {_stem(name) for name in floating}]
-    statistics = {name for pair in pairs if floating.issuperset(pair) for name in pair}
-    return {"parameters": sorted(floating - statistics), "statistics": sorted(statistics)}
-
-
-def names_to_keep(module: nn.Module, patterns: tuple[str, ...], batch_norm: str) -> dict[str, list[str]]:
-    """What a stream notes of a module to know later which tensors its merges move."""
-    named = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
-    parameters = [name for name, tensor in named.items() if tensor.is_floating_point()]
-    statistics = BatchNormStatistics(module, patterns, batch_norm).names if batch_norm == "average" else []
-    return {"parameters": [name for name in parameters if not is_excluded(name, patterns)], "statistics": statistics}
-
-
-def fingerprint_to_keep(module: nn.Module, names: Mapping[str, Sequence[str]]) -> str | None:
-    """What a stream notes of a fine-tuned model to know it again; None of one that several processes share."""
-    reshard(module)
-    named = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
-    return None if find_shards(named) else fingerprint({name: named[name] for name in names["parameters"]})
-
-
 def describe(report: StreamReport) -> str:
     """The last removal in one line."""
     checkpoint, tasks = report.merges[-1].checkpoint, report.tasks
@@ -188,7 +112,7 @@ def _subtract(
     state: StreamState, method: MergeMethod, withdrawn: Snapshot, shares: Sequence[float], index: int
 ) -> StreamState:
     """The stream with merged model and state of the method as without a task."""
-    merged, base, names, share = state.merged or {}, state.base or {}, moved_names(state), shares[index]
+    merged, base, names, share = state.merged or {}, state.base or {}, recorded_names(state), shares[index]
     used = {record.method for record, other in zip(state.report.merges, shares, strict=True) if other}
     if others := sorted(used - {method_name(method)}):
         raise ValueError(
@@ -266,8 +190,3 @@ def _place(value: Any) -> Any:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _stem(name: str) -> str:
-    """A dotted name without its last part."""
-    return name[: name.rfind(".") + 1]

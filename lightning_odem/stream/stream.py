@@ -24,8 +24,8 @@ from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.report import MergeRecord
+from lightning_odem.stream.identity import merged_names, model_fingerprint
 from lightning_odem.stream.merging import Merge, merging
-from lightning_odem.stream.removal import fingerprint_to_keep, names_to_keep
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.trace import TrainingTrace
 
@@ -141,8 +141,8 @@ class Stream:
             on_step: Told (steps done, steps in all).
             fingerprint: Note the SHA-256 of the incoming model, by which a model is known when it is to be removed.
         """
-        names = names_to_keep(module, self.division.patterns(module), self.batch_norm)
-        digest = fingerprint_to_keep(module, names) if fingerprint else None
+        names = merged_names(module, self.division.patterns(module), self.batch_norm)
+        digest = model_fingerprint(module, names) if fingerprint else None
         own = take_snapshot(module, self.division.task_specific(module))
         self.load_method()
         with merging(
