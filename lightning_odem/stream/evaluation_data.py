@@ -9,23 +9,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 def evaluation_data(trainer: L.Trainer) -> Iterable | None:
-    """The data that the score of the current task is measured on.
+    """The data that the score of the current task is measured on; None if there is none.
 
-    The test dataloader of the datamodule or module, else its validation dataloader, else the validation dataloaders
-    given to ``fit``; None if there is nothing of the kind.
+    It is the test dataloader of the datamodule, else that of the module, else the validation dataloaders that the fit
+    has.
     """
     owners = [(trainer.datamodule, L.LightningDataModule), (trainer.lightning_module, L.LightningModule)]  # type: ignore[attr-defined]
     for owner, parent in owners:
         if owner is not None and is_overridden("test_dataloader", owner, parent):
             owner.setup("test")
             return _chained(owner.test_dataloader())
-    # Read where it comes from: without a validation_step Lightning does not load it.
+    # Read at its source, since Lightning does not load it without a validation_step.
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     return _chained(source.dataloader()) if source.is_defined() else None
 
 
 def data_of(datamodule: L.LightningDataModule) -> Iterable | None:
-    """The test data of a datamodule no Trainer has prepared, else its validation data; None if it has neither."""
+    """The test data, else the validation data, of a datamodule without a Trainer; None if it has neither."""
     datamodule.prepare_data()
     for stage, name in (("test", "test_dataloader"), ("validate", "val_dataloader")):
         if is_overridden(name, datamodule, L.LightningDataModule):
@@ -43,7 +43,7 @@ def _chained(loaders: Any) -> Iterable | None:
 
 
 class _Chain:
-    """Several loaders, one after the other, as often as wanted."""
+    """Several loaders, one after the other; it can be iterated any number of times."""
 
     def __init__(self, loaders: Iterable) -> None:
         self.loaders = list(loaders)
@@ -53,7 +53,7 @@ class _Chain:
 
 
 def limited(data: Any, limit: int | float) -> Iterable:
-    """At most ``limit`` batches, or that fraction, of each loader."""
+    """At most ``limit`` batches of each loader, or that fraction of them if it is a float."""
     if limit == 1.0 and isinstance(limit, float):
         return data
     loaders = data.loaders if isinstance(data, _Chain) else [data]

@@ -1,4 +1,4 @@
-"""What identifies a model that was merged: the names of its merged tensors and their fingerprint."""
+"""The identity of a fine-tuned model in a stream: the names of its merged tensors, and their fingerprint."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,13 @@ Model = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
 
 def merged_names(module: nn.Module, patterns: tuple[str, ...], batch_norm: str) -> dict[str, list[str]]:
-    """What a stream notes of a module to know later which tensors its merges move."""
+    """Names of the tensors of a module that merges change, see :class:`~lightning_odem.stream.state.StreamState`.
+
+    Args:
+        module: The module.
+        patterns: Patterns of parameters that are not merged.
+        batch_norm: Policy for running statistics; they are among the names if they are averaged.
+    """
     named = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
     parameters = [name for name, tensor in named.items() if tensor.is_floating_point()]
     statistics = BatchNormStatistics(module, patterns, batch_norm).names if batch_norm == "average" else []
@@ -28,17 +34,17 @@ def merged_names(module: nn.Module, patterns: tuple[str, ...], batch_norm: str) 
 
 
 def model_fingerprint(module: nn.Module, names: Mapping[str, Sequence[str]]) -> str | None:
-    """What a stream notes of a fine-tuned model to know it again; None of one that several processes share."""
+    """Fingerprint of a fine-tuned model's merged parameters; None if they are sharded."""
     reshard(module)
     named = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
     return None if find_shards(named) else fingerprint({name: named[name] for name in names["parameters"]})
 
 
 def recorded_names(state: StreamState) -> dict[str, list[str]]:
-    """Which tensors of a stream's merged model merges move, see :class:`~lightning_odem.stream.state.StreamState`.
+    """Names of the merged tensors of a stream, as its state records them.
 
-    Of states that do not say it: all floating-point tensors, those of batch norm by their names. Buffers of other kinds
-    are not told apart from parameters there.
+    A state of an earlier version does not record them. They are all floating-point tensors of the merged model then,
+    and batch-norm statistics are known by their names. Other buffers count as parameters.
     """
     if state.names:
         return state.names
@@ -49,18 +55,19 @@ def recorded_names(state: StreamState) -> dict[str, list[str]]:
 
 
 def read_model(model: Model, state: StreamState, task: str) -> Snapshot:
-    """The tensors of a fine-tuned model that merges have moved, under the stream's names.
+    """The merged tensors of a task's fine-tuned model, under the stream's names.
+
+    The model is checked against the task's fingerprint. There is none if an earlier version merged the task, or if its
+    parameters were sharded. Another model is not noticed then.
 
     Args:
-        model: The model: a file or folder, see :func:`~lightning_odem.parameters.read_checkpoint`, a module, or tensors
-            by name. Its other tensors do not matter.
-        state: The stream.
-        task: The task that it was merged for.
+        model: A file or folder, see :func:`~lightning_odem.parameters.read_checkpoint`, a module, or tensors by name.
+            Its other tensors do not matter.
+        state: The state of the stream.
+        task: The task that the model was merged for.
 
     Raises:
-        ValueError: If names or shapes differ, a value is not finite, or the task was merged with another model. Of a
-            task whose model an earlier version merged, or several processes in shards, that is not known: another
-            model is then subtracted without notice.
+        ValueError: If names or shapes differ, a value is not finite, or the task was merged with another model.
     """
     if isinstance(model, nn.Module):
         found: Mapping[str, Any] = take_snapshot(model)

@@ -1,4 +1,4 @@
-"""Scores of a module with the weights and the task-specific parameters it is to be measured with."""
+"""Scores of a module on tasks, with the parameters that they are measured with."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -24,26 +24,25 @@ class Measurement:
     """Measures scores, each task with its own data, metric and parameters, and leaves the module as it was.
 
     Args:
-        division: Which parameters all tasks share.
-        enabled: Whether anything is measured; all is NaN otherwise, and no data is looked for.
+        division: Tells which parameters all tasks share.
+        enabled: Whether scores are measured. Otherwise all are NaN, and no data is looked for.
 
     Attributes:
-        given: Data to measure scores on, by name of the task, where the user chose it: batches, or a datamodule
-            with them.
+        given: Data that the user chose to measure scores on, by name of the task: batches, or a datamodule.
     """
 
     def __init__(self, division: Division, enabled: bool = True) -> None:
         self.given: dict[str, Iterable | L.LightningDataModule] = {}
-        # Loaders of the user, so never part of a checkpoint.
+        # The user's loaders; they are never part of a checkpoint.
         self._found: dict[str, Iterable | None] = {}
-        self._datamodules: dict[str, L.LightningDataModule] = {}  # those that may know a metric
+        self._datamodules: dict[str, L.LightningDataModule] = {}  # those that may give a metric
         self._checked: dict[str, Iterable] = {}
         self._remembered: set[str] = set()
         self._division = division
         self._enabled = enabled
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
-        """Find out where the score of the task being fitted is measured, and who may know its metric."""
+        """Find the data for the score of the task that is fitted, and the datamodule that may give its metric."""
         if not self._enabled:
             return
         self._ask(trainer.datamodule, task)  # type: ignore[attr-defined]
@@ -57,19 +56,19 @@ class Measurement:
             )
 
     def remember(self, task: str, datamodule: L.LightningDataModule) -> None:
-        """Measure a task merged earlier on the data of its datamodule, unless the user chose other data."""
+        """Measure an earlier task on the data of its datamodule, unless the user chose other data."""
         if task not in self.given:
             self.given[task] = datamodule
             self._remembered.add(task)
 
     def forget(self, task: str) -> None:
-        """Measure a task that was taken out on its own data if it comes again, unless the user chose other data."""
+        """Drop the data remembered for a task that was taken out; if the task comes again, it brings its own."""
         if task in self._remembered:
             self.given.pop(task, None)
             self._remembered.discard(task)
 
     def warn_of_missing(self, tasks: Iterable[str]) -> None:
-        """Say so if tasks merged in another process cannot be measured in this one."""
+        """Warn if tasks merged in another process cannot be measured in this one."""
         missing = [task for task in tasks if task not in self._found and task not in self.given]
         if missing and self._enabled:
             rank_zero_warn(
@@ -84,16 +83,16 @@ class Measurement:
         known: Mapping[str, TaskMetric],
         task_parameters: Mapping[str, Snapshot] = {},
     ) -> None:
-        """Refuse what a metric cannot read, on the first batch of each task's data that is new.
+        """Refuse predictions that a metric cannot read, on the first batch of each task's data.
 
-        The data of tasks that keep parameters for themselves is looked at each time, since the module may have changed
-        so that it cannot use them any more.
+        Data is checked once. Data of tasks that keep parameters for themselves is checked each time, since the module
+        may have changed so that it cannot use them any more.
 
         Args:
             module: The module.
             tasks: The tasks.
-            task_parameters: What earlier tasks keep for themselves.
-            known: What tasks were measured by so far.
+            known: The metric of each task so far.
+            task_parameters: The parameters that each earlier task keeps for itself.
 
         Raises:
             ValueError: As :func:`~lightning_odem.stream.evaluation.score`, and if a task has another metric now.
@@ -117,11 +116,11 @@ class Measurement:
             self._checked[task] = data
 
     def current(self, module: L.LightningModule, task: str) -> float:
-        """Score on a task of the module as it is; NaN where there is no data."""
+        """Score of the module as it is on a task; NaN without data."""
         return self._measure(module, task).value
 
     def with_weights(self, module: L.LightningModule, weights: Snapshot | None, task: str) -> float:
-        """Score on a task with other shared weights, which are taken out again; NaN without weights."""
+        """Score on a task with other shared parameters; the module gets its own back. NaN if ``weights`` is None."""
         if weights is None:
             return math.nan
         is_shared = self._division.shared(module)
@@ -135,7 +134,7 @@ class Measurement:
     def every_task(
         self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
     ) -> dict[str, Score]:
-        """Score on every task by name, each with its own parameters in the module's place."""
+        """Score on every task by name; the module has the task's own parameters meanwhile."""
         scores = {}
         with progress(trainer, "evaluating") as advance:
             for index, (task, own) in enumerate(task_parameters.items()):
@@ -164,7 +163,7 @@ class Measurement:
         given = self.given.get(task)
         if isinstance(given, L.LightningDataModule):
             self._ask(given, task)
-            # Its loaders from here on: what a datamodule does before it gives them is done once.
+            # From here on its loaders are used, so that the datamodule is set up once.
             with isolate_rng():
                 given = data_of(given)
             if given is None:
@@ -175,7 +174,7 @@ class Measurement:
 
 
 def _agreed(measured: Score, device: torch.device) -> Score:
-    """The first process's score in all of them, whose kernels may round differently."""
+    """The first process's score in all processes, since their kernels may round differently."""
     processes = Processes.current()
     if processes.size == 1:
         return measured
@@ -185,5 +184,5 @@ def _agreed(measured: Score, device: torch.device) -> Score:
 
 
 def load_task_parameters(module: nn.Module, own: Snapshot) -> None:
-    """Write what a task keeps for itself into a module."""
+    """Write the parameters that a task keeps for itself into a module."""
     load_snapshot(module, own, lambda name: name in own)

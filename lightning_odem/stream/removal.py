@@ -1,4 +1,4 @@
-"""A task taken out of a stream again: what is left is the stream of the other tasks, up to rounding."""
+"""Removal of a task: the result is the stream of the other tasks, up to rounding."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ from lightning_odem.stream.state import StreamState
 def remove_task(
     directory: RunDirectory, state: StreamState, method: MergeMethod, task: str, model: Model
 ) -> StreamState:
-    """Take a task out of a stream, in its directory in one step; in memory where it has none.
+    """Take a task out of a stream, in its directory in one step, or in memory if it has no directory.
 
     Args:
-        directory: Of the stream. What it holds counts, whatever is in memory.
-        state: The stream in memory; not changed.
-        method: The method that the stream was merged with; has the state of the stream returned afterwards.
+        directory: The stream's directory. A state in it counts, whatever is in memory.
+        state: The state in memory; it is not changed.
+        method: The method that merged the stream. Afterwards it has the state that belongs to the result.
         task: Name of the task.
-        model: The model that it was merged with, see :func:`read_model`.
+        model: The task's fine-tuned model, see :func:`~lightning_odem.stream.identity.read_model`.
 
     Returns:
-        The stream without the task.
+        The state without the task.
 
     Raises:
         ValueError: As :func:`take_out`.
@@ -63,23 +63,22 @@ def remove_task(
 
 
 def take_out(state: StreamState, method: MergeMethod, task: str, model: Model) -> StreamState:
-    """The stream without one of its tasks; the one given stays as it is.
+    """The state of a stream without one of its tasks; the state given does not change.
 
-    The merged model and the method's state are those of the other tasks, as if it had never been there. So are
-    batch-norm statistics where they are averaged; otherwise, and other buffers always, they stay. The task's samples,
-    its parameters and its accuracies are gone; what was measured before stays as it was.
+    The merged model and the method's state become those of the other tasks, as if the task had never been merged. So do
+    averaged batch-norm statistics. Other statistics and buffers stay. The task's samples, its own parameters and its
+    scores are removed. Scores of other tasks stay as they were measured.
 
     Raises:
-        ValueError: If there is no such task or it is the only one with a weight, if the method cannot take it out or
-            is not the one that merged the stream, or if the model is not the one the task was merged with, as far as
-            can be told.
+        ValueError: If there is no such task, it is the only one with a utility weight, the method cannot take it out or
+            is not the one that merged the stream, or the model is known to be another one than the task's.
     """
     report = state.report
     if task not in report.tasks:
         raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(report.tasks) or 'no task'}.")
     index = report.tasks.index(task)
     total = math.fsum(report.weights)
-    # Of a stream without weights the first model is the merged one.
+    # If all utility weights are 0, the merged model is the first model.
     shares = [weight / total if total else float(place == 0) for place, weight in enumerate(report.weights)]
     if shares[index] == 1.0:
         raise ValueError(
@@ -90,7 +89,7 @@ def take_out(state: StreamState, method: MergeMethod, task: str, model: Model) -
     if report.merges[index].t > 0.0:  # a task of weight 0 has added nothing
         state = _subtract(state, method, withdrawn, shares, index)
     left = report.without(task)
-    left.merges[-1] = replace(left.merges[-1], checkpoint=None)  # the file there may be of a model with the task
+    left.merges[-1] = replace(left.merges[-1], checkpoint=None)  # that file may hold a model with the task
     return replace(
         state,
         task_parameters={name: own for name, own in state.task_parameters.items() if name != task},
@@ -111,7 +110,7 @@ def describe(report: StreamReport) -> str:
 def _subtract(
     state: StreamState, method: MergeMethod, withdrawn: Snapshot, shares: Sequence[float], index: int
 ) -> StreamState:
-    """The stream with merged model and state of the method as without a task."""
+    """The state with the merged model and the method's state as without a task."""
     merged, base, names, share = state.merged or {}, state.base or {}, recorded_names(state), shares[index]
     used = {record.method for record, other in zip(state.report.merges, shares, strict=True) if other}
     if others := sorted(used - {method_name(method)}):
@@ -119,7 +118,7 @@ def _subtract(
             f"{', '.join(others)} merged tasks of this stream, so {method_name(method)!r} cannot take one out. Give "
             "the method that the whole stream was merged with."
         )
-    # What no task has moved may be new to the method, as weights that were frozen all along.
+    # Parameters that no task has changed, such as frozen ones, may be unknown to the method.
     still = {
         name
         for name in names["parameters"]
@@ -147,7 +146,7 @@ def _subtract(
 
 
 def _write_checkpoint(directory: RunDirectory, before: StreamState, state: StreamState, task: str) -> str | None:
-    """The last checkpoint of merged weights once more, with those of the stream without a task; None if that fails."""
+    """Write the last checkpoint again, with the weights of the stream without a task; None if that fails."""
     template, path = before.report.merges[-1].checkpoint, None
     if template is not None:
         name = f"merged-{len(state.report.tasks):02d}-without-{file_name(task)}.ckpt"
@@ -167,10 +166,10 @@ def _write_checkpoint(directory: RunDirectory, before: StreamState, state: Strea
 
 
 def _replaced(saved: Mapping[str, Any], before: StreamState, state: StreamState) -> dict[str, Any]:
-    """A module's state dict with the weights of a stream, and of its tasks' own parameters those of the last one."""
+    """A module's state dict with the merged weights of a stream and the own parameters of its last task."""
     last = state.task_parameters.get(state.report.tasks[-1], {})
     known = {**state.fixed, **last, **(state.merged or {})}
-    # Tied tensors share memory; the stream has them once.
+    # Tied tensors share memory; the stream has them under one name.
     tied = {
         _place(value): known[canonical_name(name)] for name, value in saved.items() if canonical_name(name) in known
     }
@@ -184,7 +183,7 @@ def _replaced(saved: Mapping[str, Any], before: StreamState, state: StreamState)
 
 
 def _place(value: Any) -> Any:
-    """Where a tensor is in memory; one object's own place where it is none."""
+    """The place of a tensor in memory; any other object is its own place."""
     return (value.data_ptr(), value.shape) if isinstance(value, Tensor) else id(value)
 
 

@@ -1,4 +1,4 @@
-"""A stream's state on disk: written whole or not at all, checked when read, used by one process at a time."""
+"""A stream's state on disk: written completely or not at all, checked when read, used by one process at a time."""
 
 from lightning_odem.stream.store.encoding import decode, encode
 from lightning_odem.stream.store.fingerprint import differences, fingerprint
