@@ -1,4 +1,4 @@
-"""The number of samples in a batch, which its tensors or its lists tell."""
+"""The number of samples in a batch, read off from its tensors or its lists."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def candidate_sizes(batch: Any, batch_size: int | None) -> list[tuple[int, bool]
 
     Args:
         batch: The batch, taken apart.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
 
     Example:
         >>> from lightning_odem.calibration.containers import take_apart
@@ -60,7 +60,7 @@ def is_counted_by_lists(batch: Any, batch_size: int | None, tensor_size: int) ->
 
     Args:
         batch: The batch.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
         tensor_size: The number that the tensors agree on.
     """
     lists = list(_lists(batch))

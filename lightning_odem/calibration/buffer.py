@@ -21,9 +21,9 @@ class CalibrationBuffer:
     """At most ``capacity`` samples of all tasks seen; quotas shrink as tasks arrive.
 
     When task k arrives, every task keeps floor(N / k) samples or one more, so that the sum is N. Places that a small
-    task cannot fill go to the others. Samples of earlier tasks are discarded, never drawn again. The samples of a task
-    stay class-balanced if its labels are classes. Samples stay on the CPU in their own dtype (uint8 images stay uint8)
-    and are handed out in micro-batches.
+    task cannot fill go to the others. Samples of earlier tasks are only discarded, never drawn again. The samples of a
+    task stay class-balanced if its labels are classes. Samples stay on the CPU in their own dtype (uint8 images stay
+    uint8) and are handed out in micro-batches.
 
     Args:
         capacity: Samples kept in all, N. The paper has 1024; its Table 3 is flat from 512 on.

@@ -37,7 +37,7 @@ class Decollation:
         self._alone: list[Any] = []
 
     def cut(self, batch: Any) -> Rows:
-        """The samples of a batch, of which nothing else is known.
+        """The samples of a batch, judged by the batch alone.
 
         Raises:
             CannotBeKeptError: If a tensor has another number of samples, or nothing counts them.
@@ -48,7 +48,7 @@ class Decollation:
         return rows
 
     def align(self, whole: Any, again: Any, ones: Sequence[Any]) -> Rows:
-        """The samples of a batch, which were collated one by one, too.
+        """The samples of a batch, judged by the batches of one that they make, too.
 
         Args:
             whole: The batch.

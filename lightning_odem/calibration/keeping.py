@@ -27,7 +27,7 @@ def keep(batch: Any, batch_size: int | None = None, like: Any = None) -> Any:
 
     Args:
         batch: The batch.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
         like: Samples kept of an earlier batch of this dataloader. If they are :class:`Rows`, the batch must have the
             same structure.
 
@@ -63,7 +63,7 @@ def keep_items(items: Sequence[Any], collate: Collate, batch_size: int | None = 
     Args:
         items: The items; ``collate`` gets copies of their containers.
         collate: The dataloader's function.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
 
     Raises:
         CannotBeKeptError: If the items cannot be collated, or the result cannot be kept.

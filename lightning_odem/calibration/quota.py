@@ -36,7 +36,7 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
         >>> allocate(10, [3, 1], [100, 100]), allocate(10, [1e308, 1e308], [9, 9])
         ([8, 2], [5, 5])
     """
-    if math.isinf(sum(shares)):  # finite shares, whose sum is finite once they are divided by the largest
+    if math.isinf(sum(shares)):  # finite shares; divided by the largest, they have a finite sum
         shares = [share / max(shares) for share in shares]
     places = [0] * len(shares)
     open_tasks = [task for task, share in enumerate(shares) if share > 0]

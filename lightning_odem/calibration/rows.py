@@ -148,7 +148,7 @@ def place(number: int) -> Container:
 
 
 def label_of(batch: Any) -> Any:
-    """The entry of a batch or sample, taken apart, that is its label by place or name; None if there is none."""
+    """The label of a batch or sample that was taken apart, found by position or name; None without any."""
     if not isinstance(batch, Container) or len(batch.items) < 2:
         return None
     if batch.kind in ("list", "tuple"):

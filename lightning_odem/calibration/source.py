@@ -40,7 +40,7 @@ class Reservoir:
     Args:
         capacity: Samples kept.
         generator: Source of randomness, on the CPU.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
     """
 
     def __init__(self, capacity: int, generator: torch.Generator, batch_size: int | None = None) -> None:
@@ -163,7 +163,7 @@ def draw_by_index(
         collate: The function that makes batches of the samples.
         balanced: Whether the choice is class-balanced if the dataset has integer ``targets``. Without it no label is
             read.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
 
     Raises:
         CannotBeKeptError: If the samples cannot be collated or kept.
@@ -175,7 +175,7 @@ def draw_by_index(
 
 
 def collation(trainer: L.Trainer) -> tuple[Any, int | None]:
-    """The training dataloader's collate function, and its batch size where it is known."""
+    """The training dataloader's collate function, and its batch size if it is known."""
     loader = trainer.train_dataloader
     return (loader.collate_fn, loader.batch_size) if isinstance(loader, DataLoader) else (default_collate, None)
 

@@ -14,7 +14,7 @@ from lightning_odem.parameters.shards import find_shards, reshard
 from lightning_odem.parameters.snapshot import Snapshot, take_snapshot
 from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import fingerprint
+from lightning_odem.stream.store.fingerprint import fingerprint
 
 Model = str | os.PathLike | nn.Module | Mapping[str, Tensor]
 
@@ -89,8 +89,8 @@ def read_model(model: Model, state: StreamState, task: str) -> Snapshot:
     if given != digest:
         raise ValueError(
             f"Task {task!r} was merged with another model than the one given (SHA-256 {str(digest)[:12]}... and "
-            f"{str(given)[:12]}...). Give the weights as they were at the end of its training: not those of the best "
-            "epoch, not rounded to another precision."
+            f"{str(given)[:12]}...). Give the model as it was at the end of its training, not that of the best epoch, "
+            "and not rounded to another precision."
         )
     return read
 

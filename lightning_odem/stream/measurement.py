@@ -119,14 +119,14 @@ class Measurement:
         """Score of the module as it is on a task; NaN without data."""
         return self._measure(module, task).value
 
-    def with_weights(self, module: L.LightningModule, weights: Snapshot | None, task: str) -> float:
-        """Score on a task with other shared parameters; the module gets its own back. NaN if ``weights`` is None."""
-        if weights is None:
+    def with_weights(self, module: L.LightningModule, shared: Snapshot | None, task: str) -> float:
+        """Score on a task with other shared parameters; the module gets its own back. NaN if ``shared`` is None."""
+        if shared is None:
             return math.nan
         is_shared = self._division.shared(module)
         before = take_snapshot(module, is_shared)
         try:
-            load_snapshot(module, weights, is_shared)
+            load_snapshot(module, shared, is_shared)
             return self.current(module, task)
         finally:
             load_snapshot(module, before, is_shared)

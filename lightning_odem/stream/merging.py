@@ -69,15 +69,15 @@ def merging(
     In a job of several processes, all call this with the same models and samples. An error in one is raised in all.
 
     Args:
-        module: The module, which holds the incoming model. Only its merged parameters and buffers change. Frozen
-            parameters are merged too if they differ from the merged model.
+        module: Holds the incoming model. Only its merged parameters and buffers change. Frozen parameters are merged
+            too if they differ from the merged model.
         method: The merge method.
         task: Name of the incoming task.
         t: Operating time in [0, 1]. A method may choose another, which is then in the record.
         merged: Parameters and buffers of the merged model by name, see :meth:`Merge.snapshot`; None for the first task.
         base: Parameters and buffers of the base model; may be empty if the method does not need it.
-        calibration: Samples and loss, or None if the method does not need them. A loss on logits stores those of the
-            incoming model in the buffer, so the buffer has to be a copy of the stream's.
+        calibration: Samples and loss, or None if the method needs none. A loss on logits stores the incoming model's
+            in the buffer, so the buffer has to be a copy of the stream's.
         exclude: Patterns of parameters that are not merged.
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the method needs of the incoming model's training.
@@ -89,8 +89,8 @@ def merging(
 
     Raises:
         ValueError: If the models differ in names or shapes, no parameter is left to merge, a value of the incoming or
-            the new merged model is not finite, the loss has no gradient, something that the method needs is missing, or
-            the method changed its state in place.
+            new merged model is not finite, the loss has no gradient, a need of the method is not met, or the method
+            changed its state in place.
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LONGEST = 73
-"""Most letters of a task's name in the name of a file; file systems take 255 in all."""
+"""Length to which a task's name is cut in the name of a file; file systems allow 255 letters in all."""
 
 Weights = Mapping[str, float] | Sequence[float] | None
 

@@ -82,11 +82,11 @@ def take_out(state: StreamState, method: MergeMethod, task: str, model: Model) -
     shares = [weight / total if total else float(place == 0) for place, weight in enumerate(report.weights)]
     if shares[index] == 1.0:
         raise ValueError(
-            f"Task {task!r} is all that the merged model consists of: no other task has a weight. Begin a new stream "
-            "instead."
+            f"Task {task!r} is all that the merged model consists of: no other task has a utility weight above 0. "
+            "Begin a new stream instead."
         )
     withdrawn = read_model(model, state, task)
-    if report.merges[index].t > 0.0:  # a task of weight 0 has added nothing
+    if report.merges[index].t > 0.0:  # a task of utility weight 0 has added nothing
         state = _subtract(state, method, withdrawn, shares, index)
     left = report.without(task)
     left.merges[-1] = replace(left.merges[-1], checkpoint=None)  # that file may hold a model with the task
@@ -146,7 +146,7 @@ def _subtract(
 
 
 def _write_checkpoint(directory: RunDirectory, before: StreamState, state: StreamState, task: str) -> str | None:
-    """Write the last checkpoint again, with the weights of the stream without a task; None if that fails."""
+    """Write the last checkpoint again, with the merged weights of the stream without a task; None if that fails."""
     template, path = before.report.merges[-1].checkpoint, None
     if template is not None:
         name = f"merged-{len(state.report.tasks):02d}-without-{file_name(task)}.ckpt"
