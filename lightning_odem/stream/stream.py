@@ -1,13 +1,11 @@
 """The stream of tasks that are merged, one model after the other."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
-import torch
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
@@ -17,15 +15,14 @@ from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, resolve_method
-from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.kept_state import copy_containers
-from lightning_odem.metrics import TaskMetric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.report import MergeRecord
+from lightning_odem.stream.addition import Addition
 from lightning_odem.stream.identity import merged_names, model_fingerprint
-from lightning_odem.stream.merging import Merge, merging
+from lightning_odem.stream.merging import merging
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.trace import TrainingTrace
 
@@ -50,6 +47,7 @@ class Stream:
         division: Tells which parameters are merged.
 
     Example:
+        >>> import torch
         >>> stream = Stream("average")
         >>> for task, value in {"a": 0.0, "b": 3.0, "c": 6.0}.items():
         ...     record = stream.merge(nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[value]])}, task)
@@ -127,7 +125,7 @@ class Stream:
         trace: TrainingTrace = TrainingTrace(),
         on_step: Callable[[int, int], None] | None = None,
         fingerprint: bool = False,
-    ) -> Iterator["Addition"]:
+    ) -> Iterator[Addition]:
         """Merge the incoming model as a transaction, see :func:`~lightning_odem.stream.merging.merging`.
 
         The stream itself does not change. The caller sets its state to the addition's once all has succeeded.
@@ -158,7 +156,7 @@ class Stream:
             trace=trace,
             on_step=on_step,
         ) as merge:
-            yield Addition(self, merge, task, weight, own, buffer, names, digest)
+            yield Addition(self.state, self.method, self.division, merge, task, weight, own, buffer, names, digest)
 
     def buffer_with(self, task: str, samples: Any, weight: float = 1.0) -> CalibrationBuffer | None:
         """A copy of the calibration buffer with the samples of one more task; None if it is empty."""
@@ -184,86 +182,3 @@ class Stream:
         buffer = self.state.buffer
         room = max(buffer.room_for_next(weight), 1)
         return draw_by_index(dataset, room, buffer.generator(), balanced=buffer.balanced)
-
-
-@dataclass(frozen=True)
-class Addition:
-    """A merge that is made but not yet part of its stream.
-
-    Args:
-        stream: The stream as it was before.
-        merge: The merge.
-        task: Name of the task.
-        weight: Its utility weight.
-        own: The parameters that the task keeps for itself.
-        buffer: Calibration samples of all tasks; None if the merge had none.
-        names: Names of the merged tensors, see :func:`~lightning_odem.stream.identity.merged_names`.
-        fingerprint: Fingerprint of the incoming model, or None.
-    """
-
-    stream: Stream
-    merge: Merge
-    task: str
-    weight: float
-    own: Snapshot
-    buffer: CalibrationBuffer | None
-    names: dict[str, list[str]]
-    fingerprint: str | None
-
-    @property
-    def record(self) -> MergeRecord:
-        """The record of the merge."""
-        return self.merge.record
-
-    @property
-    def task_parameters(self) -> dict[str, Snapshot]:
-        """The parameters that each task keeps for itself, this one included."""
-        return {**self.stream.state.task_parameters, self.task: self.own}
-
-    def state(
-        self,
-        *,
-        accuracy: list[float],
-        metrics: Mapping[str, TaskMetric] = {},
-        pretrained: float = math.nan,
-        fine_tuned: float = math.nan,
-        before_training: float = math.nan,
-    ) -> StreamState:
-        """The stream's state with this merge and its scores; called within the transaction.
-
-        Args:
-            accuracy: Score on every task, this one last; NaN if it was not measured.
-            metrics: The metric of each task whose score is not accuracy.
-            pretrained: Score of the base model on the task.
-            fine_tuned: Score of the incoming model on the task.
-            before_training: Score of the merged model on the task before its training.
-        """
-        state, module = self.stream.state, self.merge.module
-        known = {self.task: self.fingerprint} if self.fingerprint else {}
-        return replace(
-            state,
-            merged=self.merge.snapshot(),
-            task_parameters=self.task_parameters,
-            fixed=_unless_same(state.fixed, take_snapshot(module, self.stream.division.fixed(module))),
-            method=copy_containers(self.stream.method.state_dict()),
-            buffer=self.buffer or state.buffer,
-            report=state.report.with_merge(
-                self.record,
-                weight=self.weight,
-                accuracy=accuracy,
-                metrics=metrics,
-                pretrained=pretrained,
-                fine_tuned=fine_tuned,
-                before_training=before_training,
-            ),
-            started={},
-            names=self.names,
-            settings=describe_method(self.stream.method),
-            fingerprints={**state.fingerprints, **known},
-        )
-
-
-def _unless_same(before: Snapshot, now: Snapshot) -> Snapshot:
-    """The snapshot before if nothing has changed, since that object is on disk already."""
-    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
-    return before if same else now
