@@ -1,4 +1,4 @@
-"""Samples as nested containers of tensors whose first dimension counts them, or as what such batches are made of."""
+"""Samples as tensors [n, ...] in nested containers, or as :class:`Kept`, which makes such batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +9,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-# What a labelled sample calls its label when it is a mapping.
+# Names of the label in a sample that is a mapping.
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 
 class Kept(ABC):
-    """Samples that are no tensors in plain containers, of which batches are made when they are used."""
+    """Samples that are not plain tensors [n, ...]; batches are made of them when they are used."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -30,23 +30,23 @@ class Kept(ABC):
 
     @abstractmethod
     def labels(self) -> Tensor | None:
-        """Class labels, int [n], or None where there are none."""
+        """Class labels, int [n]; None if there are none."""
 
     @abstractmethod
     def batches(self) -> Iterator[tuple[Any, Tensor]]:
-        """All samples in batches as a dataloader gives them, each with the indices of its samples."""
+        """All samples in batches as the dataloader gives them, each with the indices of its samples."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Tensors, numbers and strings in plain containers."""
+        """The samples as tensors, numbers and strings in plain containers."""
 
 
 def count(batch: Any) -> int:
     """Number of samples in a batch.
 
     Raises:
-        TypeError: If the batch holds something other than tensors in tuples, lists and dictionaries, which could
-            neither be cut into samples nor stored in a checkpoint.
+        TypeError: If the batch holds something other than tensors in tuples, lists and dictionaries. It can neither be
+            cut into samples nor stored in a checkpoint.
         ValueError: If its tensors disagree on the number of samples.
     """
     if isinstance(batch, Kept):
@@ -66,14 +66,14 @@ def count(batch: Any) -> int:
 
 
 def view(batch: Any, index: slice) -> Any:
-    """The samples of a range, sharing the batch's memory."""
+    """The samples of a range; they share the batch's memory."""
     return batch.view(index) if isinstance(batch, Kept) else tree_map(lambda leaf: leaf[index], batch)
 
 
 def copy(batch: Any) -> Any:
-    """The batch as a dataloader would make it: with memory and containers of its own, and without gaps in memory.
+    """The batch with memory and containers of its own, as a dataloader would make it.
 
-    The dimensions of its tensors keep their order in memory.
+    Tensors are dense, and their dimensions keep their order in memory.
     """
     return apply_to_collection(batch, Tensor, torch.clone)
 
@@ -81,7 +81,8 @@ def copy(batch: Any) -> Any:
 def each(batch: Any) -> Iterator[tuple[Any, slice | Tensor]]:
     """The samples as a dataloader gives them, in one batch or several, each with the indices of its samples.
 
-    Nobody else has its memory and containers. However they were cut, samples lie in memory as in a batch of their own.
+    A batch shares neither memory nor containers with anything else. Its layout in memory does not depend on how the
+    samples were cut.
     """
     if isinstance(batch, Kept):
         yield from batch.batches()
@@ -90,14 +91,14 @@ def each(batch: Any) -> Iterator[tuple[Any, slice | Tensor]]:
 
 
 def select(batch: Any, index: Tensor | slice) -> Any:
-    """The samples at ``index``, as a copy on the CPU that shares no memory with the batch, laid out as the batch is."""
+    """The samples at ``index`` as a copy on the CPU, in the batch's layout."""
     if isinstance(batch, Kept):
         return batch.select(index)
     return tree_map(lambda leaf: _in_order_of(leaf, leaf[index].detach().to("cpu", copy=True)), batch)
 
 
 def concatenate(batches: Sequence[Any]) -> Any:
-    """Join batches of one structure, laid out in memory as the largest of them.
+    """Join batches of one structure; the result has the layout of the largest one.
 
     Raises:
         ValueError: If their structures or sample shapes differ.
@@ -115,7 +116,7 @@ def concatenate(batches: Sequence[Any]) -> Any:
 
 
 def labels(batch: Any) -> Tensor | None:
-    """Class labels of a batch, int [n], or None where there are none: ``batch[1]``, or the first of ``LABEL_KEYS``."""
+    """Class labels of a batch, int [n]: ``batch[1]``, or the first of ``LABEL_KEYS`` in a mapping; None without any."""
     if isinstance(batch, Kept):
         return batch.labels()
     found = None
@@ -128,8 +129,8 @@ def labels(batch: Any) -> Tensor | None:
 
 
 def _in_order_of(pattern: Tensor, tensor: Tensor) -> Tensor:
-    """A dense tensor, its dimensions in that order in memory in which a copy of ``pattern`` has its own."""
-    if pattern.is_contiguous():  # which a single sample may be with any strides
+    """A dense tensor with its dimensions in the order in memory that a copy of ``pattern`` has."""
+    if pattern.is_contiguous():  # a single sample may be contiguous with any strides
         return tensor.contiguous()
     strides = torch.empty_like(pattern, device="meta").stride()
     order = sorted(range(pattern.dim()), key=lambda dim: -strides[dim])

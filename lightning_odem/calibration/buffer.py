@@ -1,4 +1,4 @@
-"""The rolling calibration buffer: a bounded number of samples of every task seen."""
+"""The rolling calibration buffer: a bounded number of samples of all tasks seen."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.calibration import batches
-from lightning_odem.calibration.keeping import Collate, Items
+from lightning_odem.calibration.items import Collate, Items
 from lightning_odem.calibration.quota import allocate, balanced_order
 from lightning_odem.calibration.samples import MicroBatch, TaskSamples
 
@@ -20,19 +20,19 @@ SHARES = ("quota", "equal", "utility")
 class CalibrationBuffer:
     """At most ``capacity`` samples of all tasks seen; quotas shrink as tasks arrive.
 
-    When task k arrives every task keeps floor(N / k) samples or one more, so that the sum is N; places a small task
-    cannot fill go to the others. Older samples are only ever discarded, never drawn again, and what is kept of a task
-    stays class-balanced where its labels are classes. Samples stay on the CPU in their own dtype (uint8 images stay
+    When task k arrives, every task keeps floor(N / k) samples or one more, so that the sum is N. Places that a small
+    task cannot fill go to the others. Samples of earlier tasks are only discarded, never drawn again. The samples of a
+    task stay class-balanced if its labels are classes. Samples stay on the CPU in their own dtype (uint8 images stay
     uint8) and are handed out in micro-batches.
 
     Args:
-        capacity: Samples kept in all, N. 1024 is the paper's; its Table 3 is flat from 512 on.
-        quota: ``"equal"`` gives every task the same share of the places, as in the paper; ``"utility"`` shares them in
+        capacity: Samples kept in all, N. The paper has 1024; its Table 3 is flat from 512 on.
+        quota: ``"equal"`` gives every task the same share of the places, as in the paper. ``"utility"`` gives places in
             proportion to the utility weights.
-        seed: Seed of the choice among a task's samples; task and seed alone decide it.
-        shares: Each task's share of the calibration loss: like that of the places (``"quota"``), ``"equal"`` or in
-            proportion to the utility weights (``"utility"``).
-        balanced: Whether the choice among a task's samples reads their labels; otherwise it is plainly random.
+        seed: Seed of the choice among a task's samples. The task and the seed alone decide the choice.
+        shares: Each task's share of the calibration loss. ``"quota"`` is its share of the places, ``"equal"`` the same
+            for all tasks, ``"utility"`` in proportion to the utility weights.
+        balanced: Whether the choice among a task's samples is class-balanced. Otherwise no label is read for it.
 
     Raises:
         ValueError: For a capacity below 1, an unknown quota or unknown shares.
@@ -78,11 +78,11 @@ class CalibrationBuffer:
         return {task: len(held) for task, held in self._tasks.items()}
 
     def generator(self) -> torch.Generator:
-        """A fresh generator for the next task's choices; depends on the seed and the number of tasks only."""
+        """A new generator for the next task's choices; it depends on the seed and the number of tasks only."""
         return torch.Generator().manual_seed(self.seed + 7919 * len(self._tasks))
 
     def room_for_next(self, weight: float = 1.0) -> int:
-        """Places a further task of this utility would get if it had samples enough.
+        """Places that a further task of this utility weight would get if it had samples enough.
 
         Raises:
             ValueError: If the buffer cannot give every task a place.
@@ -100,14 +100,15 @@ class CalibrationBuffer:
 
         Args:
             task: Name of the task, new to the buffer.
-            samples: Tensors in dict, list or tuple, first dimension the number of samples offered; ``samples[1]`` or
-                an entry named ``label``, ``target`` or ``y`` is taken for class labels if integer and 1-d. Or what
-                :mod:`~lightning_odem.calibration.keeping` makes of others.
+            samples: Tensors [n, ...] in dict, list or tuple, or what :mod:`~lightning_odem.calibration.keeping` makes
+                of other samples. Class labels are ``samples[1]`` or an entry named ``label``, ``labels``, ``target``,
+                ``targets`` or ``y``, if they are integers [n].
             weight: Utility weight of the task.
             transferred: As in :class:`TaskSamples`.
 
         Raises:
-            ValueError: If the task is there already, has no sample, or there is no place; nothing is changed then.
+            ValueError: If the task is in the buffer already, has no sample, or gets no place, or its weight is negative
+                or not finite. Nothing is changed then.
             TypeError: If the samples are not tensors in plain containers.
         """
         if task in self._tasks:
@@ -129,7 +130,7 @@ class CalibrationBuffer:
         self._tasks = kept
 
     def store_logits(self, task: str, logits: Tensor) -> None:
-        """Keep logits [n, C] with the n samples of a task, in the order of :meth:`micro_batches_of`.
+        """Keep logits [n, C] with the n samples of a task; they are in the order of :meth:`micro_batches_of`.
 
         Raises:
             ValueError: If their number is not that of the samples.
@@ -144,7 +145,7 @@ class CalibrationBuffer:
         return [task for task, held in self._tasks.items() if len(held) and held.logits is None]
 
     def shares(self) -> dict[str, float]:
-        """Each task's share of the calibration loss, of those that hold samples and have one; they sum to 1."""
+        """Each task's share of the calibration loss; tasks without samples or share are left out. They sum to 1."""
         weights = {task: held.weight for task, held in self._tasks.items() if len(held)}
         rule = self.quota if self._shared_by == "quota" else self._shared_by
         raw = _proportions(rule, list(weights.values()))
@@ -164,17 +165,15 @@ class CalibrationBuffer:
             yield held.view(slice(start, start + size)).as_batch(task, share * part)
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[list[MicroBatch]]:
-        r"""One epoch of random minibatches: every sample once, those of one task together within a minibatch.
+        r"""One epoch of random minibatches, each sample once; a minibatch is one micro-batch per task.
 
-        Left out are the samples of tasks that have no share of the loss.
-
-        Each minibatch is an unbiased estimate of the calibration loss: a sample of task j counts
-        :math:`\frac{s_j}{n_j} \frac{N}{B}` in a minibatch of B samples, with :math:`s_j` the task's share,
-        :math:`n_j` its samples and N all of them. So the shares sum to 1 in the mean over an epoch, not in each
-        minibatch.
+        Tasks without a share of the loss are left out. Each minibatch is an unbiased estimate of the calibration loss.
+        A sample of task j counts :math:`\frac{s_j}{n_j} \frac{N}{B}` in a minibatch of B samples. Here :math:`s_j` is
+        the task's share, :math:`n_j` the number of its samples and N that of all samples. So the shares sum to 1 in the
+        mean over an epoch, not in each minibatch.
 
         Args:
-            size: Samples per minibatch; the last one of the epoch has what is left.
+            size: Samples per minibatch; the last one of the epoch has the rest.
             generator: Source of randomness, on the CPU.
 
         Example:
@@ -199,19 +198,19 @@ class CalibrationBuffer:
             yield minibatch
 
     def copy(self) -> "CalibrationBuffer":
-        """A buffer that can be added to without touching this one; the samples are shared, they are never modified."""
+        """A buffer that can be added to without changing this one; both share the samples, which never change."""
         other = CalibrationBuffer(self.capacity, self.quota, self.seed, self._shared_by, self.balanced)
         other._tasks = dict(self._tasks)
         return other
 
     def part(self, index: Mapping[str, slice]) -> "CalibrationBuffer":
-        """A copy with a range of each task's samples, sharing memory."""
+        """A copy with a range of each task's samples; it shares their memory."""
         other = self.copy()
         other._tasks = {task: held.view(index[task]) for task, held in self._tasks.items()}
         return other
 
     def collate_by(self, collate: Collate | None) -> None:
-        """Set the function that collates items of earlier processes' datasets, which no file can hold."""
+        """Give items kept by an earlier process their collate function, which a file cannot hold."""
         for task, held in self._tasks.items():
             if isinstance(held.samples, Items):
                 self._tasks[task] = replace(held, samples=held.samples.collated_by(collate))
@@ -232,9 +231,9 @@ class CalibrationBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the content, and the settings it was chosen under, by those of a :meth:`state_dict`.
+        """Replace the samples, and the settings they were chosen under, by those of a :meth:`state_dict`.
 
-        What belongs to the loss stays: ``shares`` and ``balanced``.
+        The settings ``shares`` and ``balanced`` stay, since they belong to the loss.
         """
         self.capacity, self.quota, self.seed = state["capacity"], state["quota"], state["seed"]
         self._tasks = {name: TaskSamples.from_state(held) for name, held in state["tasks"].items()}
@@ -244,5 +243,5 @@ class CalibrationBuffer:
 
 
 def _proportions(rule: str, weights: list[float]) -> list[float]:
-    # A stream of weightless tasks so far still needs samples to measure a loss on.
+    # If all tasks so far have weight 0, a loss still needs samples.
     return weights if rule == "utility" and any(weights) else [1.0] * len(weights)

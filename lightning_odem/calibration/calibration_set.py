@@ -24,9 +24,9 @@ class CalibrationSet:
         batch_loss: Mean loss of a micro-batch at the module's current parameters. A
             :class:`~lightning_odem.calibration.prediction_loss.LogitsLoss` needs the logits of every task's own model.
         batch_size: Samples per micro-batch.
-        loss_scale: Factor on the loss while it is differentiated, that fp16 needs; see
+        loss_scale: Factor on the loss while it is differentiated, as fp16 needs it; see
             :func:`~lightning_odem.calibration.scaling.loss_scale`.
-        as_task: Makes the module that of a sample's task, where earlier tasks keep parameters for themselves; see
+        as_task: Puts the parameters that a task keeps for itself into the module while its samples go through; see
             :func:`~lightning_odem.parameters.own_parameters`.
     """
 
@@ -43,23 +43,23 @@ class CalibrationSet:
         )
 
     def loss(self, batch: MicroBatch) -> Tensor | Counted:
-        """Mean loss of a micro-batch, by the module of its task."""
+        """Mean loss of a micro-batch; the module has the parameters of its task meanwhile."""
         with self.as_task(batch.task):
             return self.batch_loss(batch)
 
     def batches_of(self, task: str) -> Iterator[MicroBatch]:
-        """The samples of a task, of which the buffer may hold none."""
+        """The samples of a task in micro-batches; none if the buffer holds none."""
         return self.buffer.micro_batches_of(task, self.batch_size) if self.buffer.counts.get(task) else iter(())
 
     @torch.no_grad()
     def store_logits(self, task: str) -> None:
-        """Keep what the model fine-tuned on a task gives for its samples, where the loss is measured against it.
+        """Keep the logits of a task's fine-tuned model with its samples, if the loss is measured against them.
 
-        The module holds that model and is in eval mode. The buffer is changed at the end, in one step.
+        The module has to hold that model and to be in eval mode. The buffer is changed at the end, in one step.
 
         Raises:
             TypeError: If the module gives no class scores.
-            NonFiniteLossError: If a logit is NaN or infinite, but for classes masked by minus infinity.
+            NonFiniteLossError: If a logit is NaN or infinite. Minus infinity may mask a class.
         """
         if not isinstance(self.batch_loss, LogitsLoss) or not self.buffer.counts.get(task):
             return

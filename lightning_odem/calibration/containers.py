@@ -1,4 +1,4 @@
-"""What batches are made of: containers of any kind, taken apart and put together again."""
+"""The containers that batches are made of, taken apart and put together again."""
 
 import sys
 from collections import defaultdict
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, str, type(None))
 _DEPTH = 40
-# Types met in this process, by name: those defined within functions are found in no module.
+# Types met in this process, by name. Types defined within functions cannot be found through their module.
 _MET: WeakValueDictionary[str, type] = WeakValueDictionary()
 
 
@@ -23,13 +23,14 @@ class CannotBeKeptError(TypeError):
 
 @dataclass(frozen=True)
 class Container:
-    """A container without its type's methods: what kind it is and what is in it.
+    """A container as data: its kind and its items, without the methods of its type.
 
     Args:
-        kind: ``"list"``, ``"tuple"``, ``"dict"``, or one of ``_KINDS``, whose type has a name.
-        items: What is in it: containers, tensors, numbers, strings, None.
-        keys: Keys or attributes that go with them.
-        type: Where the type is found, ``"module:name"``; empty for those of Python itself.
+        kind: ``"list"``, ``"tuple"``, ``"dict"``, ``"array"``, or a kind whose type has a name: ``"mapping"``,
+            ``"named tuple"``, ``"sequence"`` or ``"object"``.
+        items: Its items: containers, tensors, numbers, strings and None.
+        keys: The keys or attributes of the items.
+        type: Where the type is found, ``"module:name"``; empty for list, tuple, dict and arrays.
     """
 
     kind: str
@@ -39,10 +40,10 @@ class Container:
 
 
 def take_apart(value: Any, depth: int = 0) -> Any:
-    """A value as containers of tensors on the CPU, numbers, strings and None; tensors are not copied.
+    """A value as :class:`Container` of tensors on the CPU, numbers, strings and None; CPU tensors are not copied.
 
     Raises:
-        CannotBeKeptError: If it holds something that a file could not.
+        CannotBeKeptError: If the value holds something that cannot be stored in a file.
     """
     if isinstance(value, Tensor):
         return value.detach().cpu()
@@ -75,6 +76,7 @@ def put_together(value: Any) -> Any:
 
     Raises:
         ValueError: If a type is not loaded in this process.
+        CannotBeKeptError: If a container cannot be made from its items.
     """
     if isinstance(value, Tensor):
         return value.clone()
@@ -99,14 +101,14 @@ def put_together(value: Any) -> Any:
 
 
 def change(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The value with ``function`` of everything that is no container."""
+    """The value with ``function`` applied to everything but the containers."""
     if not isinstance(value, Container):
         return function(value)
     return Container(value.kind, tuple(change(item, function) for item in value.items), value.keys, value.type)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, tensors by all of their entries."""
+    """Whether two values taken apart are of one type and equal, tensors in shape, dtype and all entries."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other)))
     if isinstance(one, Container) and isinstance(other, Container):
@@ -119,7 +121,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def to_plain(value: Any) -> Any:
-    """What was taken apart as dicts that a file can hold."""
+    """A value taken apart, as plain containers that a file can hold."""
     if isinstance(value, Tensor):
         return value.as_subclass(Tensor)
     if not isinstance(value, Container):
@@ -136,7 +138,7 @@ def from_plain(value: Any) -> Any:
 
 
 def fresh(value: Any) -> Any:
-    """A sample that may be changed without changing the one given: mappings and lists in it are copies."""
+    """The sample with copies of its mappings, lists and tuples, so that they can be changed."""
     if type(value) is dict:
         return {key: fresh(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -147,7 +149,7 @@ def fresh(value: Any) -> Any:
 
 
 def _content(value: Any) -> tuple[str, dict] | None:
-    """Kind of a container and what is in it by key; None of anything else."""
+    """The kind of a container and its items by key; None if the value is no container."""
     if type(value) is dict:
         return "dict", value
     if isinstance(value, Mapping):
@@ -163,7 +165,7 @@ def _content(value: Any) -> tuple[str, dict] | None:
 
 
 def _is_record(kind: type) -> bool:
-    """Whether objects of a type are what they hold: dataclasses, and batches with the methods that loops call."""
+    """Whether an object of a type is no more than its attributes: a dataclass, or a batch that loops can move."""
     moved = hasattr(kind, "pin_memory") or hasattr(kind, "to")
     return is_dataclass(kind) or (moved and not issubclass(kind, (Tensor, nn.Module)))
 
@@ -178,14 +180,14 @@ def _make_mapping(kind: Any, content: dict) -> Any:
 
 
 def _make_object(kind: Any, content: dict) -> Any:
-    # Its __init__ may take other arguments than it keeps.
+    # Arguments of __init__ may be others than the attributes.
     made: Any = object.__new__(kind)
     for name, item in content.items():
         object.__setattr__(made, name, item)
     return made
 
 
-# Of each kind: whether a type is of it, and how one is made.
+# For each kind: whether a type is of that kind, and how an object of the type is made.
 _KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, dict], Any]]] = {
     "mapping": (lambda kind: issubclass(kind, Mapping), _make_mapping),
     "named tuple": (lambda kind: issubclass(kind, tuple), lambda kind, content: kind(*content.values())),
@@ -195,7 +197,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, dict], Any]]] = {
 
 
 def _find(value: Container) -> type:
-    """The type of a container, among those that this process has loaded: a file makes none be imported."""
+    """The type of a container, if this process has loaded it; a file must not make anything be imported."""
     module, _, path = value.type.partition(":")
     found: Any = _MET.get(value.type) or sys.modules.get(module)
     if not isinstance(found, type):

@@ -1,4 +1,4 @@
-"""Second moments of what a model's layers multiply by their weights, measured on samples."""
+"""Second moments of the inputs of a model's linear layers, measured on samples."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,18 +17,18 @@ def input_moments(
 ) -> dict[str, Tensor]:
     r"""Mean of :math:`x x^T` over the inputs x of each layer, in one pass of the samples through the module.
 
-    An input is one token or one patch; all count alike, so all samples do, and a padded token counts like any other.
-    The sums are taken in fp32, or in the higher precision of the inputs, whatever precision the pass runs in. During
-    the pass they lie where the inputs do.
+    An input is a vector that the layer multiplies by its weight: one token or one patch. All inputs count alike, padded
+    tokens too. Sums are in fp32, or in the higher precision of the inputs, whatever precision the pass runs in. They
+    are on the inputs' device during the pass.
 
     Args:
-        layers: The layers, with the name of their weight, see :func:`~lightning_odem.parameters.linear_layers`.
+        layers: The layers with the names of their weights, see :func:`~lightning_odem.parameters.linear_layers`.
         batches: The samples.
-        batch_loss: Runs the module on a micro-batch; what it returns is not used.
+        batch_loss: Runs the module on a micro-batch; its result is not used.
 
     Returns:
-        The moments by the weight's name, shape [groups, in, in], on the CPU. A layer that was not called has none, as
-        those within ``nn.MultiheadAttention``, which uses their weights by itself.
+        The moments [groups, in, in] by the weight's name, on the CPU. A layer that is not called has none. The layers
+        within ``nn.MultiheadAttention`` are not called: it uses their weights by itself.
 
     Raises:
         NonFiniteLossError: If an input is NaN or infinite.

@@ -1,124 +1,49 @@
-"""How the samples of any dataset or dataloader are kept: as plain tensors, in columns, or as items of the dataset."""
+"""How samples of any dataset or dataloader are kept: as plain tensors, in columns, or as items of the dataset."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import default_collate
 
 from lightning_odem.calibration import batches
+from lightning_odem.calibration.batch_size import candidate_sizes, is_counted_by_lists, plain_size
 from lightning_odem.calibration.batches import Kept
-from lightning_odem.calibration.containers import (
-    CannotBeKeptError,
-    Container,
-    fresh,
-    from_plain,
-    put_together,
-    take_apart,
-    to_plain,
-)
-from lightning_odem.calibration.rows import Cutter, Rows, label_of
-
-Collate = Callable[[list[Any]], Any]
-
-
-@dataclass(frozen=True)
-class Items(Kept):
-    """Items of a dataset, which a dataloader's function collates whenever they are used.
-
-    Random numbers that it draws are the same every time.
-
-    Args:
-        items: The items, taken apart.
-        limit: How many of them the dataloader puts in a batch.
-        collate: The function; it is not stored.
-    """
-
-    items: tuple[Any, ...]
-    limit: int
-    collate: Collate | None = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def select(self, index: Tensor | slice) -> "Items":
-        """The items at ``index``."""
-        if isinstance(index, slice):
-            return self.view(index)
-        return replace(self, items=tuple(self.items[row] for row in index.tolist()))
-
-    def view(self, index: slice) -> "Items":
-        """The items of a range."""
-        return replace(self, items=self.items[index])
-
-    def labels(self) -> Tensor | None:
-        """Class labels, by the rule for batches of tensors."""
-        found = [label_of(item) for item in self.items]
-        found = [label.item() if isinstance(label, Tensor) and label.dim() == 0 else label for label in found]
-        return torch.tensor(found) if found and all(type(label) is int for label in found) else None
-
-    def batches(self) -> Iterator[tuple[Any, Tensor]]:
-        """Batches as the dataloader would make them, each with the indices of its samples.
-
-        Raises:
-            ValueError: If the function is unknown.
-        """
-        if self.collate is None:
-            raise ValueError(
-                "Calibration samples of an earlier process are collated by the training dataloader's collate_fn, "
-                "which is not known here."
-            )
-        for index in torch.arange(len(self)).split(self.limit):
-            with isolate_rng():
-                torch.manual_seed(len(self))
-                batch = self.collate([put_together(self.items[row]) for row in index.tolist()])
-            yield batch, index
-
-    def collated_by(self, collate: Collate | None) -> "Items":
-        """The same with a function, where it is not known."""
-        return self if self.collate is not None else replace(self, collate=collate)
-
-    def state(self) -> dict[str, Any]:
-        """As a file can hold it."""
-        return {"items": [to_plain(item) for item in self.items], "limit": self.limit}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Items":
-        """The reverse of :meth:`state`."""
-        return cls(tuple(map(from_plain, state["items"])), state["limit"])
+from lightning_odem.calibration.containers import CannotBeKeptError, fresh, take_apart
+from lightning_odem.calibration.decollation import Decollation
+from lightning_odem.calibration.items import Collate, Items
+from lightning_odem.calibration.rows import Rows
 
 
 def from_state(state: dict[str, Any]) -> Kept:
-    """What gave its :meth:`~lightning_odem.calibration.batches.Kept.state`."""
+    """The samples that gave this :meth:`~lightning_odem.calibration.batches.Kept.state`."""
     return Items.from_state(state) if "items" in state else Rows.from_state(state)
 
 
 def keep(batch: Any, batch_size: int | None = None, like: Any = None) -> Any:
-    """The samples of a batch from a dataloader: the batch itself if it is tensors in plain containers.
+    """The samples of a dataloader's batch; the batch itself if it is tensors in plain containers.
 
     Args:
         batch: The batch.
-        batch_size: The dataloader's, where it is known.
-        like: Samples of another batch of this dataloader.
+        batch_size: The dataloader's batch size, if it is known.
+        like: Samples kept of an earlier batch of this dataloader. If they are :class:`Rows`, the batch must have the
+            same structure.
 
     Raises:
-        CannotBeKeptError: If the batch holds something else than can be kept, or cannot be cut into samples.
+        CannotBeKeptError: If the batch holds something that cannot be kept, or cannot be cut into samples.
     """
-    plain = _plain_size(batch)
-    if plain is not None and not isinstance(like, Rows) and not _counts_lists(batch, batch_size, plain):
+    plain = plain_size(batch)
+    if plain is not None and not isinstance(like, Rows) and not is_counted_by_lists(batch, batch_size, plain):
         return batch
     apart = take_apart(batch)
     error: CannotBeKeptError | None = None
-    for size, lists in _sizes(apart, batch_size):
-        # A batch that is a list of two is rather inputs and targets than two samples.
+    for size, lists in candidate_sizes(apart, batch_size):
+        # A list of two is more likely inputs and targets than two samples.
         whole = lists or size == batch_size or (isinstance(like, Rows) and like.is_list)
         try:
-            rows = Cutter(size, lists, whole).cut(apart)
+            rows = Decollation(size, lists, whole).cut(apart)
         except CannotBeKeptError as found:
             error = error or found
             continue
@@ -129,19 +54,23 @@ def keep(batch: Any, batch_size: int | None = None, like: Any = None) -> Any:
 
 
 def keep_items(items: Sequence[Any], collate: Collate, batch_size: int | None = None) -> Any:
-    """Samples from items of a dataset: in one batch, as ``collate`` makes it, if it is tensors of their own shape.
+    """The samples of a dataset's items.
+
+    The result is a batch of plain tensors if ``collate`` stacks the items, and :class:`Rows` if it also pads them. Any
+    other function is called anew for each batch: the result is :class:`Items`. A function that takes only one item at a
+    time gives :class:`Rows` in batches of one if the items themselves cannot be kept.
 
     Args:
         items: The items; ``collate`` gets copies of their containers.
         collate: The dataloader's function.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
 
     Raises:
-        CannotBeKeptError: If they cannot be collated, or not kept.
+        CannotBeKeptError: If the items cannot be collated, or the result cannot be kept.
     """
     size = len(items)
     whole, reason = _attempt(collate, items)
-    is_plain = reason is None and _plain_size(whole) == size
+    is_plain = reason is None and plain_size(whole) == size
     if is_plain and collate is default_collate:  # it stacks what has one shape, or fails
         return batches.select(whole, slice(None))
     collated = [_attempt(collate, [item]) for item in items]
@@ -154,9 +83,9 @@ def keep_items(items: Sequence[Any], collate: Collate, batch_size: int | None = 
     ones = [take_apart(one) for one, _ in collated]
     try:
         if reason is None and size > 1:
-            return _tried(Cutter(size).align(take_apart(whole), take_apart(_attempt(collate, items)[0]), ones))
+            return _tried(Decollation(size).align(take_apart(whole), take_apart(_attempt(collate, items)[0]), ones))
         if size == 1 or collate is default_collate:
-            return _tried(_joined([Cutter(1, lists=True).cut(one) for one in ones]))
+            return _tried(_joined([Decollation(1, lists=True).cut(one) for one in ones]))
         error = CannotBeKeptError(f"several of them cannot be collated ({type(reason).__name__}: {reason})")
     except CannotBeKeptError as found:
         error = found
@@ -165,7 +94,7 @@ def keep_items(items: Sequence[Any], collate: Collate, batch_size: int | None = 
     except CannotBeKeptError as own:
         if reason is None:
             raise CannotBeKeptError(f"{error}; and as items of the dataset {own}") from own
-    return replace(_joined([Cutter(1, lists=True).cut(one) for one in ones]), limit=1)
+    return replace(_joined([Decollation(1, lists=True).cut(one) for one in ones]), limit=1)
 
 
 def are_alike(one: Any, other: Any) -> bool:
@@ -174,12 +103,12 @@ def are_alike(one: Any, other: Any) -> bool:
 
 
 def as_rows(samples: Any) -> Rows:
-    """Samples in columns."""
-    return samples if isinstance(samples, Rows) else Cutter(batches.count(samples)).cut(take_apart(samples))
+    """The samples in columns; a plain batch is cut."""
+    return samples if isinstance(samples, Rows) else Decollation(batches.count(samples)).cut(take_apart(samples))
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """The samples of several batches, each of which was kept, padded where batches were.
+    """The samples of several batches, each from :func:`keep`; padding of the batches is found.
 
     Raises:
         CannotBeKeptError: If the batches differ in structure.
@@ -200,67 +129,21 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _tried(rows: Rows) -> Rows:
-    """The samples, of the first of which a batch was made.
+    """The samples, after a batch of the first one was made on trial.
 
     Raises:
-        CannotBeKeptError: If its containers cannot be made again.
+        CannotBeKeptError: If the batch's containers cannot be made again.
     """
     next(rows.view(slice(1)).batches())
     return rows
 
 
-def _counts_lists(batch: Any, batch_size: int | None, plain: int) -> bool:
-    """Whether lists count the samples of a batch whose tensors agree on another number, or on the same by chance."""
-    lists = list(_lists(batch))
-    found = {len(part) for part in lists if part and all(isinstance(item, Mapping) for item in part)}
-    return bool(found) or (batch_size not in (None, plain) and any(len(part) == batch_size for part in lists[1:]))
-
-
-def _lists(batch: Any) -> Iterator[Any]:
-    """A batch's plain lists and tuples, its own first."""
-    if isinstance(batch, (list, tuple)):
-        yield batch
-    elif isinstance(batch, Mapping):
-        yield []
-    children = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    for child in children:
-        yield from (part for part in _lists(child) if part)
-
-
-def _sizes(batch: Any, batch_size: int | None) -> list[tuple[int, bool]]:
-    """Numbers of samples that a batch may have, and whether lists in it count them; the likeliest first."""
-    tensors, lists, records = Counter[int](), Counter[int](), Counter[int]()
-
-    def see(part: Any) -> None:
-        if isinstance(part, Tensor) and part.dim():
-            tensors[len(part)] += 1
-        if isinstance(part, Container):
-            if part.kind in ("list", "tuple") and part.items:
-                lists[len(part.items)] += 1
-                if all(isinstance(item, Container) and item.keys for item in part.items):
-                    records[len(part.items)] += 1
-            for item in part.items:
-                see(item)
-
-    see(batch)
-    known = [batch_size] if batch_size and (tensors[batch_size] or lists[batch_size]) else []
-    by_lists = [size for size, _ in records.most_common()]
-    likely = [*by_lists, *known, *(size for size, _ in tensors.most_common() + lists.most_common())]
-    return [(size, size in records) for size in dict.fromkeys(likely) if size]
-
-
 def _attempt(collate: Collate, items: Sequence[Any]) -> tuple[Any, Exception | None]:
+    """What ``collate`` makes of the items, or the error it raises."""
     try:
         return collate([fresh(item) for item in items]), None
     except Exception as error:  # whatever the user's function raises
         return None, error
-
-
-def _plain_size(batch: Any) -> int | None:
-    try:
-        return batches.count(batch)
-    except (TypeError, ValueError):
-        return None
 
 
 def _shapes(batch: Any) -> Any:

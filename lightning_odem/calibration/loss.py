@@ -22,21 +22,21 @@ _IGNORED = -100
 
 
 class ModuleLoss:
-    """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, else by its ``training_step``.
+    """Mean loss of a micro-batch by the module's ``calibration_step(batch, task)``, or else by its ``training_step``.
 
-    ``calibration_step`` may return ``(loss, count)``, where the loss is a mean over something else than the samples,
-    such as tokens, masks or pairs: a micro-batch then counts by its number of them, and one without any not at all.
+    ``calibration_step`` may return ``(loss, count)`` if the loss is a mean over tokens, masks or pairs instead of
+    samples. A micro-batch then counts by its number of these, and one without any does not count.
 
-    Batches go to the device through the module's and datamodule's own transfer hooks and run under the Trainer's
-    precision. While ``training_step`` is used for this, the module's ``log`` and ``log_dict`` and the Trainer's loggers
-    do nothing, and afterwards the module's attributes are what they were: losses kept in a list, counters, metrics.
+    Batches go to the device through the transfer hooks of module and datamodule. They run under the Trainer's
+    precision. While ``training_step`` runs, the module's ``log`` and ``log_dict`` and the Trainer's loggers do nothing.
+    Afterwards the module's attributes, such as lists of losses, counters and metrics, are what they were.
 
     Args:
         module: The module, attached to its Trainer.
 
     Raises:
-        TypeError: If a module that optimises manually has no ``calibration_step``: its ``training_step`` would change
-            the weights.
+        TypeError: If a module that optimises manually has no ``calibration_step``. Its ``training_step`` would change
+            the parameters.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
@@ -50,18 +50,18 @@ class ModuleLoss:
         self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
 
     def __call__(self, batch: MicroBatch) -> Tensor | Counted:
-        """Mean loss of the batch, a scalar; with what it is a mean over, where the module says so.
+        """Mean loss of the batch, a scalar; with its count if the module gives one.
 
-        A loss that is not finite, of samples whose labels are all ignored, counts nothing.
+        If all labels are ignored and the loss is not finite, the batch does not count.
 
         Raises:
             TypeError: If the step returns something other than a scalar tensor, a dictionary with one under "loss", or
-                a pair of one and a count.
+                a pair of these and a count.
             ValueError: If the count is negative or not finite.
         """
         found, sizes = [], []
         for part, index in each(batch.samples):
-            is_empty = _has_no_target(part)  # asked where it costs no wait for a device
+            is_empty = _has_no_target(part)  # read on the CPU, without waiting for a device
             loss = self._loss(move_to_device(self._module, part, batch.transferred), batch.task)
             if is_empty and not isinstance(loss, Counted) and not loss.isfinite():
                 loss = Counted(loss, 0.0)
@@ -88,27 +88,27 @@ class ModuleLoss:
             return loss.reshape(())
         if not (math.isfinite(number := float(number)) and number >= 0):
             raise ValueError(
-                f"calibration_step of {type(self._module).__name__} returned a loss that is the mean over {number}; "
+                f"calibration_step of {type(self._module).__name__} returned a loss with the count {number}; "
                 "the count is 0 or a positive number."
             )
         return Counted(loss.reshape(()), number)
 
 
 def _mean(losses: Sequence[Tensor | Counted], sizes: Sequence[int]) -> Tensor | Counted:
-    """The loss of several batches: their mean over what is counted, otherwise over their samples."""
+    """The loss of several batches: the mean by count if all are counted, otherwise by number of samples."""
     counted = [loss for loss in losses if isinstance(loss, Counted)]
     if len(counted) == len(losses):
         total = math.fsum(loss.count for loss in counted)
         parts = [loss.loss * (loss.count / total) for loss in counted if loss.count]
         return Counted(torch.stack(parts).sum() if parts else counted[0].loss, total)
-    # Batches without a target leave the mean to the others.
+    # Batches without a target do not count.
     pairs = [(loss, size) for loss, size in zip(losses, sizes, strict=True) if not isinstance(loss, Counted)]
     total = sum(size for _, size in pairs)
     return torch.stack([loss * (size / total) for loss, size in pairs]).sum()
 
 
 def _has_no_target(batch: Any) -> bool:
-    """Whether all labels of a batch are those that torch's losses ignore; of sequences also all but the first ones."""
+    """Whether all labels of a batch are the one that torch's losses ignore; the first of each sequence may differ."""
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in LABEL_KEYS if key in batch), None)
     elif isinstance(batch, Sequence):
@@ -123,9 +123,10 @@ def _has_no_target(batch: Any) -> bool:
 
 
 def batches_on_device(module: L.LightningModule, batch: MicroBatch) -> Iterator[tuple[Any, slice | Tensor]]:
-    """The samples of a micro-batch on the module's device, for its steps to use as they use a dataloader's batch.
+    """The samples of a micro-batch on the module's device, as the module's steps get a dataloader's batch.
 
-    Samples that a dataloader would not put in one batch come in several, each with the indices of its samples.
+    There are several batches if a dataloader would not put the samples in one. Each comes with the indices of its
+    samples.
     """
     for part, index in each(batch.samples):
         yield move_to_device(module, part, batch.transferred), index
@@ -134,7 +135,8 @@ def batches_on_device(module: L.LightningModule, batch: MicroBatch) -> Iterator[
 def move_to_device(module: L.LightningModule, batch: Any, transferred: bool = False) -> Any:
     """Bring a batch to the module's device and precision as Lightning's loops do.
 
-    The batch-transfer hooks of module and datamodule apply, unless the batch went through them before.
+    The batch-transfer hooks of module and datamodule apply, unless ``transferred`` says that the batch went through
+    them before.
     """
     trainer = module.trainer
     batch = trainer.precision_plugin.convert_input(batch)
@@ -154,7 +156,7 @@ def training_step_on(module: L.LightningModule, batch: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _arguments(step: Callable[..., Any]) -> tuple[bool, bool]:
-    """Whether a step takes the batch's index, and whether an iterator of batches; asked for every micro-batch."""
+    """Whether a step takes the batch's index, and whether it takes an iterator; cached, as every micro-batch asks."""
     takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
     return takes_index, is_param_in_hook_signature(step, "dataloader_iter", explicit=True)
 
@@ -162,10 +164,10 @@ def _arguments(step: Callable[..., Any]) -> tuple[bool, bool]:
 def _without_trace(
     module: L.LightningModule, metrics: Sequence[nn.Module], function: Callable[..., Any], *args: Any
 ) -> Any:
-    """Call a step of the module whose logging is mute, and whose attributes are what they were afterwards."""
-    # Lightning refuses log() outside its loops; what a calibration pass would log is not a training result anyway.
+    """Call a step of the module without logging; the module's attributes are restored afterwards."""
+    # Lightning refuses log() outside its loops, and a calibration pass has no training results to log.
     trainer, loggers = module.trainer, module.trainer.loggers
-    # Sums of metrics are put back after the pass; their lists would grow meanwhile.
+    # Tensors of metrics are restored after the whole pass. Their lists would grow during it.
     attributes = Attributes((module, *metrics), tensors=False)
     for name in ("log", "log_dict"):
         module.__dict__[name] = lambda *args, **kwargs: None

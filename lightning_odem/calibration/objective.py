@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.buffer import CalibrationBuffer
-from lightning_odem.calibration.process_part import Piece, shard, shard_each
-from lightning_odem.calibration.reduction import read_tail, tail, tail_length
+from lightning_odem.calibration.process_part import Piece, partition, partition_each, read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.parameters.processes import Processes
@@ -23,11 +22,11 @@ from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
 @dataclass(frozen=True)
 class Counted:
-    """The mean loss of a micro-batch over something else than its samples, and over how many: tokens, masks, pairs.
+    """The loss of a micro-batch as a mean over tokens, masks or pairs instead of samples, with their number.
 
     Args:
-        loss: The mean, a scalar; anything, NaN too, where it is one over nothing.
-        count: Over how many.
+        loss: The mean, a scalar. It is not used, and may be NaN, if the count is 0.
+        count: Their number in the micro-batch.
     """
 
     loss: Tensor
@@ -40,35 +39,33 @@ _T = TypeVar("_T")
 
 
 class CalibrationObjective:
-    r"""L(theta), the buffer's samples with each task counted by its share, and its gradient.
+    r"""The calibration loss L(theta) on the buffer's samples, with each task counted by its share, and its gradient.
 
     .. math:: L(\theta) = \sum_j s_j \frac{1}{n_j} \sum_{x \in D_j} \ell_j(x; \theta), \qquad \sum_j s_j = 1
 
-    One evaluation is one pass over the whole buffer in micro-batches, or over those micro-batches that are given: a
-    single task, a random minibatch. The module is left at the point evaluated last.
+    One evaluation is one pass over the whole buffer in micro-batches, or over the micro-batches given. The module stays
+    at the point evaluated last. If the losses of micro-batches are :class:`Counted`, a task's loss is the mean over all
+    that is counted in its samples.
 
-    Where the loss of a micro-batch is :class:`Counted`, a task's is the mean over all that is counted in its samples:
-    a micro-batch counts in proportion, one without any not at all.
-
-    Several processes share each evaluation: all call it with the same arguments, each runs its part of the samples, and
-    one all-reduce gives all of them the same result to the last bit. An error in one process's part is raised in all.
+    In a job of several processes, all call an evaluation with the same arguments. Each runs a part of the samples, and
+    one all-reduce gives all of them the same result to the last bit. An error in one process is raised in all.
 
     Args:
-        vector: The parameters theta stands for.
+        vector: The parameters that theta stands for.
         buffer: The calibration samples, the same in every process.
         batch_loss: Mean loss of a micro-batch at the module's current parameters, a scalar with a gradient.
-        batch_size: Samples per micro-batch; bounds the memory of a pass. Of losses that are means over samples, or
-            counted, it changes the result by rounding only.
+        batch_size: Samples per micro-batch; it bounds the memory of a pass. If losses are counted, or means over
+            samples, it changes the result by rounding only.
         loss_scale: Factor on losses before ``backward``, see :class:`~lightning_odem.calibration.scaling.LossScale`.
-            No result has it.
-        processes: Who shares the evaluations; by default all processes of the job.
-        as_task: Makes the module the one of a micro-batch's task, while it goes through; by default it stays as it is.
+            Results do not contain it.
+        processes: The processes that share the evaluations; by default all of the job.
+        as_task: Puts a task's own parameters into the module while its micro-batches go through; by default none.
 
     Attributes:
-        gradient_evaluations: Gradients taken so far, of the whole buffer or a part of it.
+        gradient_evaluations: Passes with a gradient so far.
         loss_evaluations: Passes without a gradient so far.
-        sample_gradients: Samples that went through a pass with gradient so far, in all processes together.
-        seconds: Wall time inside the passes.
+        sample_gradients: Samples in the passes with a gradient so far, in all processes together.
+        seconds: Wall time of the passes.
     """
 
     def __init__(
@@ -95,7 +92,7 @@ class CalibrationObjective:
         self._counts: dict[str, float] = {}
 
     def micro_batches(self) -> list[MicroBatch]:
-        """The whole buffer, task by task and always in the same order; shares sum to 1."""
+        """The whole buffer, task by task, always in the same order; shares sum to 1."""
         return list(self.buffer.micro_batches(self.batch_size))
 
     def loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> tuple[float, Tensor]:
@@ -103,7 +100,8 @@ class CalibrationObjective:
 
         Args:
             theta: The point.
-            batches: Sum the losses of these micro-batches, each times its share, instead of the whole buffer's.
+            batches: The micro-batches; by default those of the whole buffer. The loss is the sum of theirs, each times
+                its share.
 
         Raises:
             ValueError: If the loss depends on none of the parameters.
@@ -117,7 +115,7 @@ class CalibrationObjective:
     def loss(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> float:
         """Loss at ``theta``, without a gradient; ``batches`` as in :meth:`loss_and_grad`."""
         batches = self.micro_batches() if batches is None else batches
-        return _weighted(self.losses(theta, batches), batches)
+        return _sum_by_share(self.losses(theta, batches), batches)
 
     def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
         """Mean loss of each of the micro-batches at ``theta``, in one pass and without a gradient."""
@@ -150,16 +148,16 @@ class CalibrationObjective:
         self, batches: Sequence[MicroBatch], scale: float, out: Tensor | None = None
     ) -> tuple[float, Tensor]:
         with torch.enable_grad(), self.vector.collect_gradient(out) as grad:
-            return _weighted(self._losses(batches, scale), batches), grad
+            return _sum_by_share(self._losses(batches, scale), batches), grad
 
     def _differentiate_together(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, Tensor]:
-        """As :meth:`_differentiate`, of the parts of all processes."""
+        """As :meth:`_differentiate`, summed over the parts of all processes."""
         rank, size, d = self.processes.rank, self.processes.size, len(self.vector)
         own = [piece.batch for piece in self._pieces(batches)]
         flat = torch.zeros(d + tail_length(size), dtype=self.vector.dtype, device=self.vector.device)
         grad = flat[:d]
         found, error = _attempt(lambda: self._differentiate(own, scale, grad)[0])
-        # A part without samples, or whose losses are constant, adds no gradient to those of the others.
+        # A part without samples or with constant losses has no gradient, but the other parts may have one.
         reached, failed = error is None, error is not None and not isinstance(error, NoGradientError)
         flat[d:] = flat.new_tensor(tail(found or 0.0, rank, size, failed=failed, reached=reached))
         self._sum_over_processes_(flat)
@@ -171,16 +169,16 @@ class CalibrationObjective:
         return loss, grad
 
     def _sum_over_processes_(self, flat: Tensor) -> None:
-        """Sum the processes' parts of a gradient [d], and the numbers behind it, in place."""
+        """Sum the processes' parts of a gradient [d], and the tail behind it, in place."""
         if self.vector.shards is None:
             self.processes.sum_(flat)
         else:
-            # Of shared parameters each process has its shard of a gradient that is summed already.
+            # If parameters are sharded, the shards of the gradient are summed already.
             self.vector.shards.sum_(flat[len(self.vector) :])
 
     def _pieces(self, batches: Sequence[MicroBatch]) -> list[Piece]:
         """This process's part of a pass."""
-        cut = shard if self.vector.shards is None else shard_each
+        cut = partition if self.vector.shards is None else partition_each
         return cut(batches, self.processes.rank, self.processes.size)
 
     def _raise_everywhere(self, error: Exception | None) -> None:
@@ -189,10 +187,10 @@ class CalibrationObjective:
                 raise error
 
     def _losses(self, batches: Sequence[MicroBatch], scale: float | None = None) -> list[float]:
-        """Mean loss of each micro-batch, with ``backward`` of its share of the loss times ``scale`` if there is one."""
+        """Mean loss of each micro-batch; with a ``scale``, ``backward`` of the loss times share and scale runs too."""
         losses = []
         for batch in batches:
-            with self.as_task(batch.task):  # also backward, which may run parts of the module again
+            with self.as_task(batch.task):  # backward too, which may run parts of the module again
                 found = self.batch_loss(batch)
                 loss = self._in_proportion(found, batch) if isinstance(found, Counted) else found
                 if scale is not None and loss.requires_grad:
@@ -202,7 +200,7 @@ class CalibrationObjective:
         return torch.stack(losses).tolist() if losses else []
 
     def _in_proportion(self, found: Counted, batch: MicroBatch) -> Tensor:
-        """The loss times what is counted in one of the samples, relative to all samples of their task."""
+        """The loss times the count per sample of the micro-batch, relative to the count per sample of the task."""
         if found.count:
             return found.loss * (found.count / (count(batch.samples) * self._mean_count(batch.task)))
         if self.vector.shards is not None:  # every process has to run the same passes backwards
@@ -210,7 +208,7 @@ class CalibrationObjective:
         return (self.vector.tensors[0].reshape(-1)[:1].sum() * 0.0).to(found.loss.dtype)
 
     def _mean_count(self, task: str) -> float:
-        """What is counted in a sample of a task, in the mean; told by one pass, for it does not depend on the point."""
+        """Mean count per sample of a task; one pass finds it, since it does not depend on the point."""
         if task not in self._counts:
             with torch.no_grad():
                 found = [self.batch_loss(batch) for batch in self.buffer.micro_batches_of(task, self.batch_size)]
@@ -228,12 +226,12 @@ class CalibrationObjective:
 
 
 def _attempt(function: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """What a function returns, or the error it raises."""
+    """The result of a function, or the error it raises."""
     try:
         return function(), None
     except Exception as error:
         return None, error
 
 
-def _weighted(losses: Sequence[float], batches: Sequence[MicroBatch]) -> float:
+def _sum_by_share(losses: Sequence[float], batches: Sequence[MicroBatch]) -> float:
     return math.fsum(loss * batch.share for loss, batch in zip(losses, batches, strict=True))

@@ -1,4 +1,4 @@
-"""How calibration samples are chosen and run."""
+"""Settings of the calibration: how samples are chosen, and what loss is measured on them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,19 +14,20 @@ class CalibrationOptions:
     """Settings of the calibration buffer, its loss and its gradients.
 
     Args:
-        batch_size: Samples per micro-batch of a gradient; bounds memory. Of losses that are means over the samples it
-            changes results by rounding only (but for ``ode_released``, whose rule counts batches), and of other means,
-            over tokens or masks, where ``calibration_step`` returns ``(loss, count)``. A loss that compares the samples
-            of a batch with each other is another one for every batch size: ``"as trained"`` takes that of the training
-            dataloader of the task that is merged, for all tasks, and 128 where there is none.
-        quota: ``"equal"`` places for every task, or ``"utility"`` to share places by utility weight.
+        batch_size: Samples per micro-batch of a gradient; it bounds the memory. It changes results by rounding only, if
+            the loss is a mean over samples, or if ``calibration_step`` returns ``(loss, count)`` for a mean over tokens
+            or masks. The rule ``ode_released`` is an exception: it counts batches. A loss that compares the samples of
+            a batch with each other depends on the batch size. ``"as trained"`` takes the batch size of the incoming
+            task's training dataloader for all tasks, and 128 if there is none.
+        quota: ``"equal"`` gives every task as many places, ``"utility"`` gives places by utility weight.
         seed: Seed of the choice among a task's samples.
-        loss: ``"labels"``, the module's own loss; ``"logits"``, the divergence from what each task's fine-tuned model
-            gave for its samples; or ``"entropy"`` of the predictions. Only the first reads labels, also for the choice
-            of samples, which it balances by class. The others need a module that gives class scores, see
+        loss: ``"labels"`` is the module's own loss, ``"logits"`` the divergence from the logits of each task's
+            fine-tuned model, ``"entropy"`` the entropy of the predictions. Only ``"labels"`` reads labels, for the loss
+            and for a class-balanced choice of samples. The others need a module that gives class scores, see
             :class:`~lightning_odem.calibration.prediction_loss.ClassScores`.
-        shares: Each task's share of the loss: as the places are shared (``"quota"``), ``"equal"``, or ``"utility"``, in
-            proportion to the utility weights, which then act on the loss as well as on the operating time.
+        shares: Each task's share of the loss. ``"quota"`` is its share of the places, ``"equal"`` the same for all
+            tasks. ``"utility"`` is in proportion to the utility weights, which then act on the loss as well as on the
+            operating time.
         in_checkpoints: Whether checkpoints of ``ModelCheckpoint`` carry the samples of earlier tasks. By default they
             refer to the stream's directory, which has to be there when a training is resumed.
     """
@@ -52,17 +53,21 @@ class CalibrationOptions:
         return CalibrationBuffer(capacity, self.quota, self.seed, self.shares, balanced=self.loss == "labels")
 
     def micro_batch_size(self, loader: Any = None) -> int:
-        """Samples per micro-batch, given the training dataloader, if there is one."""
+        """Samples per micro-batch.
+
+        Args:
+            loader: The training dataloader, if there is one.
+        """
         if not isinstance(self.batch_size, str):
             return self.batch_size
         known = (getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None)))
         return next((size for size in known if size), _BATCH_SIZE)
 
     def check(self, buffer: CalibrationBuffer) -> None:
-        """Refuse to continue with a buffer whose samples lack what the loss reads.
+        """Refuse a buffer whose samples lack the logits that the loss reads.
 
         Raises:
-            ValueError: With the tasks whose samples have no logits, and what to do.
+            ValueError: If the loss is ``"logits"`` and a task's samples have none.
         """
         if self.loss == "logits" and (tasks := buffer.without_logits()):
             raise missing_logits(tasks)

@@ -1,4 +1,4 @@
-"""What a module predicts, outside Lightning's own loops."""
+"""A module's predictions outside Lightning's own loops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor | None]:
-    """Predictions and targets of a batch that is on the module's device, under the Trainer's precision.
+    """Predictions and targets of a batch on the module's device, under the Trainer's precision.
 
-    The targets are None where the module's ``prediction_step`` gives none.
+    They come from the module's ``prediction_step(batch, task)``, whose targets may be None. Without such a method the
+    batch is ``(inputs, targets)`` and predictions are ``module(inputs)``.
 
     Raises:
-        ValueError: If the batch is no pair and the module has no ``prediction_step``.
+        ValueError: If the module has no ``prediction_step`` and the batch is no such pair.
     """
     with module.trainer.precision_plugin.forward_context():
         step: Callable[..., tuple[Tensor, Tensor | None]] | None = getattr(module, "prediction_step", None)
@@ -28,25 +29,25 @@ def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, T
 
 
 def predict_with_targets(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """As :func:`predict`, of a batch that must have targets.
+    """As :func:`predict`, but targets are required.
 
     Raises:
-        ValueError: Also if it has none.
+        ValueError: As :func:`predict`, and if there are no targets.
     """
     predictions, targets = predict(module, batch, task)
     if targets is None:
         raise ValueError(
-            f"A batch of task {task!r} has no targets, which its predictions are to be compared with. Give the task "
-            "data with batches (inputs, targets)."
+            f"A batch of task {task!r} has no targets to compare its predictions with. Give the task data with batches "
+            "(inputs, targets)."
         )
     return predictions, targets
 
 
 def split_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Inputs and targets of a batch ``(inputs, targets)``; the targets of ``(inputs,)`` or bare inputs are None.
+    """Inputs and targets of a batch ``(inputs, targets)``, ``(inputs,)`` or ``inputs``; missing targets are None.
 
     Raises:
-        ValueError: If the batch is none of these.
+        ValueError: If the batch has another form.
 
     Example:
         >>> from torch import zeros
@@ -66,10 +67,10 @@ def split_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def labelled(batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """As :func:`split_targets`, for a loss that reads labels.
+    """As :func:`split_targets`, but targets are required, since a loss reads them.
 
     Raises:
-        ValueError: Also if the batch has none.
+        ValueError: As :func:`split_targets`, and if there are no targets.
     """
     inputs, targets = split_targets(batch)
     if targets is None:

@@ -1,4 +1,4 @@
-"""Calibration losses that look at a module's class scores and at no label."""
+"""Calibration losses that read a module's class scores and no label."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from lightning_odem.calibration import batches
-from lightning_odem.calibration.distributions import entropy, kl_divergence
 from lightning_odem.calibration.loss import ModuleLoss, batches_on_device
 from lightning_odem.calibration.objective import BatchLoss
 from lightning_odem.calibration.prediction import predict
@@ -16,11 +16,11 @@ from lightning_odem.calibration.samples import MicroBatch
 
 
 class ClassScores:
-    """A module's class scores on micro-batches, whose labels are not read if there are any.
+    """A module's class scores on micro-batches; labels are not read.
 
-    They come from the module's ``prediction_step(batch, task)`` if it has one, of whose result the targets are left;
-    otherwise from ``module(inputs)`` on batches that are the inputs, or a tuple or list that begins with them. The
-    batches go to the device, and the module runs, as for :class:`~lightning_odem.calibration.loss.ModuleLoss`.
+    Scores come from the module's ``prediction_step(batch, task)`` if it has one. Its targets are not used. Otherwise
+    they are ``module(inputs)``, and a batch is the inputs, or a tuple or list that begins with them. Batches go to the
+    device, and the module runs, as for :class:`~lightning_odem.calibration.loss.ModuleLoss`.
 
     Args:
         module: The module, attached to its Trainer.
@@ -30,10 +30,10 @@ class ClassScores:
         self._module = module
 
     def scores(self, batch: MicroBatch) -> Tensor:
-        """Scores [n, C] of the n samples, with a gradient where gradients are on.
+        """Scores [n, C] of the n samples, with a gradient if gradients are enabled.
 
         Raises:
-            TypeError: If the module gives something else, or a single class.
+            TypeError: If the module gives something else, or scores of a single class.
         """
         found, order = [], []
         for part, index in batches_on_device(self._module, batch):
@@ -63,9 +63,9 @@ class ClassScores:
 class LogitsLoss(ClassScores):
     r"""Mean over the samples of :math:`KL(softmax(z^*) \| softmax(z))`, with z the module's class scores.
 
-    :math:`z^*` are the logits that the sample's own fine-tuned model gave when its task arrived, stored with the sample
-    as dark experience replay does (Buzzega et al., NeurIPS 2020), which compares them by squared distance. At that
-    model loss and gradient on its task are zero.
+    The task's fine-tuned model gave the logits :math:`z^*` when the task arrived. They are stored with the samples, as
+    in dark experience replay (Buzzega et al., NeurIPS 2020), which compares them by squared distance. At the fine-tuned
+    model, loss and gradient on its task are zero.
     """
 
     def __call__(self, batch: MicroBatch) -> Tensor:
@@ -73,7 +73,7 @@ class LogitsLoss(ClassScores):
 
         Raises:
             TypeError: If the module gives no class scores.
-            ValueError: If the samples have no logits, or those of another number of classes than the module's.
+            ValueError: If the samples have no logits, or logits of another number of classes.
         """
         if batch.logits is None:
             raise missing_logits([batch.task])
@@ -90,12 +90,12 @@ class LogitsLoss(ClassScores):
 class EntropyLoss(ClassScores):
     """Mean over the samples of the entropy of softmax(z), with z the module's class scores.
 
-    What AdaMerging minimises on unlabelled test samples (Yang et al., ICLR 2024, arXiv:2310.02575). A model that is
-    sure of wrong classes has a low one as well.
+    AdaMerging minimises it on unlabelled test samples (Yang et al., ICLR 2024, arXiv:2310.02575). A model that is sure
+    of wrong classes has a low entropy as well.
 
     Attributes:
-        rewards_distance: It falls with the length of a step, whatever the step is good for, so that it cannot tell how
-            far to go.
+        rewards_distance: Whether the loss falls with the length of a step, even of a useless one. Such a loss cannot
+            tell how far to go.
     """
 
     rewards_distance = True
@@ -109,6 +109,46 @@ class EntropyLoss(ClassScores):
         return entropy(self.scores(batch))
 
 
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    r"""Mean over the samples of :math:`KL(p^* \| p)`, with p* and p the softmax of ``reference`` and ``logits``.
+
+    Its gradient in a sample's logits is :math:`(p - p^*) / n`: zero at the reference.
+
+    Args:
+        logits: Shape [n, C]; half precision is computed in fp32.
+        reference: Shape [n, C].
+
+    Returns:
+        A scalar in nats.
+
+    Example:
+        >>> half, quarter = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 3.0]]).log()
+        >>> kl_divergence(quarter, half)  # log(2 / sqrt(3))
+        tensor(0.1438)
+    """
+    return kl_div(_log_softmax(logits), _log_softmax(reference), reduction="batchmean", log_target=True)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean over the samples of the entropy of softmax(``logits``), a scalar in nats.
+
+    Args:
+        logits: Shape [n, C]; half precision is computed in fp32.
+
+    Example:
+        >>> entropy(torch.zeros(5, 4))  # log 4
+        tensor(1.3863)
+    """
+    log_p = _log_softmax(logits)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities in fp32 or higher precision; a class masked by minus infinity has the lowest finite number."""
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
+
+
 LOSSES: dict[str, Callable[[L.LightningModule], BatchLoss]] = {
     "labels": ModuleLoss,
     "logits": LogitsLoss,
@@ -117,20 +157,20 @@ LOSSES: dict[str, Callable[[L.LightningModule], BatchLoss]] = {
 
 
 def calibration_loss(module: L.LightningModule, kind: str) -> BatchLoss:
-    """The calibration loss of a module: by its own loss on ``"labels"``, by ``"logits"`` or by ``"entropy"``.
+    """The calibration loss of a module.
 
     Args:
         module: The module, attached to its Trainer.
-        kind: One of :data:`LOSSES`.
+        kind: ``"labels"`` for the module's own loss, ``"logits"`` or ``"entropy"``.
 
     Raises:
-        TypeError: If the module cannot serve for it.
+        TypeError: If the module has no such loss, see :class:`~lightning_odem.calibration.loss.ModuleLoss`.
     """
     return LOSSES[kind](module)
 
 
 def missing_logits(tasks: Sequence[str]) -> ValueError:
-    """The error of tasks whose samples came into the buffer under another loss."""
+    """The error for tasks whose samples came into the buffer under another loss."""
     return ValueError(
         f"The calibration samples of {', '.join(tasks)} have no logits: these tasks were merged with another loss than "
         "'logits', and the models that could give them are gone. Continue this stream with loss='labels' or "

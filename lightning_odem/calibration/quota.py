@@ -1,4 +1,4 @@
-"""How the buffer's places are shared among tasks, and which samples of a task go first."""
+"""How many of the buffer's places each task gets, and which of its samples are kept first."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +12,21 @@ _ROUNDING = 1e-9
 
 
 def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -> list[int]:
-    """Divide ``capacity`` places in proportion to ``shares``, none getting more than it has samples for.
+    """Divide ``capacity`` places in proportion to ``shares``; no task gets more places than it has samples.
 
-    With equal shares and enough samples each of k tasks gets floor(N / k) or one more, the earlier tasks first, so
-    that the sum is N; none gets more places when another task joins. With unequal shares rounding may add one then.
-    Places a task cannot fill go to the others. Places left by rounding down go to the largest remainders, of equal ones
-    to the earlier task; remainders are equal if they differ by less than a billionth of a place.
+    With equal shares and enough samples, each of k tasks gets floor(N / k) places or one more, the earlier tasks first,
+    so that the sum is N. No task gets more places when another one joins. With unequal shares, rounding may add one
+    then. Places that a task cannot fill go to the others. Places that are left by rounding down go to the largest
+    remainders. Of equal remainders, the earlier task's comes first. Remainders are equal if they differ by less than a
+    billionth of a place.
 
     Args:
         capacity: Places in all, N.
         shares: Non-negative share of each task, at least one positive.
-        available: Samples each task could put in.
+        available: Number of samples of each task.
 
     Returns:
-        Places per task; their sum is min(N, samples available to tasks of positive share).
+        Places per task. Their sum is N, or the number of all samples of tasks with a positive share if that is less.
 
     Example:
         >>> allocate(10, [1, 1, 1], [100, 100, 100])
@@ -35,12 +36,12 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
         >>> allocate(10, [3, 1], [100, 100]), allocate(10, [1e308, 1e308], [9, 9])
         ([8, 2], [5, 5])
     """
-    if math.isinf(sum(shares)):  # of finite shares: relative to the largest their sum is finite
+    if math.isinf(sum(shares)):  # finite shares; divided by the largest, they have a finite sum
         shares = [share / max(shares) for share in shares]
     places = [0] * len(shares)
     open_tasks = [task for task, share in enumerate(shares) if share > 0]
     left = capacity
-    # Tasks that cannot fill their share are settled first; what they leave is divided again.
+    # Tasks that cannot fill their places come first; the places they leave are divided again.
     while open_tasks:
         total = sum(shares[task] for task in open_tasks)
         full = [task for task in open_tasks if available[task] <= left * shares[task] / total]
@@ -63,10 +64,10 @@ def allocate(capacity: int, shares: Sequence[float], available: Sequence[int]) -
 
 
 def balanced_order(labels: Tensor | None, size: int, generator: torch.Generator) -> Tensor:
-    """A random order of ``size`` samples, every prefix of which is class-balanced.
+    """A random order of ``size`` samples in which every prefix is class-balanced.
 
-    The order deals one sample of each class per round, in random order, until the class runs out. Keeping a prefix of
-    it is therefore a balanced choice, and keeping a shorter one later discards samples without choosing new ones.
+    Each round takes one sample of every class that has any left, in random order. So the first samples are a balanced
+    choice of any number, and a smaller choice later only discards samples.
 
     Args:
         labels: Integer class labels, shape [size], or None for a plain random order.

@@ -15,12 +15,13 @@ _Held = TypeVar("_Held", "TaskSamples", "MicroBatch")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A piece of the calibration set that fits on the device; all its samples are of one task.
+    """A part of the calibration set that fits on the device; all its samples are of one task.
 
     Args:
-        samples: As they come out of the task's collate function, on the CPU; or what such batches are made of.
+        samples: A batch as the task's collate function makes it, on the CPU, or
+            :class:`~lightning_odem.calibration.batches.Kept`.
         task: Name of the task.
-        share: Weight of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
+        share: Factor of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
         transferred: As in :class:`TaskSamples`.
         logits: As in :class:`TaskSamples`.
     """
@@ -42,15 +43,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TaskSamples:
-    """The samples of one task, in the order in which they would be kept.
+    """The samples of one task; when places become fewer, the first ones stay.
 
     Args:
-        samples: Nested containers of CPU tensors, first dimension n; or what batches are made of that are none.
+        samples: CPU tensors [n, ...] in plain containers, or :class:`~lightning_odem.calibration.batches.Kept`.
         weight: Utility weight of the task.
-        transferred: Whether the samples were taken after the module's batch-transfer hooks, which must then not be
-            applied to them again.
-        logits: What the model fine-tuned on the task gave for the samples, shape [n, C], on the CPU and in the dtype of
-            the model's output; None where no loss has asked for it.
+        transferred: Whether the samples went through the module's batch-transfer hooks. The hooks are not applied to
+            them again then.
+        logits: Logits [n, C] that the model fine-tuned on the task gave for the samples, on the CPU and in the dtype of
+            the model's output. None if no loss has asked for them.
     """
 
     samples: Any
@@ -70,7 +71,7 @@ class TaskSamples:
         return _cut(batches.view, self, index)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain containers."""
+        """The samples as tensors and plain containers."""
         state = dict(vars(self))
         return {**state, "samples": None, "kept": self.samples.state()} if isinstance(self.samples, Kept) else state
 
@@ -82,7 +83,7 @@ class TaskSamples:
         return cls(**{**{name: state[name] for name in state if name != "kept"}, "samples": from_state(state["kept"])})
 
     def as_batch(self, task: str, share: float) -> MicroBatch:
-        """All of the samples as one micro-batch."""
+        """All samples as one micro-batch."""
         return MicroBatch(self.samples, task, share, self.transferred, self.logits)
 
 

@@ -1,4 +1,4 @@
-"""Scaling of losses, so that their gradients do not vanish in fp16."""
+"""Loss scaling, so that gradients do not vanish in fp16."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ _DEFAULT = 2.0**16  # that of torch.amp.GradScaler
 
 
 class LossScale:
-    """A factor on losses before ``backward``, taken out of their gradients afterwards.
+    """A factor on losses before ``backward``; gradients are divided by it afterwards.
 
-    Under fp16 autocast gradients are rounded to zero below 6e-8. The scale is halved, for the present gradient and
-    those to come, when that scaled by it is not finite, down to 1: then it is not the scale's doing. It is a power of
-    two, so that a gradient which neither vanishes nor overflows has the same bits at any scale.
+    Under fp16 autocast, gradients below 6e-8 are rounded to zero. If the loss is finite and the scaled gradient is not,
+    the scale is halved, for this gradient and later ones, down to 1. The scale is a power of two, so a gradient that
+    neither vanishes nor overflows has the same bits at any scale.
 
     Args:
         value: The scale, 1 or more; rounded down to a power of two.
@@ -36,12 +36,12 @@ class LossScale:
         loss_and_grad: Callable[[float], tuple[float, Tensor]],
         sum_over_shards: Callable[[Tensor], None] | None = None,
     ) -> tuple[float, Tensor]:
-        """Loss and gradient of a function that gives its loss and the gradient times the scale.
+        """Loss and gradient, from a function that gives the loss and the gradient times the scale.
 
         Args:
-            loss_and_grad: Called with the scale; again if the gradient is too large for it.
-            sum_over_shards: Where the gradient is this process's shard of one: sums numbers over the processes, in
-                place. All of them have to lower the scale together, for they evaluate together.
+            loss_and_grad: Called with the scale, and again with a smaller one if the gradient overflows.
+            sum_over_shards: Sums numbers over the processes, in place, if the gradient is this process's shard of one.
+                All processes evaluate together, so they have to lower the scale together.
         """
         while True:
             loss, grad = loss_and_grad(self.value)
@@ -55,7 +55,7 @@ class LossScale:
 
 def _is_finite(grad: Tensor, sum_: Callable[[Tensor], None] | None) -> bool:
     """Whether a gradient is finite, in all shards."""
-    # A norm makes no vector, and is not defined on a shard without entries.
+    # A norm needs no second vector. It is not defined on a shard without entries.
     largest = torch.linalg.vector_norm(grad, math.inf) if len(grad) else grad.new_zeros(())
     if sum_ is not None:
         sum_(largest)
@@ -63,7 +63,7 @@ def _is_finite(grad: Tensor, sum_: Callable[[Tensor], None] | None) -> bool:
 
 
 def loss_scale(trainer: L.Trainer) -> float:
-    """The scale for gradients under a Trainer's precision: that of its GradScaler in fp16, otherwise 1.
+    """The scale for gradients under a Trainer's precision: its GradScaler's scale in fp16, otherwise 1.
 
     Example:
         >>> loss_scale(L.Trainer(accelerator="cpu", precision="bf16-mixed", logger=False))

@@ -20,13 +20,13 @@ from lightning_odem.calibration.rows import Rows
 
 
 @dataclass(frozen=True)
-class Offer:
+class DrawnSamples:
     """Samples of a task, drawn for the buffer.
 
     Args:
-        samples: Nested containers of CPU tensors, or what batches are made of that are none.
+        samples: A batch of CPU tensors in plain containers, or :class:`~lightning_odem.calibration.batches.Kept`.
         origin: Where they come from, for the log.
-        transferred: Whether the batch-transfer hooks were applied to them already.
+        transferred: Whether they went through the batch-transfer hooks already.
     """
 
     samples: Any
@@ -35,12 +35,12 @@ class Offer:
 
 
 class Reservoir:
-    """A uniform sample of bounded size from the batches of a stream of unknown length (Vitter's algorithm R).
+    """A uniform random choice of bounded size from batches whose number is not known (Vitter's algorithm R).
 
     Args:
         capacity: Samples kept.
         generator: Source of randomness, on the CPU.
-        batch_size: The dataloader's, where it is known.
+        batch_size: The dataloader's batch size, if it is known.
     """
 
     def __init__(self, capacity: int, generator: torch.Generator, batch_size: int | None = None) -> None:
@@ -53,8 +53,10 @@ class Reservoir:
     def update(self, batch: Any) -> None:
         """Consider the samples of a batch; those kept are copied to the CPU.
 
+        A later batch that cannot be kept is passed over with a warning.
+
         Raises:
-            CannotBeKeptError: If the first batch cannot be kept. Later ones are passed over then.
+            CannotBeKeptError: If the first batch cannot be kept.
         """
         try:
             batch = keep(batch, self._batch_size, self._kept)
@@ -79,7 +81,7 @@ class Reservoir:
             self._kept = samples.copy() if isinstance(samples, Rows) else samples
             return
         if isinstance(self._kept, Rows) or not are_alike(self._kept, samples):
-            # Of another shape, or no plain tensors.
+            # Tensors of different shapes, or other containers than plain ones.
             samples, self._kept = as_rows(samples).copy(), as_rows(self._kept)
         replaced = slots < batches.count(self._kept)
         if isinstance(samples, Rows):
@@ -93,19 +95,28 @@ class Reservoir:
 
     @property
     def samples(self) -> Any:
-        """The samples kept, or None before the first batch."""
+        """The samples kept; None before the first batch."""
         return self._kept.padded() if isinstance(self._kept, Rows) else self._kept
 
 
-def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True) -> Offer | None:
-    """Draw up to ``count`` samples of the task a Trainer is fitting, without touching the global random state.
+def draw(
+    trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True
+) -> DrawnSamples | None:
+    """Draw up to ``count`` samples of the task that a Trainer fits; the global random state stays as it is.
 
-    In this order: what the user gave; the datamodule's ``calibration_dataset()`` or ``calibration_dataloader()``; the
-    training dataset, by index. A dataset is sampled, class-balanced where it has integer ``targets`` unless told
-    otherwise; batches of a loader are taken as they come until there are enough.
+    The source is the first of these: the data that the user gave, the datamodule's ``calibration_dataset()``, its
+    ``calibration_dataloader()``, the training dataset. Samples of a dataset are drawn by index. Batches of a loader are
+    taken in their order until there are enough.
+
+    Args:
+        trainer: The Trainer.
+        given: Calibration data from the user, or None.
+        count: The most samples.
+        generator: Source of randomness, on the CPU.
+        balanced: Whether the choice is class-balanced if the dataset has integer ``targets``.
 
     Returns:
-        The offer, or None where the training data is iterable only and has to be sampled while it is used.
+        The samples; None if the training data is an ``IterableDataset``, whose samples are collected during training.
 
     Raises:
         ValueError: If the source is empty or there are several training loaders.
@@ -132,7 +143,7 @@ def draw(trainer: L.Trainer, given: Any, count: int, generator: torch.Generator,
             raise CannotBeKeptError(f"from {origin}, cannot be kept for later tasks: {error}") from error
     if samples is None:
         raise ValueError(f"No calibration sample can be drawn: {origin} is empty.")
-    return Offer(samples, origin)
+    return DrawnSamples(samples, origin)
 
 
 def draw_by_index(
@@ -143,10 +154,16 @@ def draw_by_index(
     balanced: bool = True,
     batch_size: int | None = None,
 ) -> Any:
-    """Up to ``count`` samples of a map-style dataset, None of none; balanced by its integer ``targets`` if it has any.
+    """Up to ``count`` samples of a map-style dataset; None if it is empty.
 
-    With ``balanced=False`` the choice is plainly random, and no label is read for it. ``collate`` makes batches of
-    ``batch_size`` of them, for the user's code.
+    Args:
+        dataset: The dataset.
+        count: The most samples.
+        generator: Source of randomness, on the CPU.
+        collate: The function that makes batches of the samples.
+        balanced: Whether the choice is class-balanced if the dataset has integer ``targets``. Without it no label is
+            read.
+        batch_size: The dataloader's batch size, if it is known.
 
     Raises:
         CannotBeKeptError: If the samples cannot be collated or kept.
@@ -158,13 +175,13 @@ def draw_by_index(
 
 
 def collation(trainer: L.Trainer) -> tuple[Any, int | None]:
-    """The training dataloader's collate function, and its batch size where it is known."""
+    """The training dataloader's collate function, and its batch size if it is known."""
     loader = trainer.train_dataloader
     return (loader.collate_fn, loader.batch_size) if isinstance(loader, DataLoader) else (default_collate, None)
 
 
 def targets_of(dataset: Any) -> torch.Tensor | None:
-    """Integer class labels of a dataset without loading its samples, or None where it does not tell them."""
+    """Integer class labels of a dataset, found without loading a sample; None if it does not tell them."""
     if isinstance(dataset, Subset):
         parent = targets_of(dataset.dataset)
         return None if parent is None else parent[torch.as_tensor(dataset.indices)]
@@ -182,7 +199,7 @@ def targets_of(dataset: Any) -> torch.Tensor | None:
 
 
 def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
-    """What to draw from, and its name for the log; None for training data that is iterable only."""
+    """The name of the source for the log, and the source; None for an ``IterableDataset``."""
     if given is not None:
         return "calibration data given to the callback", given
     for name in ("calibration_dataset", "calibration_dataloader"):
@@ -201,6 +218,7 @@ def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
 
 
 def _take(loader: Any, count: int) -> Any:
+    """At least ``count`` samples from the first batches, if there are as many; None if there is no batch."""
     taken: list[Any] = []
     size = 0
     for batch in loader:

@@ -1,4 +1,4 @@
-"""The incoming task's own training data, and what the module makes of it at any weights."""
+"""The incoming task's training batches, with the module's outputs and gradients on them at any point."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,8 +17,8 @@ from lightning_odem.parameters.vector import ParameterVector
 class TaskData:
     """Training batches of one task, with outputs of the module and gradients at any point.
 
-    The module is in eval mode while a merge uses it. It is left at the point evaluated last. It gets a copy of a batch
-    each time.
+    The module is in eval mode while a merge uses it. It stays at the point evaluated last. Each time it gets a copy of
+    the batch.
 
     Args:
         vector: The parameters theta stands for.
@@ -43,11 +43,11 @@ class TaskData:
         return (move_to_device(self.module, batch) for batch in self._batches)
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Predictions (class scores [B, C] of most modules) and targets at the module's present weights."""
+        """Predictions and targets at the module's present parameters; most modules predict class scores [B, C]."""
         return predict_with_targets(self.module, copy(batch), self.task)
 
     def features(self, batch: Any) -> Tensor:
-        """What the module's ``features(inputs)`` gives, or its predictions where it has no such method."""
+        """The result of the module's ``features(inputs)``, or its predictions if it has no such method."""
         batch, features = copy(batch), getattr(self.module, "features", None)
         if features is None or not isinstance(batch, (tuple, list)):
             return predict(self.module, batch, self.task)[0]
@@ -55,7 +55,7 @@ class TaskData:
             return features(batch[0])
 
     def evaluate(self, theta: Tensor, function: Callable[[], Tensor]) -> Tensor:
-        """``function()`` with the module's weights at ``theta`` [d], without a gradient.
+        """``function()`` with the module's parameters at ``theta`` [d], without a gradient.
 
         Example::
 
@@ -66,9 +66,10 @@ class TaskData:
             return function()
 
     def value_and_grad(self, theta: Tensor, batch: Any, function: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        """The scalar ``function()`` of ``batch`` at ``theta`` [d] and its gradient, a new vector [d].
+        """The scalar ``function()`` at ``theta`` [d] and its gradient, a new vector [d].
 
-        In fp16 the function may be called more than once, see :class:`~lightning_odem.calibration.scaling.LossScale`.
+        Only the number of samples is read from ``batch``. In fp16 the function may be called more than once, see
+        :class:`~lightning_odem.calibration.scaling.LossScale`.
 
         Raises:
             ValueError: If the value depends on none of the parameters.

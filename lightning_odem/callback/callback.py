@@ -210,7 +210,7 @@ class ContinualMergeCallback(L.Callback):
             model: The fine-tuned model that it was merged with, which the stream does not keep: a checkpoint as
                 ``ModelCheckpoint`` writes it at the end of the training or another file of weights, a module, or
                 tensors by name. Another model is refused where the stream knows the right one, see
-                :func:`~lightning_odem.stream.removal.read_model`.
+                :func:`~lightning_odem.stream.identity.read_model`.
 
         Raises:
             ValueError: If there is no such task or no other one with a weight, if the method cannot take it out or has

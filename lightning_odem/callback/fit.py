@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
-from lightning_odem.calibration.task_samples import Sampling
+from lightning_odem.calibration.sample_collector import SampleCollector
 from lightning_odem.stream.trace import Collection
 
 
@@ -33,5 +33,5 @@ class Fit:
 
     phase: Phase = Phase.BEGUN
     resumed: bool = False
-    sampling: Sampling | None = None
+    sampling: SampleCollector | None = None
     collection: Collection | None = None

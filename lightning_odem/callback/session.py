@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_odem.calibration.task_samples import Sampling
+from lightning_odem.calibration.sample_collector import SampleCollector
 from lightning_odem.callback.best import find_ranking, load_best
 from lightning_odem.callback.fit import Fit, Phase
 from lightning_odem.callback.guards import FreshStart, check_trainer, finish_averages, release_averages
@@ -30,7 +30,7 @@ from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
 from lightning_odem.stream.naming import Weights, file_name, next_task_name, next_task_weight
-from lightning_odem.stream.random_state import RandomStream, load_random_state
+from lightning_odem.stream.random_state import RandomContinuation, load_random_state
 from lightning_odem.stream.restoration import is_ready, restore_task_parameters
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.store import encode
@@ -74,7 +74,7 @@ class Session:
         self.fit = Fit()
         self._fresh_start = FreshStart()
         self._start = StartWeights(stream.division, settings.finetune_from)
-        self._random = RandomStream()
+        self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
         self._handed_out: tuple[Any, str] = (None, "")
         self._is_last = False  # whether the task handed out is the last one
@@ -333,7 +333,7 @@ class Session:
             self.fit.sampling = None
             if self.stream.needs_samples:
                 given = self.calibration_data.get(task)
-                self.fit.sampling = Sampling(trainer, task, weight, self.state.buffer, given)
+                self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given)
         self.measurement.warn_of_missing(self.report.tasks)
 
     def _check_loss(self, module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""A stream of merges: its state, one merge as a transaction, what is measured, and its directory."""
+"""The stream of tasks that are merged: its state, one merge as a transaction, its scores, and its directory."""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""A module at work outside of ``fit``: on its device, under a Trainer's precision, with its transfer hooks."""
+"""A module outside of ``fit``, on its device, under a Trainer's precision, with its transfer hooks."""
 
 import logging
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelecto
 
 @contextmanager
 def attached(module: L.LightningModule, like: L.Trainer | None = None) -> Iterator[L.Trainer]:
-    """Attach a module to a Trainer of its own, on one device, in eval mode; afterwards it is on the CPU and free again.
+    """Attach a module to a Trainer of its own, on one device and in eval mode.
 
-    Losses and predictions then run as they do in ``fit``: Lightning's own loops are not needed for them.
+    Losses and predictions run as in ``fit``, without Lightning's loops. Afterwards the module is on the CPU and has the
+    Trainer and the mode that it had.
 
     Args:
         module: The module.
-        like: Trainer whose accelerator, precision and ``limit_test_batches`` to use; by default Lightning's choice.
+        like: A Trainer whose accelerator, precision and ``limit_test_batches`` are used; by default Lightning chooses.
 
     Example:
         >>> module = L.LightningModule()
@@ -35,7 +36,7 @@ def attached(module: L.LightningModule, like: L.Trainer | None = None) -> Iterat
     before, training = module._trainer, module.training
     trainer.precision_plugin.convert_module(module)
     trainer.strategy.connect(module)
-    # Set by fit before anything else; batch-transfer hooks are looked up through it.
+    # fit sets it first; batch-transfer hooks are looked up through it.
     trainer._data_connector._datahook_selector = _DataHookSelector(module, None)
     module.trainer = trainer
     module.to(trainer.strategy.root_device)
@@ -50,7 +51,7 @@ def attached(module: L.LightningModule, like: L.Trainer | None = None) -> Iterat
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's lines on which devices there are: the Trainer of the user has said so."""
+    """Run a block without Lightning's lines on the devices, which the user's Trainer has shown already."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The directory a stream lives in."""
+"""The directory of a stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,20 +22,20 @@ from lightning_odem.stream.store.reference import refer, resolve
 
 
 class RunDirectory:
-    """State, checkpoints, report, table and figures of one stream; never of two.
+    """State, checkpoints, report, table and figures of one stream.
 
-    The state is kept in the folder ``stream``, see :class:`~lightning_odem.stream.store.StreamStore`. The directory
-    belongs to one process while a Trainer fits one of its tasks.
+    The state is in the folder ``stream``, see :class:`~lightning_odem.stream.store.StreamStore`. While a Trainer fits a
+    task of the stream, the directory belongs to its process.
 
     Args:
-        dirpath: Where; by default the next free ``merge_runs/version_N`` under the Trainer's ``default_root_dir``.
-        mapped: Whether tensors read from it stay on disk until they are used.
+        dirpath: Its path; by default the next free ``merge_runs/version_N`` under the Trainer's ``default_root_dir``.
+        mapped: Whether tensors stay on disk until they are used.
     """
 
     def __init__(self, dirpath: str | None, mapped: bool = False) -> None:
         self._mapped = mapped
         self.path: Path | None = None
-        # Generation of the state that is in memory.
+        # The generation on disk that the state in memory comes from.
         self._number: int | None = None
         self._directory: Path | None = None
         self._store: StreamStore | None = None
@@ -44,7 +44,7 @@ class RunDirectory:
             self._open(Path(dirpath))
 
     def load(self) -> dict[str, Any] | None:
-        """The stream's state as it was left there, or None where there is none.
+        """The stream's state on disk; None if there is none.
 
         Raises:
             StreamStateError: If it cannot be read; the message says what was found in which file.
@@ -60,7 +60,7 @@ class RunDirectory:
         """Keep other processes from fitting tasks of the stream until :meth:`release`.
 
         Raises:
-            StreamInUseError: If another one does; the message names it.
+            StreamInUseError: If another process fits one; the message names the process.
         """
         if self._lock is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -71,10 +71,10 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from the stream in a block that is no fit.
+        """Keep other processes from the stream during a block outside of a fit.
 
         Raises:
-            StreamInUseError: If one is at work on it.
+            StreamInUseError: If another process uses it.
         """
         assert self._lock is not None, "the directory is known"
         self._lock.acquire()
@@ -86,17 +86,17 @@ class RunDirectory:
 
     @property
     def holds_stream(self) -> bool:
-        """Whether there is a state on disk."""
+        """Whether a state is on disk."""
         return self._store is not None and self._store.number is not None
 
     def read(self, like: StreamState) -> StreamState:
-        """The state on disk, with the settings of the one in memory that it does not have itself."""
+        """The state on disk; settings that it does not contain are those of ``like``."""
         before, stored = self._number, self.load()
         assert stored is not None, "there is one"
         state = replace(like, buffer=like.buffer.copy())
         state.load_state_dict(stored)
         if self._number == before:
-            state.random = like.random  # a process knows its own by identity
+            state.random = like.random  # the process recognises its own dict by identity
         return state
 
     def at(self, name: str) -> Path:
@@ -105,10 +105,10 @@ class RunDirectory:
         return self._directory / name
 
     def rewrite(self, state: StreamState) -> None:
-        """Write a state between two fits, whole as it is, and the report.
+        """Write a state of whole tensors, and the report, between two fits.
 
         Raises:
-            OSError: If it cannot be written; the state before is still there.
+            OSError: If the state cannot be written. The state before is still there.
         """
         assert self._store is not None, "the directory is known"
         self._store.save(state.state_dict())
@@ -118,24 +118,24 @@ class RunDirectory:
         self._save_report(state.report, self.at(""), first_path=len(state.report.merges))
 
     def release(self) -> None:
-        """Let other processes go on with the stream."""
+        """Let other processes use the stream."""
         if self._lock is not None:
             self._lock.release()
 
     def claim(self, trainer: L.Trainer, state: StreamState, resumed: bool = False) -> dict[str, Any] | None:
-        """Settle where the stream writes; nowhere under ``fast_dev_run``.
+        """Take the directory for the stream of a fit and lock it; under ``fast_dev_run`` nothing is written.
 
         Args:
             trainer: The Trainer that fits a task.
-            state: The stream in memory.
+            state: The state in memory.
             resumed: Whether it comes from one of Lightning's checkpoints.
 
         Returns:
-            The state to go on with instead, where another process has taken the stream further since it was read.
+            The state on disk if another process has merged more tasks since it was read; otherwise None.
 
         Raises:
-            MisconfigurationException: If the directory holds another stream already, or has merged the task that is
-                resumed and nothing says that the data is that of this task.
+            MisconfigurationException: If the directory holds another stream, or if the resumed task is merged already
+                and the datamodule does not name its task.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
@@ -147,8 +147,8 @@ class RunDirectory:
         with Processes.current().together():
             if str(self._directory) != (first := trainer.strategy.broadcast(str(self._directory))):
                 raise MisconfigurationException(
-                    f"Process {trainer.global_rank} has dirpath {self._directory}, process 0 {first}. Give all "
-                    "processes the same, without the time or a number of the process in it."
+                    f"Process {trainer.global_rank} has dirpath {self._directory}, process 0 has {first}. Give all "
+                    "processes the same one, without the time or a number of the process in it."
                 )
         self.lock(trainer)
         assert self._store is not None, "opened"
@@ -180,10 +180,10 @@ class RunDirectory:
         return newer
 
     def commit(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
-        """Write the stream's state: from then on a task is merged.
+        """Write the stream's state; a task counts as merged once this is done.
 
         Raises:
-            OSError: If it cannot be written; the state before is still there.
+            OSError: If it cannot be written. The state before is still there.
         """
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -212,7 +212,7 @@ class RunDirectory:
         return resolve(reference, *([] if self._store is None else [self._store.directory]))
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
-        """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""
+        """Save the module's weights as ``merged-<number>-<task>.ckpt``, without the optimizer's state."""
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
@@ -223,16 +223,16 @@ class RunDirectory:
         return str(path)
 
     def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
-        """Write ``report.json``, ``table.txt`` and the figures, from the main process.
+        """Write ``report.json``, ``table.txt`` and the figures in the main process.
 
-        They can be written again from the state, so that a full disk is no reason to stop.
+        If that fails there is only a warning, since they can be written again from the state.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_report(report, self.path, first_path=-1)
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:
-        """Write the report again if it is not that of the state, as after a process that died between the two."""
+        """Write the report again if it is behind the state, because a process died between writing the two."""
         if self._directory is None or not report.tasks:
             return
         try:
@@ -261,7 +261,7 @@ class RunDirectory:
             )
 
     def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None]:
-        """Report of the stream that the directory holds, and its state."""
+        """The report of the stream in the directory, and its state; None if there is no state."""
         assert self._directory is not None, "opened"
         if number is None:
             return _report_in(self._directory), None
@@ -271,7 +271,7 @@ class RunDirectory:
 
 
 def _make_next_version(root: Path) -> Path:
-    """Make the next free directory; two processes that ask at once get two."""
+    """Make the next free directory; two processes at the same time get different ones."""
     root.mkdir(parents=True, exist_ok=True)
     while True:
         taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
@@ -284,13 +284,13 @@ def _make_next_version(root: Path) -> Path:
 
 
 def _goes_on(newer: StreamReport, older: StreamReport) -> bool:
-    """Whether a stream may be an older one that was taken further; tasks that were taken out of it do not tell."""
-    gone = {record.task for record in newer.removed}
-    known, found = ([task for task in report.tasks if task not in gone] for report in (older, newer))
+    """Whether a stream may continue an older one; tasks that were taken out of it are not compared."""
+    removed = {record.task for record in newer.removed}
+    known, found = ([task for task in report.tasks if task not in removed] for report in (older, newer))
     return len(newer.removed) >= len(older.removed) and found[: len(known)] == known
 
 
 def _report_in(path: Path) -> StreamReport:
-    """The report of a directory, also of one that was written without a state; an empty one where there is none."""
+    """The report in a directory, with or without a state; an empty report if there is none."""
     report = path / "report.json"
     return StreamReport.load(report) if report.exists() else StreamReport()

@@ -20,11 +20,11 @@ from lightning_odem.stream.evaluation_data import EvaluationData
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured of a module on a task.
+    """The score of a module on a task.
 
     Args:
-        value: The score; NaN where it is undefined.
-        metric: What it is, None where nothing was measured.
+        value: The score; NaN if it is undefined.
+        metric: The metric; None if nothing was measured.
         further: Other numbers that the metric gave, by name.
     """
 
@@ -36,7 +36,7 @@ class Score:
 def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str, datamodule: Any = None) -> Score:
     """Measure a task's metric on its data; the module should be in eval mode.
 
-    The metric is what ``task_metric(task)`` of the module or the datamodule gives, by default accuracy. Predictions and
+    The module or the datamodule gives the metric by ``task_metric(task)``; by default it is accuracy. Predictions and
     targets come from ``module.prediction_step(batch, task)`` if there is one, otherwise from ``module(inputs)`` on
     batches ``(inputs, targets)``. The Trainer's state is that of a validation, and its limits apply.
 
@@ -44,11 +44,11 @@ def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str,
         module: The module, with a Trainer.
         data: Batches; ``limit_test_batches`` applies to them unless they are validation data.
         task: Name of the task.
-        datamodule: The task's, if it may know the metric.
+        datamodule: The task's datamodule, if it may give the metric.
 
     Raises:
-        ValueError: If there is no sample, predictions and targets are nothing for the metric, or what it gives is no
-            single number.
+        ValueError: If there is no sample, the metric cannot read predictions and targets, or its result is not one
+            number.
     """
     metric = find_metric(task, module, datamodule)
     meter = _Meter(module, task, metric)
@@ -65,7 +65,7 @@ def check_score(module: L.LightningModule, data: Iterable | EvaluationData, task
         for batch in _limited(data, module.trainer):
             meter.update(batch)
             break
-    # Of few samples many a metric is undefined, with a warning or an error.
+    # Some metrics are undefined on few samples, with a warning or an error.
     with catch_warnings(), suppress(_Undefined):
         simplefilter("ignore")
         meter.compute()
@@ -87,11 +87,11 @@ def _limited(data: Iterable | EvaluationData, trainer: L.Trainer) -> Iterator:
 
 
 class _Undefined(ValueError):
-    """A metric gave no result."""
+    """The metric has no result."""
 
 
 class _Meter:
-    """A metric at work on a module's predictions."""
+    """Updates a metric with a module's predictions, and computes the score."""
 
     def __init__(self, module: L.LightningModule, task: str, metric: Metric | MetricCollection) -> None:
         self.module, self.task = module, task
@@ -137,21 +137,21 @@ class _Meter:
         if isinstance(self.metric, ClassAccuracy):
             return ValueError(
                 f"{what} must be {ClassAccuracy.EXPECTED}, {got}. A method prediction_step(batch, task) -> "
-                "(predictions, targets) decides what they are: of a single logit it can give `logits.flatten() > 0`. "
+                "(predictions, targets) decides what they are; for a single logit it can give `logits.flatten() > 0`. "
                 "A method task_metric(task) of the module or the datamodule gives another metric than accuracy, a "
                 "torchmetrics.Metric such as R2Score(). ContinualMergeCallback(evaluate=False) measures nothing."
             )
         return ValueError(
             f"{what} cannot be measured by {self.kind.name}, {got}: {error} A method prediction_step(batch, task) -> "
-            "(predictions, targets) decides what they are, task_metric(task) what measures them."
+            "(predictions, targets) decides what they are, and task_metric(task) decides what measures them."
         )
 
 
 def _fitted(predictions: Any, targets: Any, metric: Metric | MetricCollection) -> tuple[Any, Any]:
-    """Predictions and targets as metrics want them: of one shape where they differ in a last dimension of one.
+    """Predictions and targets as torchmetrics expects them; class accuracy takes them as they are.
 
-    Those of half precision are widened, so that sums are exact, and targets 0.0 and 1.0 of a classification become
-    integers. Class accuracy takes them as they are.
+    A last dimension of size 1 that only one of them has is removed. Predictions of half precision become fp32, so that
+    sums are taken in fp32. Targets of a classification that are whole numbers become integers.
     """
     if isinstance(metric, ClassAccuracy) or not (isinstance(predictions, Tensor) and isinstance(targets, Tensor)):
         return predictions, targets

@@ -1,4 +1,4 @@
-"""Scores of a module with the weights and the task-specific parameters it is to be measured with."""
+"""Scores of a module on tasks, with the parameters that they are measured with."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -49,7 +49,7 @@ class Measurement:
         self._stages: tuple[Stage, ...] = STAGES if monitor is None else ("val", "test")
 
     def find_data(self, trainer: L.Trainer, task: str) -> None:
-        """Find out where the score of the task being fitted is measured, and who may know its metric."""
+        """Find the data for the score of the task that is fitted, and the datamodule that may give its metric."""
         if not self._enabled:
             return
         self._ask(trainer.datamodule, task)  # type: ignore[attr-defined]
@@ -69,19 +69,19 @@ class Measurement:
             )
 
     def remember(self, task: str, datamodule: L.LightningDataModule) -> None:
-        """Measure a task merged earlier on the data of its datamodule, unless the user chose other data."""
+        """Measure an earlier task on the data of its datamodule, unless the user chose other data."""
         if task not in self.given:
             self.given[task] = datamodule
             self._remembered.add(task)
 
     def forget(self, task: str) -> None:
-        """Measure a task that was taken out on its own data if it comes again, unless the user chose other data."""
+        """Drop the data remembered for a task that was taken out; if the task comes again, it brings its own."""
         if task in self._remembered:
             self.given.pop(task, None)
             self._remembered.discard(task)
 
     def warn_of_missing(self, tasks: Iterable[str]) -> None:
-        """Say so if tasks merged in another process cannot be measured in this one."""
+        """Warn if tasks merged in another process cannot be measured in this one."""
         missing = [task for task in tasks if task not in self._found and task not in self.given]
         if missing and self._enabled:
             rank_zero_warn(
@@ -96,16 +96,16 @@ class Measurement:
         known: Mapping[str, TaskMetric],
         task_parameters: Mapping[str, Snapshot] = {},
     ) -> None:
-        """Refuse what a metric cannot read, on the first batch of each task's data that is new.
+        """Refuse predictions that a metric cannot read, on the first batch of each task's data.
 
-        The data of tasks that keep parameters for themselves is looked at each time, since the module may have changed
-        so that it cannot use them any more.
+        Data is checked once. Data of tasks that keep parameters for themselves is checked each time, since the module
+        may have changed so that it cannot use them any more.
 
         Args:
             module: The module.
             tasks: The tasks.
-            task_parameters: What earlier tasks keep for themselves.
-            known: What tasks were measured by so far.
+            known: The metric of each task so far.
+            task_parameters: The parameters that each earlier task keeps for itself.
 
         Raises:
             ValueError: As :func:`~lightning_odem.stream.evaluation.score`, and if a task has another metric now.
@@ -133,17 +133,17 @@ class Measurement:
             self._checked[task] = data.batches
 
     def current(self, module: L.LightningModule, task: str) -> float:
-        """Score on a task of the module as it is; NaN where there is no data."""
+        """Score of the module as it is on a task; NaN without data."""
         return self._measure(module, task).value
 
-    def with_weights(self, module: L.LightningModule, weights: Snapshot | None, task: str) -> float:
-        """Score on a task with other shared weights, which are taken out again; NaN without weights."""
-        if weights is None:
+    def with_weights(self, module: L.LightningModule, shared: Snapshot | None, task: str) -> float:
+        """Score on a task with other shared parameters; the module gets its own back. NaN if ``shared`` is None."""
+        if shared is None:
             return math.nan
         is_shared = self._division.shared(module)
         before = take_snapshot(module, is_shared)
         try:
-            load_snapshot(module, weights, is_shared)
+            load_snapshot(module, shared, is_shared)
             return self.current(module, task)
         finally:
             load_snapshot(module, before, is_shared)
@@ -151,7 +151,7 @@ class Measurement:
     def every_task(
         self, trainer: L.Trainer, module: L.LightningModule, task_parameters: Mapping[str, Snapshot]
     ) -> dict[str, Score]:
-        """Score on every task by name, each with its own parameters in the module's place."""
+        """Score on every task by name; the module has the task's own parameters meanwhile."""
         scores = {}
         with progress(trainer, "evaluating") as advance:
             for index, (task, own) in enumerate(task_parameters.items()):
@@ -189,7 +189,7 @@ class Measurement:
         given = self.given.get(task)
         if isinstance(given, L.LightningDataModule):
             self._ask(given, task)
-            # Its loaders from here on: what a datamodule does before it gives them is done once.
+            # From here on its loaders are used, so that the datamodule is set up once.
             with isolate_rng():
                 given = data_of(given, task, self._stages)
             if given is None:
@@ -202,7 +202,7 @@ class Measurement:
 
 
 def _agreed(measured: Score, device: torch.device) -> Score:
-    """The first process's score in all of them, whose kernels may round differently."""
+    """The first process's score in all processes, since their kernels may round differently."""
     processes = Processes.current()
     if processes.size == 1:
         return measured
@@ -212,5 +212,5 @@ def _agreed(measured: Score, device: torch.device) -> Score:
 
 
 def load_task_parameters(module: nn.Module, own: Snapshot) -> None:
-    """Write what a task keeps for itself into a module."""
+    """Write the parameters that a task keeps for itself into a module."""
     load_snapshot(module, own, lambda name: name in own)

@@ -1,4 +1,4 @@
-"""One merge of a module, as a transaction: the module ends up merged, or as it was."""
+"""One merge of a module as a transaction: the module is merged in the end, or as it was."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,14 +27,13 @@ from lightning_odem.stream.trace import TrainingTrace
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is made, but may still be taken back.
+    """A merge that is made but may still be taken back.
 
     Args:
-        record: What happened, without accuracies.
+        record: The record of the merge, without accuracies.
         module: The module, which holds the merged model.
         exclude: Patterns of parameters that were not merged.
-        unrounded: Merged parameters of lower precision than the vector as they were before they were rounded, on the
-            CPU.
+        unrounded: The merged parameters of lower precision than the vector, on the CPU, before they were rounded.
     """
 
     record: MergeRecord
@@ -43,9 +42,9 @@ class Merge:
     unrounded: Snapshot
 
     def snapshot(self) -> Snapshot:
-        """Parameters and buffers of the merged model by name, on the CPU: what the next merge is to start from.
+        """Parameters and buffers of the merged model by name, on the CPU; the next merge starts from them.
 
-        Parameters are not rounded to lower precision, or the roundings of a stream would add up.
+        Parameters are not rounded to lower precision, so that rounding errors do not add up over a stream.
         """
         return take_snapshot(self.module, lambda name: not is_excluded(name, self.exclude)) | self.unrounded
 
@@ -65,39 +64,33 @@ def merging(
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Merge]:
-    """Replace a module's weights, the incoming model, by their merge into the merged model.
+    """Merge the incoming model that a module holds into the merged model; the module holds the result.
 
-    Besides the module's own weights this holds ``merged`` and ``base``, which the caller keeps, and on the module's
-    device the incoming vector, the current point and one gradient: five vectors of the model's size, three of them on
-    the device.
-
-    In a job of several processes all of them call this with the same models and samples. They share the evaluations
-    of the calibration loss and do everything else alike. An error in one of them is raised in all, and all of them are
-    left as they were.
+    In a job of several processes, all call this with the same models and samples. An error in one is raised in all.
 
     Args:
-        module: Module that holds the incoming model; left in the state it was in but for the merged weights. Of its
-            frozen parameters those are merged too in which it differs from the merged model.
+        module: Holds the incoming model. Only its merged parameters and buffers change. Frozen parameters are merged
+            too if they differ from the merged model.
         method: The merge method.
         task: Name of the incoming task.
-        t: Operating time in [0, 1]; the record has the method's own where it chose another.
+        t: Operating time in [0, 1]. A method may choose another, which is then in the record.
         merged: Parameters and buffers of the merged model by name, see :meth:`Merge.snapshot`; None for the first task.
-        base: Those of the base model; may be empty where no need of the method asks for it.
-        calibration: Samples and loss, or None likewise. Where the loss is measured against logits, the incoming
-            model's are put into the buffer, which is therefore a copy of the stream's.
-        exclude: Patterns of parameters left alone.
+        base: Parameters and buffers of the base model; may be empty if the method does not need it.
+        calibration: Samples and loss, or None if the method needs none. A loss on logits stores the incoming model's
+            in the buffer, so the buffer has to be a copy of the stream's.
+        exclude: Patterns of parameters that are not merged.
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
-        trace: What the incoming model's training left behind, as far as the method needs it.
-        on_step: Told (steps done, steps in all).
+        trace: What the method needs of the incoming model's training.
+        on_step: Called with the number of steps done and that of all steps.
 
     Yields:
-        The merge. The block under it belongs to the transaction: an exception in it, like one in the merge, leaves the
-        module with the incoming model and the method with the state it had.
+        The merge. The block belongs to the transaction. An exception in the merge or in the block leaves the module
+        with the incoming model and the method with the state it had.
 
     Raises:
-        ValueError: If the models differ in names or shapes, nothing is left to merge, a weight of the incoming or the
-            new merged model is not finite, the loss has no gradient, something the method needs is not there or the
-            method changed its state in place.
+        ValueError: If the models differ in names or shapes, no parameter is left to merge, a value of the incoming or
+            new merged model is not finite, the loss has no gradient, a need of the method is not met, or the method
+            changed its state in place.
         NonFiniteLossError: If a loss or gradient is not finite; the message names the task and the step.
     """
     started = time.perf_counter()
@@ -150,7 +143,7 @@ def merging(
                 merged_statistics = statistics.read()
             statistics.write_(merged_statistics)
             if merged is not None and t == 0.0:
-                load_snapshot(module, merged, lambda name: name in merged)  # the other buffers stay as well
+                load_snapshot(module, merged, lambda name: name in merged)  # other buffers stay as they were, too
             unrounded = vector.unrounded(vector.gather(merged) if merged is not None and t == 0.0 else result.theta)
             record = _record(result, task=task, t=t, method=method_name(method))
             if calibration is not None:
@@ -185,7 +178,7 @@ def _check_finite(broken: list[str], task: str, which: str) -> None:
 
 
 def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: tuple[str, ...]) -> list[Tensor]:
-    """Parameters that earlier tasks moved away from where they stand frozen in the incoming model."""
+    """Frozen parameters of the incoming model that differ from the merged model, since earlier tasks trained them."""
     reshard(module)
     named = {canonical_name(name): tensor for name, tensor in module.named_parameters() if not tensor.requires_grad}
     frozen = {
@@ -208,10 +201,10 @@ def _moved_and_frozen(module: nn.Module, merged: Mapping[str, Tensor], exclude: 
 
 
 def check_needs(method: MergeMethod, offer: Offer) -> None:
-    """Refuse a method that would not get what it needs.
+    """Refuse a method if something that it needs is missing.
 
     Raises:
-        ValueError: With what is missing and where it would come from.
+        ValueError: If so; the message names what is missing and what provides it.
     """
     missing = dict.fromkeys(need.source or repr(need) for need in method.needs if not need.is_met(offer))
     if missing:

@@ -1,4 +1,4 @@
-"""The name and the utility weight of the task a Trainer is about to fit."""
+"""The name and the utility weight of the task that a Trainer is about to fit."""
 
 import hashlib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LONGEST = 73
-"""Letters of a task's name that go into names of files; file systems take 255 in all."""
+"""Length to which a task's name is cut in the name of a file; file systems allow 255 letters in all."""
 
 Weights = Mapping[str, float] | Sequence[float] | None
 
@@ -15,7 +15,7 @@ def next_task_name(datamodule: Any, tasks: Sequence[str], default: str | None = 
     """The datamodule's ``task_name``, else ``default``, else ``task_<number>``.
 
     Raises:
-        ValueError: If a task of that name has been merged already.
+        ValueError: If a task of that name is merged already.
 
     Example:
         >>> next_task_name(None, ["task_1"])
@@ -33,10 +33,12 @@ def next_task_name(datamodule: Any, tasks: Sequence[str], default: str | None = 
 def next_task_weight(
     weights: Weights, datamodule: Any, tasks: Sequence[str], name: str, removed: Sequence[str] = ()
 ) -> float:
-    """The weight given for a task by name or position, else the datamodule's ``task_weight``, else 1.
+    """The utility weight of a task.
+
+    It is looked up in ``weights`` by name or position. Without these it is the datamodule's ``task_weight``, else 1.
 
     Raises:
-        ValueError: If weights are given but none for this task, or by position after tasks were taken out.
+        ValueError: If there are weights but none for this task, or weights by position and a task was taken out.
 
     Example:
         >>> next_task_weight({"digits": 2.0}, None, [], "digits"), next_task_weight([1.0, 3.0], None, ["a"], "b")
@@ -59,7 +61,7 @@ def next_task_weight(
 
 
 def file_name(task: str) -> str:
-    """A task's name as part of the name of a file; of a long one the beginning and a hash.
+    """A task's name as part of the name of a file; a long one is cut and ends with a hash.
 
     Example:
         >>> file_name("cats & dogs/2"), file_name(250 * "x")[60:]

@@ -1,4 +1,4 @@
-"""The global random state of Python, NumPy and torch, and how a stream goes on with it in another process."""
+"""The global random state of Python, NumPy and torch, and its continuation in another process."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def take_random_state() -> dict[str, Any]:
-    """The random state, loadable with ``weights_only=True``; on the GPUs too where there are any.
+    """The random state, that of the GPUs included, as values that load with ``weights_only=True``.
 
     Example:
         >>> state = take_random_state()
@@ -32,7 +32,7 @@ def take_random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: dict[str, Any]) -> None:
-    """Go on with a state of :func:`take_random_state`; GPUs keep theirs where their number differs."""
+    """Restore a state of :func:`take_random_state`; if the number of GPUs differs, GPUs keep their own."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     algorithm, keys, *rest = state["numpy"]
@@ -43,7 +43,7 @@ def load_random_state(state: dict[str, Any]) -> None:
 
 
 def random_digest(state: dict[str, Any]) -> str:
-    """SHA-256 of a random state: equal for equal states."""
+    """SHA-256 of a random state."""
     digest = hashlib.sha256()
     for name in sorted(state):
         for part in state[name] if isinstance(state[name], list) else [state[name]]:
@@ -51,15 +51,16 @@ def random_digest(state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-class RandomStream:
-    """Lets a new process draw the random numbers that the one before would have drawn.
+class RandomContinuation:
+    """Lets a new process draw the random numbers that the process before it would have drawn.
 
-    It does so if this process was seeded like the one that began the stream when this object was made, and if that one
-    set no seeds (and drew no numbers) between its tasks; otherwise the process's own seed is heeded. What it has to
-    know of other processes it puts into a dict that is kept with the stream: ``began``, ``reseeded`` and ``state``.
+    There are two conditions. When this object is made, the process has the random state in which the stream's first
+    process began. And no seed was set and no number drawn between two tasks. Otherwise the process keeps its own
+    random state. A dict that is saved with the stream, :attr:`StreamState.random
+    <lightning_odem.stream.state.StreamState>`, carries what has to be known: ``began``, ``reseeded`` and ``state``.
 
-    Under strategies for several processes Lightning sets the seed of ``seed_everything`` anew as each fit starts, in
-    the first process as in later ones: there every task begins with that seed.
+    Under strategies for several processes, Lightning sets the seed of ``seed_everything`` again when a fit starts.
+    Every task begins with that seed then.
     """
 
     def __init__(self) -> None:
@@ -68,17 +69,25 @@ class RandomStream:
         self._set_anew: dict[str, Any] | None = None
 
     def before_fit(self, strategy: Strategy) -> None:
-        """Note what a fit starts with, where Lightning has just set the seed."""
-        # All of these strategies do it as they set up the environment, if there is a seed.
+        """Note the random state at the start of a fit if Lightning has just set the seed."""
+        # All of these strategies set it when they set up the environment, if there is a seed.
         is_set_anew = isinstance(strategy, ParallelStrategy) and "PL_GLOBAL_SEED" in os.environ
         self._set_anew = take_random_state() if is_set_anew else None
 
     def before_task(self, known: dict[str, Any], is_new_process: bool) -> dict[str, Any]:
-        """Go on where the last merge ended, if that is right; returns what is known then."""
+        """Restore the random state after the last merge, if the conditions hold.
+
+        Args:
+            known: The dict saved with the stream; empty before the first merge.
+            is_new_process: Whether another process made the last merge.
+
+        Returns:
+            The dict to keep from here on.
+        """
         if not known:
             return known
         if self._set_anew is not None:
-            if is_new_process:  # which may have built its module since, unlike the one before
+            if is_new_process:  # it may have drawn numbers since, to build its module
                 load_random_state(self._set_anew)
             return known
         if known is self._last:  # and no training has failed in between
@@ -89,6 +98,6 @@ class RandomStream:
         return known
 
     def after_merge(self, known: dict[str, Any]) -> dict[str, Any]:
-        """What is known after a merge."""
+        """The dict to save after a merge."""
         self._last = {"began": self._began, "reseeded": False, **known, "state": take_random_state()}
         return self._last

@@ -1,4 +1,4 @@
-"""Parameters of earlier tasks, put back into a module that another process has built."""
+"""Parameters that earlier tasks keep for themselves, restored in a module that another process has built."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,13 +13,13 @@ from lightning_odem.parameters.vector import canonical_name
 
 
 def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
-    """Write parameters into a module that may not have them yet, as of heads that were made when a task began.
+    """Write parameters into a module that may lack some of them, such as heads that were made when a task began.
 
-    What is missing the module is asked to make as when Lightning loads a checkpoint: by its hook
-    ``on_load_checkpoint``, with the names and tensors under ``"state_dict"``.
+    If some are missing, the module's hook ``on_load_checkpoint`` is called, as when Lightning loads a checkpoint. It
+    gets the names and tensors under ``"state_dict"`` and may make the parameters.
 
     Raises:
-        ValueError: If the module lacks one of them afterwards.
+        ValueError: If the module lacks a parameter afterwards.
 
     Example:
         >>> import torch
@@ -46,13 +46,13 @@ def restore_task_parameters(module: nn.Module, parameters: Snapshot) -> None:
 def is_ready(module: L.LightningModule, shared: Iterable[str], own: Iterable[str]) -> bool:
     """Whether a module has the parameters of a stream, with values, before Lightning has set it up.
 
-    One that is built in ``configure_model`` or on the meta device has not.
+    A module that is built in ``configure_model`` or on the meta device does not have them yet.
 
     Args:
         module: The module, in ``setup``.
         shared: Names of the parameters and buffers that all tasks share.
-        own: Names of those that tasks keep for themselves; they may be missing if :func:`restore_task_parameters` can
-            have them made.
+        own: Names of the parameters that tasks keep for themselves. They may be missing if the module has a hook
+            ``on_load_checkpoint``, see :func:`restore_task_parameters`.
     """
     can_make = is_overridden("on_load_checkpoint", module)
     on_meta = any(tensor.is_meta for _, tensor in _named(module))

@@ -1,4 +1,4 @@
-"""All that a stream keeps from one task to the next."""
+"""The state that a stream keeps from one task to the next."""
 
 import operator
 from collections.abc import Callable
@@ -15,36 +15,37 @@ from lightning_odem.report.record import StreamReport
 
 
 def _later() -> Any:
-    """A field that states of earlier versions lack: it is empty then."""
+    """A field that states of earlier versions lack; it is empty for them."""
     return field(default_factory=dict, metadata={"later": True})
 
 
 @dataclass
 class StreamState:
-    """The state of a stream of tasks; everything else can be derived from it or is the user's.
+    """The state of a stream of tasks; everything else can be derived from it or belongs to the user.
 
-    A new field is one line here. Checkpoints, the directory, memory mapping and sharding go through all fields, and cut
-    whatever snapshots they find in them.
+    A new field is one line here. Checkpoints, the directory, memory mapping and sharding go through all fields and
+    treat every snapshot that they find.
 
     Args:
-        buffer: Calibration samples of the tasks merged.
-        base: Parameters and buffers of the base model but for the task-specific ones, None before the first fit.
-        merged: The same of the merged model, None before the first merge.
-        task_parameters: What each task keeps for itself: its excluded, trainable parameters as its training left them.
-        fixed: Excluded parameters that are frozen, as the heads of all tasks that are probes of the base model.
-        report: What was measured.
+        buffer: Calibration samples of the merged tasks.
+        base: Parameters and buffers of the base model, except task-specific ones; None before the first fit.
+        merged: Parameters and buffers of the merged model, likewise; None before the first merge.
+        task_parameters: The parameters that each task keeps for itself. These are excluded and trainable, and have the
+            values that the task's training gave them.
+        fixed: Excluded parameters that are frozen, such as heads that are probes of the base model.
+        report: The report of the merges and scores.
         method: State of the merge method.
-        dirpath: Directory the stream writes to, None until the first fit has chosen it.
-        started: The task whose training has begun and is not merged yet: ``task``, ``weight`` and the accuracies
-            measured before its training. Empty between tasks.
-        random: The random state after the last merge under ``state``, under ``began`` the digest of the one in which
-            the stream's first process began, and under ``reseeded`` whether random numbers were drawn or seeds set
-            between two tasks. Empty before the first merge.
-        names: Which tensors of the merged model a merge moves: ``parameters``, frozen ones too, and ``statistics`` of
-            batch norm where they are averaged. Empty in states of earlier versions.
+        dirpath: Directory that the stream writes to; None before the first fit has chosen it.
+        started: The task in training, with ``task``, ``weight`` and the accuracies measured before its training. Empty
+            between tasks.
+        random: ``state`` is the random state after the last merge. ``began`` is the digest of the random state in which
+            the stream's first process began. ``reseeded`` tells whether random numbers were drawn or seeds set between
+            two tasks. Empty before the first merge.
+        names: Names of the merged tensors: ``parameters``, frozen ones too, and ``statistics`` of batch norm if they
+            are averaged. Empty in states of earlier versions.
         settings: Name and arguments of the method of the last merge, see
-            :func:`~lightning_odem.methods.describe.describe_method`. Empty likewise.
-        fingerprints: SHA-256 of these tensors of each task's fine-tuned model, as far as they are known.
+            :func:`~lightning_odem.methods.describe.describe_method`. Empty in states of earlier versions.
+        fingerprints: Fingerprint of the merged parameters of each task's fine-tuned model, as far as it is known.
     """
 
     buffer: CalibrationBuffer
@@ -67,7 +68,7 @@ class StreamState:
         return set(self.fixed).union(*self.task_parameters.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain containers only, so that checkpoints load with ``weights_only=True``."""
+        """The state as tensors and plain containers, so that checkpoints load with ``weights_only=True``."""
         plain = {name: getattr(self, name) for name in _PLAIN}
         changing = {
             "started": dict(self.started),
@@ -77,15 +78,15 @@ class StreamState:
         return {"version": 1, **plain, **changing}
 
     def whole(self, module: nn.Module) -> "StreamState":
-        """The state with whole tensors in the first process, where several share the parameters of the module."""
+        """The state with whole tensors in the first process, if the module's parameters are sharded."""
         return replace(self, **self._with_snapshots(partial(whole_snapshot, module)))
 
     def cut(self, module: nn.Module) -> None:
-        """Keep this process's shards only, where several share the parameters of the module."""
+        """Keep only this process's shards, if the module's parameters are sharded."""
         vars(self).update(self._with_snapshots(partial(cut_snapshot, module)))
 
     def map(self, section: Callable[[str], Any]) -> None:
-        """Take what holds tensors from where the state dict was saved: ``section`` gives its entries by name."""
+        """Replace entries that hold tensors by those on disk; ``section`` gives a saved entry by its name."""
         for name in _PLAIN:
             setattr(self, name, section(name))
         self.buffer.load_state_dict(section("buffer"))
@@ -94,10 +95,10 @@ class StreamState:
         return {entry.name: _changed(getattr(self, entry.name), change) for entry in fields(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a :meth:`state_dict`.
+        """Replace the state by that of a :meth:`state_dict`.
 
         Raises:
-            ValueError: If it was written by a newer version of the package.
+            ValueError: If a newer version of the package wrote it.
         """
         if state["version"] != 1:
             raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
@@ -109,14 +110,14 @@ class StreamState:
         self.report = StreamReport.from_dict(deepcopy(state["report"]))
 
 
-# What is replaced as a whole, never changed in place.
+# Fields that are replaced as a whole, never changed in place.
 _PLAIN = tuple(entry.name for entry in fields(StreamState) if entry.name not in ("buffer", "report", "started"))
 
 
 def _changed(value: Any, change: Callable[[Snapshot], Snapshot]) -> Any:
-    """A value with every snapshot in it changed, however deep in dicts.
+    """A value with every snapshot in its dicts changed, at any depth.
 
-    The very value if none has changed: what is saved already is known by its identity.
+    If none changes, the result is the same object, by which saved values are recognised.
     """
     if not isinstance(value, dict) or not value:
         return value

@@ -1,13 +1,11 @@
-"""The stream: what merges one more model."""
+"""The stream of tasks that are merged, one model after the other."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
-import torch
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
@@ -17,28 +15,27 @@ from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, resolve_method
-from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.kept_state import copy_containers
-from lightning_odem.metrics import TaskMetric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.report import MergeRecord
-from lightning_odem.stream.merging import Merge, merging
-from lightning_odem.stream.removal import fingerprint_to_keep, names_to_keep
+from lightning_odem.stream.addition import Addition
+from lightning_odem.stream.identity import merged_names, model_fingerprint
+from lightning_odem.stream.merging import merging
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.trace import TrainingTrace
 
 
 class Stream:
-    """Merges models into one, one after the other: the same for callback, comparisons, studies and merges of files.
+    """Merges models into one, one after the other; callback, comparisons, studies and merges of files all use it.
 
-    The stream holds the base model, the merged model, the calibration samples, what tasks keep for themselves, the
-    method's state and the report. An incoming model is there only while it is merged.
+    The stream holds the base model, the merged model, the calibration samples, the parameters that tasks keep for
+    themselves, the method's state and the report. It holds an incoming model only during its merge.
 
     Args:
-        method: A merge method or its name. The method is taken to where the stream is before each merge, so one
-            instance may serve several streams in turn.
+        method: A merge method or its name. Before each merge the method gets the state that it has in this stream, so
+            one instance may serve several streams in turn.
         base: Parameters and buffers of the base model by name, for methods that need it.
         calibration_size: Samples kept of all tasks together.
         exclude: Patterns of parameters that are not merged, besides the module's ``task_specific``.
@@ -47,9 +44,10 @@ class Stream:
 
     Attributes:
         state: All that the stream keeps, a :class:`~lightning_odem.stream.state.StreamState`. A merge replaces it.
-        division: Which parameters are merged.
+        division: Tells which parameters are merged.
 
     Example:
+        >>> import torch
         >>> stream = Stream("average")
         >>> for task, value in {"a": 0.0, "b": 3.0, "c": 6.0}.items():
         ...     record = stream.merge(nn.Linear(1, 1, bias=False), {"weight": torch.tensor([[value]])}, task)
@@ -75,11 +73,11 @@ class Stream:
 
     @property
     def needs_samples(self) -> bool:
-        """Whether a merge looks at calibration samples."""
+        """Whether a merge reads calibration samples."""
         return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
 
     def load_method(self) -> None:
-        """Take the method to where the stream is."""
+        """Give the method the state that it has in this stream."""
         self.method.load_state_dict(copy_containers(self.state.method))
 
     def merge(
@@ -92,22 +90,22 @@ class Stream:
         trace: TrainingTrace = TrainingTrace(),
         on_step: Callable[[int, int], None] | None = None,
     ) -> MergeRecord:
-        """Merge the next model; if that fails, the stream is what it was. Nothing is measured.
+        """Merge the next model; if that fails, the stream stays what it was. No score is measured.
 
         Args:
-            module: A module of the model's architecture, with the task's own parameters; the other weights do not
-                matter. Afterwards it is the merged model. Methods that measure a loss need a LightningModule attached
-                to a Trainer.
+            module: A module of the model's architecture, with the parameters that the task keeps for itself. Its other
+                parameters do not matter. Afterwards it holds the merged model. Methods that measure a loss need a
+                LightningModule attached to a Trainer.
             incoming: Parameters and buffers of the incoming model by name.
             task: Name of its task.
             weight: Utility weight.
-            samples: Samples of the task for the calibration buffer, first dimension their number, on the CPU; with
-                labels if the calibration loss reads them.
-            trace: What the incoming model's training left behind.
-            on_step: Told (steps done, steps in all).
+            samples: Samples [n, ...] of the task for the calibration buffer, on the CPU; with labels if the calibration
+                loss reads them.
+            trace: What the method needs of the incoming model's training.
+            on_step: Called with the number of steps done and that of all steps.
 
         Raises:
-            ValueError: If names or shapes differ, or the method needs what was not given.
+            ValueError: If names or shapes differ, or something that the method needs is missing.
         """
         load_snapshot(module, incoming, self.division.shared(module))
         buffer = self.buffer_with(task, samples, weight)
@@ -127,22 +125,22 @@ class Stream:
         trace: TrainingTrace = TrainingTrace(),
         on_step: Callable[[int, int], None] | None = None,
         fingerprint: bool = False,
-    ) -> Iterator["Addition"]:
-        """Merge the module's weights, as a transaction, see :func:`~lightning_odem.stream.merging.merging`.
+    ) -> Iterator[Addition]:
+        """Merge the incoming model as a transaction, see :func:`~lightning_odem.stream.merging.merging`.
 
-        The stream itself stays as it is: who merges gives it the addition's state when all is well.
+        The stream itself does not change. The caller sets its state to the addition's once all has succeeded.
 
         Args:
-            module: Holds the incoming model, and the merged one within the block.
+            module: The module, which holds the incoming model. In the block it holds the merged model.
             task: Name of its task.
             weight: Utility weight.
             buffer: Calibration samples of all tasks, this one included, see :meth:`buffer_with`.
-            trace: What the training left behind.
-            on_step: Told (steps done, steps in all).
-            fingerprint: Note the SHA-256 of the incoming model, by which a model is known when it is to be removed.
+            trace: What the method needs of the incoming model's training.
+            on_step: Called with the number of steps done and that of all steps.
+            fingerprint: Whether to record the fingerprint of the incoming model. A removal of the task checks it.
         """
-        names = names_to_keep(module, self.division.patterns(module), self.batch_norm)
-        digest = fingerprint_to_keep(module, names) if fingerprint else None
+        names = merged_names(module, self.division.patterns(module), self.batch_norm)
+        digest = model_fingerprint(module, names) if fingerprint else None
         own = take_snapshot(module, self.division.task_specific(module))
         self.load_method()
         with merging(
@@ -158,17 +156,17 @@ class Stream:
             trace=trace,
             on_step=on_step,
         ) as merge:
-            yield Addition(self, merge, task, weight, own, buffer, names, digest)
+            yield Addition(self.state, self.method, self.division, merge, task, weight, own, buffer, names, digest)
 
     def buffer_with(self, task: str, samples: Any, weight: float = 1.0) -> CalibrationBuffer | None:
-        """The calibration samples with those of one more task; None if there are none at all."""
+        """A copy of the calibration buffer with the samples of one more task; None if it is empty."""
         buffer = self.state.buffer.copy()
         if samples is not None:
             buffer.add(task, samples, weight=weight)
         return buffer if len(buffer) else None
 
     def measured_on(self, module: nn.Module, buffer: CalibrationBuffer) -> CalibrationSet:
-        """The loss on samples; those of earlier tasks go through the module with their own parameters in place."""
+        """The loss on a buffer; the samples of each task go through the module with the task's own parameters."""
         loss = calibration_loss(module, self.calibration.loss)  # type: ignore[arg-type]
         as_task = own_parameters(module, self.state.task_parameters)
         trainer: L.Trainer = module.trainer  # type: ignore[assignment]
@@ -176,94 +174,11 @@ class Stream:
         return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task)
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
-        """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it will get.
+        """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it gets places.
 
-        Class-balanced where the dataset has integer ``targets`` and the calibration loss reads labels; the same samples
-        for every method.
+        The choice is class-balanced if the dataset has integer ``targets`` and the calibration loss reads labels. It is
+        the same for every method.
         """
         buffer = self.state.buffer
         room = max(buffer.room_for_next(weight), 1)
         return draw_by_index(dataset, room, buffer.generator(), balanced=buffer.balanced)
-
-
-@dataclass(frozen=True)
-class Addition:
-    """One merge more, which is made but not yet part of its stream.
-
-    Args:
-        stream: The stream, as it was before.
-        merge: The merge.
-        task: Name of the task.
-        weight: Its utility weight.
-        own: What the task keeps for itself.
-        buffer: Calibration samples of all tasks; None if the merge had none.
-        names: Which tensors merges move.
-        fingerprint: SHA-256 of these of the incoming model, or None.
-    """
-
-    stream: Stream
-    merge: Merge
-    task: str
-    weight: float
-    own: Snapshot
-    buffer: CalibrationBuffer | None
-    names: dict[str, list[str]]
-    fingerprint: str | None
-
-    @property
-    def record(self) -> MergeRecord:
-        """What happened in the merge."""
-        return self.merge.record
-
-    @property
-    def task_parameters(self) -> dict[str, Snapshot]:
-        """What every task keeps for itself, this one included."""
-        return {**self.stream.state.task_parameters, self.task: self.own}
-
-    def state(
-        self,
-        *,
-        accuracy: list[float],
-        metrics: Mapping[str, TaskMetric] = {},
-        pretrained: float = math.nan,
-        fine_tuned: float = math.nan,
-        before_training: float = math.nan,
-    ) -> StreamState:
-        """The stream's state with this merge and what was measured after it; called within the transaction.
-
-        Args:
-            accuracy: Score on every task, this one the last; NaN for one that was not measured.
-            metrics: What was measured, by task, where it is not accuracy.
-            pretrained: Score of the base model on the task.
-            fine_tuned: Score of the incoming model on it.
-            before_training: Score of the merged model before.
-        """
-        state, module = self.stream.state, self.merge.module
-        known = {self.task: self.fingerprint} if self.fingerprint else {}
-        return replace(
-            state,
-            merged=self.merge.snapshot(),
-            task_parameters=self.task_parameters,
-            fixed=_unless_same(state.fixed, take_snapshot(module, self.stream.division.fixed(module))),
-            method=copy_containers(self.stream.method.state_dict()),
-            buffer=self.buffer or state.buffer,
-            report=state.report.with_merge(
-                self.record,
-                weight=self.weight,
-                accuracy=accuracy,
-                metrics=metrics,
-                pretrained=pretrained,
-                fine_tuned=fine_tuned,
-                before_training=before_training,
-            ),
-            started={},
-            names=self.names,
-            settings=describe_method(self.stream.method),
-            fingerprints={**state.fingerprints, **known},
-        )
-
-
-def _unless_same(before: Snapshot, now: Snapshot) -> Snapshot:
-    """The snapshot before if nothing has changed: it is on disk already."""
-    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now)
-    return before if same else now

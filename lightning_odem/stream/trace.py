@@ -1,4 +1,4 @@
-"""What a training run leaves behind besides the weights, collected only where a merge method asks for it."""
+"""What a merge method needs of a training run besides the fine-tuned model."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ from lightning_odem.parameters.vector import canonical_name
 
 @dataclass(frozen=True)
 class TrainingTrace:
-    """What of an incoming model's training a merge method may use.
+    """What a merge method may use of the incoming model's training.
 
     Args:
         batches: The task's training batches, one epoch per iteration.
-        collected: What needs collected, by their class: ``{SecondMoments: {"weight": ...}}``.
+        collected: What each need collected, by its class: ``{SecondMoments: {"weight": ...}}``.
     """
 
     batches: Iterable[Any] | None = None
@@ -26,14 +26,14 @@ class TrainingTrace:
 
 
 def training_batches(trainer: L.Trainer) -> Iterable[Any]:
-    """The training batches of the task a Trainer has just fitted, as many per epoch as it used."""
+    """The training batches of the task that a Trainer has just fitted, with its limit on batches per epoch."""
     return Epochs(trainer.train_dataloader, trainer.num_training_batches)
 
 
 class Epochs:
-    """A dataloader as often as wanted, each time the next epoch and at most ``limit`` batches.
+    """A dataloader that can be iterated any number of times; each time is the next epoch, of at most ``limit`` batches.
 
-    Epochs are counted from 0, so a loader that shuffles by epoch gives the same batches whatever it was used for.
+    Epochs are counted from 0. So the batches of a loader that shuffles by epoch do not depend on its use before.
 
     Args:
         loader: The dataloader.
@@ -52,15 +52,15 @@ class Epochs:
 
 
 class Collection:
-    """Collects during one fit what needs want of the training run.
+    """Collects during one fit what a method's needs require of the training run.
 
     Args:
-        trainer: The Trainer, its optimizers set up.
+        trainer: The Trainer, with its optimizers set up.
         module: The module that is trained.
         needs: The needs.
-        method: Name of the method that has them, for errors.
-        select: Which parameters are merged, by name.
-        state: Where needs keep what they see, so that it travels in checkpoints; filled under ``"collected"``.
+        method: Name of the method, for errors.
+        select: Tells by name which parameters are merged.
+        state: A dict that is saved in checkpoints. Needs keep what they see in it, under ``"collected"``.
     """
 
     def __init__(
@@ -82,20 +82,20 @@ class Collection:
         self._kept = [(need, kept.setdefault(type(need).__name__, {})) for need in collecting]
 
     def check(self) -> None:
-        """Before the training: refuse it if it cannot leave what is needed.
+        """Refuse a training run that cannot give what is needed; called before the training.
 
         Raises:
-            ValueError: If a need says so, as of an optimizer without second moments.
+            ValueError: If a need refuses it, for example because the optimizer has no second moments.
         """
         for need in self._needs:
             need.check(self._run)
 
     def see(self) -> None:
-        """Called after every training batch."""
+        """Let each need see the run; called after every training batch."""
         for need, kept in self._kept:
             need.see(self._run, kept)
 
     def trace(self) -> TrainingTrace:
-        """What was collected, at the end of the training."""
+        """The trace of the run; called at the end of the training."""
         collected = {type(need): need.collect(self._run, kept) for need, kept in self._kept}
         return TrainingTrace(training_batches(self._run.trainer), collected)

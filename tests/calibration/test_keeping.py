@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 from lightning_odem.calibration import TaskSamples
 from lightning_odem.calibration.batches import Kept
 from lightning_odem.calibration.containers import CannotBeKeptError
-from lightning_odem.calibration.keeping import Items, join, keep, keep_items
+from lightning_odem.calibration.items import Items
+from lightning_odem.calibration.keeping import join, keep, keep_items
 from lightning_odem.stream.store import decode, encode
 
 Pair = namedtuple("Pair", ["ids", "label"])
@@ -99,12 +100,6 @@ def test_a_selection_is_of_the_samples_asked_for(name):
     ((batch, index),) = chosen.batches()
     assert index.tolist() == [0, 1, 2]
     assert str(batch) == str(COLLATES[name]([TEXTS[row] for row in (7, 2, 3)]))
-
-
-def test_items_of_an_earlier_process_need_a_collate_function():
-    kept = reopened(keep_items(TEXTS, COLLATES["of_the_whole"], 4))
-    with pytest.raises(ValueError, match="collate_fn, which is not known here"):
-        next(kept.batches())
 
 
 def test_only_what_padding_cannot_remake_is_collated_again():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
-from lightning_odem.calibration.source import Offer, Reservoir, draw, draw_by_index, targets_of
+from lightning_odem.calibration.source import DrawnSamples, Reservoir, draw, draw_by_index, targets_of
 
 LABELS = torch.tensor([0] * 30 + [1] * 6 + [2] * 4)
 
@@ -235,7 +235,7 @@ def test_several_training_loaders_need_a_calibration_dataset():
     loaders = {"a": DataLoader(numbered(0)), "b": DataLoader(numbered(0))}
     with pytest.raises(ValueError, match=r"training data of type dict; give the datamodule a calibration_dataset\(\)"):
         draw_in_fit(loaders)
-    assert isinstance(draw_in_fit(loaders, given=numbered(0)), Offer)
+    assert isinstance(draw_in_fit(loaders, given=numbered(0)), DrawnSamples)
 
 
 def fill(reservoir, length, batch_size):

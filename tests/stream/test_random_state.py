@@ -7,7 +7,7 @@ from lightning import seed_everything
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_odem.stream.random_state import RandomStream, load_random_state, random_digest, take_random_state
+from lightning_odem.stream.random_state import RandomContinuation, load_random_state, random_digest, take_random_state
 
 
 def numbers():
@@ -16,7 +16,7 @@ def numbers():
 
 def begun(seed=1):
     seed_everything(seed, verbose=False)
-    return RandomStream()
+    return RandomContinuation()
 
 
 def test_a_state_is_plain_and_brings_the_same_numbers_again():

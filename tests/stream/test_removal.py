@@ -18,7 +18,8 @@ from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.methods import ClosedFormMerge, IsotropicMerge, TaskArithmeticMerge
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.directory import RunDirectory
-from lightning_odem.stream.removal import moved_names, read_model, remove_task, take_out
+from lightning_odem.stream.identity import read_model, recorded_names
+from lightning_odem.stream.removal import remove_task, take_out
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.store import StreamInUseError, StreamLock
 
@@ -430,10 +431,10 @@ def test_with_the_state_on_disk_the_result_is_the_same():
 def test_a_state_of_an_earlier_version_tells_its_tensors_by_their_names():
     stream = Stream("shoes", "hats", "coats")
     state = stream.merge._state
-    names = moved_names(state)
+    names = recorded_names(state)
     for older in ("names", "fingerprints", "settings"):
         setattr(state, older, {})
-    assert {key: sorted(found) for key, found in names.items()} == moved_names(state)
+    assert {key: sorted(found) for key, found in names.items()} == recorded_names(state)
     assert read_model(stream.model("hats"), state, "shoes").keys() == set(names["parameters"] + names["statistics"])
     left = take_out(state, AverageMerge(), "hats", stream.model("hats"))
     assert close(floats(left.merged), floats(Stream("shoes", "coats", dirpath="b").merge._state.merged), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Nested plain values as what JSON can hold, and a flat dict of tensors."""
+"""Nested plain values as a structure for JSON and a flat dict of tensors."""
 
 import math
 import struct
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Levels of containers within each other; the limits of Python's and JSON's own recursion are far above.
+# Levels of containers within each other; far below the recursion limits of Python and JSON.
 _DEPTH = 64
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _STORED = (torch.bool, *_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What not every version of safetensors knows is stored as integers of the same bytes.
+# Dtypes that some versions of safetensors do not know are stored as integers of the same bytes.
 _CARRIED = {
     name: getattr(torch, name)
     for name in (
@@ -33,18 +33,18 @@ def encode(value: Any, where: str = "") -> tuple[Any, dict[str, Tensor]]:
     without gradients, and share no memory with each other.
 
     In the structure None, bools, ints, finite floats, strings, lists and dicts with string keys stand for themselves.
-    The rest are objects whose one or first key begins with a dollar: ``$tensor``, ``$tuple``, ``$float``, ``$dict``.
+    Other values are objects whose first key begins with a dollar: ``$tensor``, ``$tuple``, ``$float`` or ``$dict``.
 
     Args:
         value: dict with str or int keys, list, tuple, str, bool, int, float, None and dense tensors, nested at will.
-        where: What messages call the value.
+        where: Name of the value in messages.
 
     Returns:
-        The structure; and the tensors by their path in the value, contiguous. They are views of the value's own
-        memory where these are dense and do not overlap.
+        The structure, and contiguous tensors by their path in the value. They are views of the value's memory if its
+        tensors are dense and do not overlap.
 
     Raises:
-        TypeError: For anything else, subclasses of these types included; it says where in the value it was found.
+        TypeError: If the value holds anything else, subclasses of these types included. The message says where.
 
     Example:
         >>> structure, tensors = encode({"weight": torch.zeros(2), "shape": (2, 3), 0: None})
@@ -58,10 +58,10 @@ def encode(value: Any, where: str = "") -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that :func:`encode` divided; its tensors are views of those given.
+    """The value that :func:`encode` divided; its tensors are views of the given ones.
 
     Raises:
-        ValueError: If the structure is none that :func:`encode` makes, or a tensor is missing.
+        ValueError: If :func:`encode` does not make such a structure, or a tensor is missing.
     """
     return _decode(structure, tensors, 0)
 
@@ -126,7 +126,7 @@ class _Encoder:
         return record
 
     def _new_name(self, path: str) -> str:
-        # Relative to the value, and in UTF-8, as safetensors wants it, which reserves a name as well.
+        # The path within the value, in UTF-8 as safetensors requires, and not the name that it reserves.
         path = path[len(self._where) :].removeprefix(".").encode("utf-8", "backslashreplace").decode() or "value"
         name, copies = path, 1
         while name in self.tensors or name == "__metadata__":
@@ -135,7 +135,7 @@ class _Encoder:
         return name
 
     def _apart(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy if it shares memory with one before it."""
+        """The tensor, or a copy if it shares memory with an earlier one."""
         start = tensor.data_ptr()
         end = start + tensor.nbytes
         spans = self._spans[tensor.untyped_storage().data_ptr()]

@@ -1,4 +1,4 @@
-"""Whether two models are the same, bit for bit."""
+"""The fingerprint of a model, and the differences between two models, bit for bit."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def fingerprint(snapshot: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors in the order of their names: names, shapes, dtypes and bytes.
+    """SHA-256 of a model's tensors, sorted by name: names, shapes, dtypes and bytes.
 
     Example:
         >>> model = {"weight": torch.ones(2), "bias": torch.zeros(1)}
@@ -19,7 +19,7 @@ def fingerprint(snapshot: Mapping[str, Tensor]) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, in the order given: shapes, dtypes and bytes."""
+    """SHA-256 of tensors in the given order: names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -28,7 +28,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """In what two models differ, for a message; empty if and only if their fingerprints are the same.
+    """The differences between two models, for a message; empty if and only if their fingerprints are equal.
 
     Example:
         >>> differences({"a": torch.zeros(2), "b": torch.ones(1)}, {"a": torch.tensor([0.0, 0.25]), "c": torch.ones(1)})

@@ -1,4 +1,4 @@
-"""One process at a time on one stream."""
+"""A lock, so that one process at a time uses a stream."""
 
 import json
 import os
@@ -9,14 +9,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lightning_odem.parameters.files import replacing
-from lightning_odem.stream.store.error import StreamInUseError
+
+
+class StreamInUseError(RuntimeError):
+    """Another process, or another object of this one, has the stream; the message names it."""
 
 
 class StreamLock:
-    """A lock file, held until :meth:`release` or the end of the process, however it ends.
+    """A lock file that is held until :meth:`release` or the end of the process, however the process ends.
 
-    Who holds it is written beside it, as ``<name>.owner.json``. That is for the message alone: the lock is the system's
-    (``flock``), so what a killed process leaves behind locks nobody out.
+    The lock is the system's (``flock``), so the files of a killed process lock nobody out. The file
+    ``<name>.owner.json`` beside it names the holder for error messages.
 
     Args:
         path: The lock file. It stays when the lock is released.
@@ -37,14 +40,14 @@ class StreamLock:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._owner = self.path.with_name(f"{self.path.name}.owner.json")
-        # The process has it, whichever of its threads asks.
+        # The process holds it, not one of its threads.
         self._lock = FileLock(self.path, thread_local=False)
 
     def acquire(self) -> None:
-        """Take the lock, or raise at once; harmless for the object that has it.
+        """Take the lock, or raise at once; nothing happens if this object holds it.
 
         Raises:
-            StreamInUseError: If another process has it, or another object of this one.
+            StreamInUseError: If another process holds it, or another object of this process.
             OSError: If the directory cannot be written.
         """
         if self._lock.is_locked:
@@ -67,7 +70,7 @@ class StreamLock:
             ) from error
 
     def release(self) -> None:
-        """Give the lock back; harmless if it is not held."""
+        """Give the lock back; nothing happens if this object does not hold it."""
         if self._lock.is_locked:
             self._owner.unlink(missing_ok=True)
             self._lock.release()

@@ -1,4 +1,4 @@
-"""What one generation of a stream's state consists of."""
+"""The manifest of one generation of a stream's state."""
 
 import hashlib
 import json
@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
-from lightning_odem.stream.store.tensor_file import TensorFile
+from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
 
 FORMAT = 1
-"""Version of the format on disk that is written here, and the newest that is read."""
+"""Version of the format on disk that is written, and the newest that is read."""
 
 TENSOR_FILE = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{16}\.safetensors")
 
@@ -21,8 +20,8 @@ class Section:
     """One top-level entry of the state.
 
     Args:
-        structure: Its value as :func:`~lightning_odem.stream.store.encode` gives it.
-        file: Its tensors, None if it has none.
+        structure: The structure of its value, see :func:`~lightning_odem.stream.store.encode`.
+        file: The file of its tensors; None if it has none.
     """
 
     structure: Any
@@ -31,11 +30,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sections of one generation; on disk a JSON file that vouches for every byte of itself.
+    """The sections of one generation; on disk it is a JSON file with a checksum of all its bytes.
 
     Args:
-        number: Of the generation, from 1.
-        sections: By name.
+        number: Number of the generation, from 1.
+        sections: The sections by name.
         package: Version of the package that wrote it.
     """
 
@@ -46,14 +45,15 @@ class Manifest:
     def to_text(self) -> str:
         """A JSON object whose first line is the SHA-256 of all that follows.
 
-        Versions to come keep the first line and ``format``, so that each can tell the other's files from damaged ones.
+        Later versions keep the first line and ``format``, so that each version can tell another's files from damaged
+        ones.
         """
         sections = {
             name: {"value": section.structure, **({} if section.file is None else {"file": asdict(section.file)})}
             for name, section in self.sections.items()
         }
         content = {"format": FORMAT, "package": self.package, "number": self.number, "sections": sections}
-        # Without the opening brace, which is in the first line.
+        # The opening brace is in the first line.
         body = json.dumps(content, indent=1, allow_nan=False)[1:] + "\n"
         return _first_line(body.encode()).decode() + body
 
@@ -62,7 +62,7 @@ class Manifest:
         """Read the manifest of a generation.
 
         Raises:
-            DamagedFileError: If it is missing or not what was written.
+            DamagedFileError: If the file is missing or not what was written.
             StreamStateError: If a newer version of the package wrote it.
         """
         try:
@@ -96,7 +96,7 @@ def _first_line(body: bytes) -> bytes:
 def _section(path: Path, name: str, entry: Any) -> Section:
     match entry:
         case {"value": structure, "file": {"name": str(file), "size": int(size), "sha256": str(digest)}}:
-            # Never a path to elsewhere.
+            # A name in the same directory, never a path.
             if TENSOR_FILE.fullmatch(file):
                 return Section(structure, TensorFile(file, size, digest))
         case {"value": structure} if len(entry) == 1:

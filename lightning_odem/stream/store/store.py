@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_odem import version
 from lightning_odem.parameters.files import sync
 from lightning_odem.stream.store.encoding import decode, encode
-from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section
-from lightning_odem.stream.store.tensor_file import TensorFile
+from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
 
 _MANIFEST = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -23,16 +22,18 @@ _NAME = re.compile(r"[A-Za-z0-9_]+")
 class StreamStore:
     """Keeps the two newest generations of a state; each is on disk completely or not at all.
 
-    A state is a dict of sections. The tensors of a section are one safetensors file, named by its hash; all the rest is
-    in the manifest of the generation, a JSON file. Nothing in them can run code. A generation exists once its manifest
-    does, which is renamed into place after everything it refers to has reached the disk. So a process can be killed
-    and the power can fail at any moment; a directory belongs to one writer at a time (:class:`StreamLock`).
+    A state is a dict of sections. The tensors of a section are in one safetensors file, named by its hash. All the rest
+    is in the manifest of the generation, a JSON file. None of these files can run code. A generation exists once its
+    manifest exists. The manifest is renamed into place after all files that it names have reached the disk. So a
+    process can be killed, and the power can fail, at any moment. A directory has one writer at a time
+    (:class:`StreamLock`).
 
-    A section with tensors is not written again if its value is the very object (``is``) that was saved, loaded or
-    mapped last: sections are replaced, never changed in place.
+    A section with tensors is not written again if its value is the same object (``is``) that was saved, loaded or
+    mapped last. So sections have to be replaced, never changed in place.
 
     Args:
-        directory: Where the files are. It is made by the first :meth:`save`; files of other names in it are left alone.
+        directory: The directory of the files. The first :meth:`save` makes it. Files of other names in it are left
+            alone.
 
     Example:
         >>> import tempfile, torch
@@ -45,30 +46,29 @@ class StreamStore:
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
-        # safetensors writes to temporary files of its own beside the one it is given; in here all are drafts.
+        # safetensors puts temporary files of its own beside the given one; all files in here are drafts.
         self._drafts = self.directory / "drafts"
         self._known: dict[str, tuple[Any, Section]] = {}
         self._current: int | None = None
 
     @property
     def number(self) -> int | None:
-        """The newest generation on disk, whole or not; None if there is none. Reads names only."""
+        """Number of the newest generation on disk, damaged or not; None if there is none. Only names are read."""
         return max(self._numbers(), default=None)
 
     def save(self, state: dict[str, Any]) -> int:
-        """Write the next generation, then remove what the two newest do not need.
+        """Write the next generation, then remove files that the two newest do not need.
 
         Args:
-            state: Sections by name (letters, digits, underscores); their values as :func:`encode` takes them.
+            state: Sections by name (letters, digits, underscores), with values that :func:`encode` can store.
 
         Returns:
             The number of the generation.
 
         Raises:
-            TypeError: If a section holds what cannot be stored; nothing is written then.
-            ValueError: For a name that is none.
-            OSError: With the number (``errno``) of what the system said, if a file cannot be written. The generations
-                before are as they were.
+            TypeError: If a section holds something that cannot be stored. Nothing is written then.
+            ValueError: If a name has other characters.
+            OSError: If a file cannot be written, with the system's ``errno``. Earlier generations are as they were.
         """
         if wrong := [name for name in state if not _NAME.fullmatch(name)]:
             raise ValueError(
@@ -101,7 +101,7 @@ class StreamStore:
         finally:
             self._remove_drafts()
         self._known = {name: (value, sections[name]) for name, value in state.items()}
-        # What a damaged newest generation was passed over for is the one before this; the damaged one goes.
+        # The generation before this is the one that was loaded; a newer damaged one is removed.
         before, self._current = self._current or newest, number
         with suppress(OSError):
             for other in self._numbers():
@@ -111,18 +111,18 @@ class StreamStore:
         return number
 
     def load(self, mapped: bool = False) -> dict[str, Any] | None:
-        """The newest whole generation; warns if it is not the newest.
+        """The state of the newest undamaged generation; there is a warning if a newer one is damaged.
 
         Args:
-            mapped: Map the tensors' files into memory instead of reading them: a tensor costs memory when it is used,
-                and the system can take that back. The files are read once in any case, to check them.
+            mapped: Whether to map the tensor files into memory instead of reading them. A tensor then costs memory only
+                while it is used. The files are read once in any case, to check them.
 
         Returns:
-            The state, None if there is no generation.
+            The state; None if there is no generation.
 
         Raises:
-            StreamStateError: If no generation is whole, if a newer version of the package wrote one, or if a file
-                cannot be read though it is there.
+            StreamStateError: If all generations are damaged, a newer version of the package wrote one, or a file exists
+                but cannot be read.
         """
         damage: list[str] = []
         for number in sorted(self._numbers(), reverse=True):
@@ -145,7 +145,7 @@ class StreamStore:
         return None
 
     def map(self, section: str) -> Any:
-        """A section of the newest generation with its tensors mapped; :meth:`save` will not write it again.
+        """A section of the newest generation with its tensors mapped; :meth:`save` does not write it again.
 
         Raises:
             StreamStateError: If there is no generation or the section is damaged.
@@ -193,7 +193,7 @@ class StreamStore:
         draft = self._drafts / "manifest.json"
         draft.write_text(manifest.to_text(), encoding="utf-8")
         sync(draft)
-        # The files it refers to have their names on disk before it has its own.
+        # The files that it names are on disk under their names before it is.
         sync(self.directory)
         os.replace(draft, self._manifest_path(manifest.number))
         sync(self.directory)
@@ -220,7 +220,7 @@ class StreamStore:
         shutil.rmtree(self._drafts, ignore_errors=True)
 
     def _remove_unused(self) -> None:
-        """Remove tensor files that no manifest names; a damaged one is searched for names too."""
+        """Remove tensor files that no manifest names; damaged manifests are searched for names too."""
         manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name)]
         used = {name for path in manifests for name in TENSOR_FILE.findall(path.read_text("utf-8", "replace"))}
         for path in self.directory.iterdir():
@@ -229,5 +229,5 @@ class StreamStore:
 
 
 def _unreadable(path: Path, error: OSError) -> StreamStateError:
-    # No reason to pass it over: a file system that is away comes back, and the work is in there.
+    # Not damaged, so an older generation must not replace it: an unreachable file system comes back.
     return StreamStateError(f"{path} cannot be read: {error.strerror or error}.")

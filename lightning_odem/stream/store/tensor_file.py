@@ -1,4 +1,4 @@
-"""One safetensors file of a stream's state, known by its size and its hash."""
+"""One safetensors file of a stream's state, checked by its size and its hash."""
 
 import hashlib
 import os
@@ -12,17 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_odem.parameters.files import sync
-from lightning_odem.stream.store.error import DamagedFileError
+
+
+class StreamStateError(ValueError):
+    """The state of a stream on disk cannot be read; the message names the file and what was found in it."""
+
+
+class DamagedFileError(StreamStateError):
+    """A file is missing or is not what was written; an older generation may be whole."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that is written once and never changed; its name has the first 16 digits of its hash.
+    """A file that is written once and never changed.
 
     Args:
-        name: Name of the file, ``<section>-<digits>.safetensors``.
-        size: In bytes.
-        sha256: Of the whole file, hexadecimal.
+        name: Its name, ``<section>-<digits>.safetensors``, with the first 16 digits of the hash.
+        size: Its size in bytes.
+        sha256: SHA-256 of the whole file, hexadecimal.
     """
 
     name: str
@@ -31,26 +38,26 @@ class TensorFile:
 
     @classmethod
     def write(cls, tensors: Mapping[str, Tensor], section: str, draft: Path) -> "TensorFile":
-        """Write a draft to the disk and tell what to call it. Needs no memory but for the buffers of the file.
+        """Write a draft to the disk; the result has the name that the file is to get.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the draft cannot be written.
         """
         try:
             save_file(dict(tensors), draft)
         except SafetensorError as error:
-            # safetensors has the number in its text only: "(os error 28)", or "Os { code: 28" in older versions.
+            # The number is in the text only: "(os error 28)", or "Os { code: 28" in older versions of safetensors.
             found = re.search(r"(?:os error|code:) (\d+)", str(error))
             code = int(found[1]) if found else 0
             raise OSError(code, os.strerror(code) if found else str(error), str(draft)) from error
-        # safetensors makes files that only their owner reads; give it the rights of any other file.
+        # safetensors makes files that only their owner can read; give it the usual rights.
         draft.chmod(draft.parent.stat().st_mode & 0o666)
         sync(draft)
         digest = _sha256(draft)
         return cls(f"{section}-{digest[:16]}.safetensors", draft.stat().st_size, digest)
 
     def is_in(self, directory: Path) -> bool:
-        """Whether the file is there in its full size; its content is not read."""
+        """Whether the file is in a directory and has its full size; its content is not read."""
         path = directory / self.name
         return path.is_file() and path.stat().st_size == self.size
 
@@ -58,12 +65,12 @@ class TensorFile:
         """The tensors, after a check of all bytes.
 
         Args:
-            directory: Where the file is.
-            mapped: Map the file into memory: its pages are read when a tensor is used and can be dropped again. To
-                write into such a tensor changes its copy in memory, not the file.
+            directory: The directory of the file.
+            mapped: Whether to map the file into memory. Its pages are read when a tensor is used, and the system can
+                drop them again. Writing into such a tensor does not change the file.
 
         Raises:
-            DamagedFileError: If it is missing or not what was written.
+            DamagedFileError: If the file is missing or not what was written.
         """
         path = directory / self.name
         if not path.exists():

@@ -1,4 +1,4 @@
-"""The calibration samples of the task that is being fitted."""
+"""The calibration samples of the task that a Trainer fits."""
 
 from typing import Any
 
@@ -7,50 +7,50 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.containers import CannotBeKeptError
-from lightning_odem.calibration.source import Offer, Reservoir, collation, draw
+from lightning_odem.calibration.source import DrawnSamples, Reservoir, collation, draw
 
 _DEV_SAMPLES = 8
 
 
-class Sampling:
-    """Draws a task's samples when its training starts, or collects them from the batches that pass.
+class SampleCollector:
+    """Draws a task's samples when its training starts, or collects them from the training batches.
 
     Args:
         trainer: The Trainer that fits the task.
         task: Name of the task.
         weight: Its utility weight.
-        buffer: The buffer of the tasks before; only read.
+        buffer: The buffer of the tasks before; it is not changed.
         given: Calibration data from the user, or None.
 
     Raises:
-        ValueError: If there is no place in the buffer or no source to sample from.
+        ValueError: If the buffer has no place for the task, or nothing to draw samples from is found.
         CannotBeKeptError: If the samples cannot be kept from one task to the next.
     """
 
     def __init__(self, trainer: L.Trainer, task: str, weight: float, buffer: CalibrationBuffer, given: Any) -> None:
         self._task, self._weight, self._buffer = task, weight, buffer
-        # Even a task that gets no place in the buffer shows one sample, so that its loss can be checked.
+        # A task without a place in the buffer shows one sample too, so that its loss can be checked.
         room = max(buffer.room_for_next(weight), 1)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            room = min(room, _DEV_SAMPLES)  # goes through every line, measures nothing
+            room = min(room, _DEV_SAMPLES)  # enough to run every line
         self._collate = collation(trainer)
         try:
-            self._offer = draw(trainer, given, room, buffer.generator(), buffer.balanced)
+            self._drawn = draw(trainer, given, room, buffer.generator(), buffer.balanced)
         except CannotBeKeptError as error:
             raise self._refusal(str(error)) from error
         self._reservoir = None
-        if self._offer is None:
+        if self._drawn is None:
             if trainer.world_size > 1:
                 raise ValueError(
-                    f"The training data of task {task!r} is an IterableDataset, of which each process sees another "
-                    "part. Give the datamodule a calibration_dataset() or calibration_dataloader()."
+                    f"The training data of task {task!r} is an IterableDataset, and each process sees another part of "
+                    "it. Give the datamodule a calibration_dataset() or calibration_dataloader()."
                 )
             self._reservoir = Reservoir(room, buffer.generator(), self._collate[1])
-        origin = self._offer.origin if self._offer else "the training batches as they pass (transforms apply)"
+        origin = self._drawn.origin if self._drawn else "the training batches as they pass (transforms apply)"
         rank_zero_info(f"Calibration: up to {room} samples of task {task!r} from {origin}.")
 
     def see(self, batch: Any) -> None:
-        """Consider a training batch, where samples cannot be drawn by index.
+        """Consider a training batch, if samples cannot be drawn by index.
 
         Raises:
             CannotBeKeptError: If the first batch cannot be kept.
@@ -62,30 +62,30 @@ class Sampling:
                 raise self._refusal(f"from the training batches, cannot be kept for later tasks: {error}") from error
 
     def pair(self) -> CalibrationBuffer | None:
-        """Two samples by themselves, to try a loss on; None before any were seen."""
-        if self._offer is None:
+        """A buffer of two samples to try a loss on; None if samples are collected from training batches."""
+        if self._drawn is None:
             return None
-        return self._added_to(CalibrationBuffer(capacity=2, balanced=self._buffer.balanced), self._offer)
+        return self._added_to(CalibrationBuffer(capacity=2, balanced=self._buffer.balanced), self._drawn)
 
     def buffer(self) -> CalibrationBuffer:
-        """The buffer with this task's samples in it; the one given stays as it is.
+        """A copy of the buffer with this task's samples added.
 
         Raises:
-            ValueError: If no training batch was seen to collect samples from.
+            ValueError: If samples are collected from training batches and there was none.
         """
-        offer = self._offer
+        drawn = self._drawn
         if self._reservoir is not None and self._reservoir.samples is not None:
-            offer = Offer(self._reservoir.samples, "the training batches", transferred=True)
-        if offer is None:
+            drawn = DrawnSamples(self._reservoir.samples, "the training batches", transferred=True)
+        if drawn is None:
             raise ValueError(
                 f"No training batch of task {self._task!r} was seen in this process, so there are no calibration "
                 "samples. Give the datamodule a calibration_dataset(), or the callback samples in "
                 f"calibration_data[{self._task!r}]."
             )
-        return self._added_to(self._buffer.copy(), offer)
+        return self._added_to(self._buffer.copy(), drawn)
 
-    def _added_to(self, buffer: CalibrationBuffer, offer: Offer) -> CalibrationBuffer:
-        buffer.add(self._task, offer.samples, weight=self._weight, transferred=offer.transferred)
+    def _added_to(self, buffer: CalibrationBuffer, drawn: DrawnSamples) -> CalibrationBuffer:
+        buffer.add(self._task, drawn.samples, weight=self._weight, transferred=drawn.transferred)
         buffer.collate_by(self._collate[0])
         return buffer
 
