@@ -24,6 +24,19 @@ def find_ranking(trainer: L.Trainer) -> ModelCheckpoint:
     return found[0]
 
 
+def hint_at_best(trainer: L.Trainer) -> None:
+    """Say so if the epoch that a ModelCheckpoint ranks highest is not the last one, whose weights are merged."""
+    for ranking in trainer.checkpoint_callbacks:
+        if not isinstance(ranking, ModelCheckpoint) or ranking.monitor is None or ranking.best_model_score is None:
+            continue
+        last, best = trainer.callback_metrics.get(ranking.monitor), ranking.best_model_score
+        if last is not None and float(last) != float(best):
+            rank_zero_info(
+                f"The weights of the last step are merged, {plain(ranking.monitor)} {last:.4g}; merge_weights='best' "
+                f"would merge those with {best:.4g}."
+            )
+
+
 def load_best(trainer: L.Trainer) -> int | None:
     """Load the best epoch of the training that has just ended into the Trainer's module.
 

@@ -47,6 +47,7 @@ class ContinualMergeCallback(L.Callback):
         calibration_size: Samples kept of all tasks together; 1024 is the paper's.
         finetune_from: Weights that a training starts with: ``"base"``, ``"merged"`` or what the ``"module"`` holds.
         exclude: Patterns of parameters kept per task: globs over dotted names, or names of modules.
+        growing: Patterns of parameters that may have further rows in later tasks: their common rows are merged.
         dirpath: Directory of the stream; one that is there is continued. By default ``merge_runs/version_N``.
         batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``.
         calibration: Further settings of the calibration.
@@ -77,6 +78,7 @@ class ContinualMergeCallback(L.Callback):
         calibration_size: int = 1024,
         finetune_from: Literal["base", "merged", "module"] = "base",
         exclude: Sequence[str] = (),
+        growing: Sequence[str] = (),
         dirpath: str | None = None,
         batch_norm: Literal["average", "keep", "recalibrate"] = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
@@ -100,14 +102,16 @@ class ContinualMergeCallback(L.Callback):
             )
         if merge_weights not in MERGE_WEIGHTS:
             raise ValueError(f"merge_weights is one of {', '.join(MERGE_WEIGHTS)}, got {merge_weights!r}.")
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
+        for what, patterns in {"exclude": exclude, "growing": growing}.items():
+            if isinstance(patterns, str):
+                raise ValueError(f"{what} is a list of patterns, got the string {patterns!r}; write [{patterns!r}].")
         if weights is not None:
             check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
         self._stream = Stream(
             method,
             calibration_size=calibration_size,
             exclude=tuple(exclude),
+            growing=tuple(growing),
             batch_norm=batch_norm,
             calibration=calibration,
         )

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_odem.calibration.sample_collector import SampleCollector
-from lightning_odem.callback.best import find_ranking, load_best
+from lightning_odem.callback.best import find_ranking, hint_at_best, load_best
 from lightning_odem.callback.fit import Fit, Phase
 from lightning_odem.callback.guards import FreshStart, check_trainer, finish_averages, release_averages
 from lightning_odem.callback.publication import publish
@@ -73,7 +73,7 @@ class Session:
         self.calibration_data: dict[str, Iterable] = {}
         self.fit = Fit()
         self._fresh_start = FreshStart()
-        self._start = StartWeights(stream.division, settings.finetune_from)
+        self._start = StartWeights(stream, settings.finetune_from)
         self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
         self._handed_out: tuple[Any, str] = (None, "")
@@ -146,7 +146,7 @@ class Session:
             self._go_on(module)
         self._start.reset()
         if is_whole:
-            self._start.begin(module, self.state, is_new_process=self._taken_up, is_merged=self._settled)
+            self._start.begin(module, is_new_process=self._taken_up, is_merged=self._settled)
 
     def prepare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Go on with the stream where the module was not built before, and refuse a task that has no name or weight."""
@@ -222,7 +222,11 @@ class Session:
         buffer = fit.sampling.buffer() if fit.sampling is not None else None
         assert fit.collection is not None, "set up when the training started"
         trace = fit.collection.trace()
-        epoch = load_best(trainer) if self.settings.merge_weights == "best" else None
+        epoch = None
+        if self.settings.merge_weights == "best":
+            epoch = load_best(trainer)
+        else:
+            hint_at_best(trainer)
         _copy_from_main_process(trainer, module)
         fine_tuned = self.measurement.current(module, task)
         with (
@@ -301,7 +305,7 @@ class Session:
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         started = self._next(trainer)
         self.stream.division.check(module)
-        self._start.complete(module, self.state, is_new_process=self._taken_up)
+        self._start.complete(module, is_new_process=self._taken_up)
         self._taken_up = False
         # The instance may have served another stream.
         self.stream.load_method()

@@ -17,11 +17,22 @@ Snapshot = dict[str, Tensor]
 def _tensors(module: nn.Module, select: Callable[[str], bool]) -> dict[str, Tensor]:
     reshard(module)
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {canonical_name(name): tensor for name, tensor in named.items() if select(canonical_name(name))}
+    derived = derived_buffers(module)
+    names = {canonical_name(name): tensor for name, tensor in named.items() if name not in derived}
+    return {name: tensor for name, tensor in names.items() if select(name)}
+
+
+def derived_buffers(module: nn.Module) -> set[str]:
+    """Names of buffers that are not persistent: tables and caches that the module makes itself, in any shape."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._non_persistent_buffers_set
+    }
 
 
 def take_snapshot(module: nn.Module, select: Callable[[str], bool] = lambda name: True) -> Snapshot:
-    """Copy the selected parameters and buffers to the CPU, each tied tensor once, in their own dtypes.
+    """Copy the selected parameters and persistent buffers to the CPU, each tied tensor once, in their own dtypes.
 
     If several processes share parameters, each process copies its own shards.
     """
@@ -45,6 +56,8 @@ def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Cal
             "(module.to_empty(device=...)), or wait until Lightning has done so: in the module's hook on_fit_start."
         )
     shards = find_shards(tensors)
+    derived = {canonical_name(name) for name in derived_buffers(module)}
+    snapshot = {name: tensor for name, tensor in snapshot.items() if name not in derived}  # of earlier versions
     check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored")
     for name, tensor in tensors.items():
         local(tensor).copy_(shards.part(name, snapshot[name]) if shards else snapshot[name])

@@ -232,7 +232,8 @@ def check_same_shapes(
     if problems:
         raise ValueError(
             f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
-            "architecture can be merged (exclude= leaves parameters out):\n  " + "\n  ".join(problems)
+            "architecture can be merged (exclude= leaves parameters out, growing= merges the common rows of those that "
+            "have further ones):\n  " + "\n  ".join(problems)
         )
 
 

@@ -46,6 +46,7 @@ class StreamState:
         settings: Name and arguments of the method of the last merge, see
             :func:`~lightning_odem.methods.describe.describe_method`. Empty in states of earlier versions.
         fingerprints: Fingerprint of the merged parameters of each task's fine-tuned model, as far as it is known.
+        rows: Number of rows of each grown parameter that are merged, see :func:`~lightning_odem.stream.growth.grow`.
     """
 
     buffer: CalibrationBuffer
@@ -61,6 +62,7 @@ class StreamState:
     names: dict[str, list[str]] = _later()
     settings: dict[str, Any] = _later()
     fingerprints: dict[str, str] = _later()
+    rows: dict[str, int] = _later()
 
     @property
     def own_names(self) -> set[str]:

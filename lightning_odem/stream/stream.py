@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -19,8 +20,10 @@ from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
+from lightning_odem.parameters.vector import canonical_name
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.addition import Addition
+from lightning_odem.stream.growth import grow, with_own_rows
 from lightning_odem.stream.identity import merged_names, model_fingerprint
 from lightning_odem.stream.merging import merging
 from lightning_odem.stream.state import StreamState
@@ -39,6 +42,7 @@ class Stream:
         base: Parameters and buffers of the base model by name, for methods that need it.
         calibration_size: Samples kept of all tasks together.
         exclude: Patterns of parameters that are not merged, besides the module's ``task_specific``.
+        growing: Patterns of parameters that may get further rows between tasks.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
         calibration: Further settings of the calibration.
 
@@ -62,11 +66,13 @@ class Stream:
         base: Snapshot | None = None,
         calibration_size: int = 1024,
         exclude: tuple[str, ...] = (),
+        growing: tuple[str, ...] = (),
         batch_norm: str = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
     ) -> None:
         self.method = resolve_method(method)
         self.division = Division(exclude)
+        self.growing = growing
         self.batch_norm = batch_norm
         self.calibration = calibration
         self.state = StreamState(calibration.buffer(calibration_size), base=base)
@@ -143,20 +149,38 @@ class Stream:
         digest = model_fingerprint(module, names) if fingerprint else None
         own = take_snapshot(module, self.division.task_specific(module))
         self.load_method()
+        before = self._with_rows_of(module)
         with merging(
             module,
             self.method,
             task=task,
             t=operating_time([*self.state.report.weights, weight]),
-            merged=self.state.merged,
-            base=self.state.base or {},
+            merged=before.merged,
+            base=before.base or {},
             calibration=self.measured_on(module, buffer) if buffer is not None else None,
             exclude=self.division.patterns(module),
             batch_norm=self.batch_norm,
             trace=trace,
             on_step=on_step,
         ) as merge:
-            yield Addition(self.state, self.method, self.division, merge, task, weight, own, buffer, names, digest)
+            yield Addition(before, self.method, self.division, merge, task, weight, own, buffer, names, digest)
+
+    def grow(self, module: nn.Module) -> None:
+        """Take up the shapes that the module has before it is trained.
+
+        Raises:
+            ValueError: As :func:`~lightning_odem.stream.growth.grow`.
+        """
+        self.state = grow(self.state, module, self.division.shared(module), self.growing)
+
+    def _with_rows_of(self, module: nn.Module) -> StreamState:
+        """The state with all rows that are not merged taken from the incoming model."""
+        rows = self.state.rows
+        if not rows:
+            return self.state
+        incoming = {canonical_name(name): tensor for name, tensor in module.named_parameters()}
+        merged, base = (with_own_rows(one or {}, incoming, rows) for one in (self.state.merged, self.state.base))
+        return replace(self.state, merged=merged or None, base=base)
 
     def buffer_with(self, task: str, samples: Any, weight: float = 1.0) -> CalibrationBuffer | None:
         """A copy of the calibration buffer with the samples of one more task; None if it is empty."""

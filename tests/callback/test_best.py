@@ -1,5 +1,7 @@
 """The best epoch of a training, as ModelCheckpoint ranks them, merged instead of its last step."""
 
+import logging
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -43,9 +45,11 @@ def test_the_best_epoch_is_merged_and_reported(tmp_path, weights_only, one_train
     assert StreamReport.from_dict(merge.report.as_dict()).merges[0].epoch == 1
 
 
-def test_by_default_the_last_step_is_merged(tmp_path):
+def test_by_default_the_last_step_is_merged_and_a_line_says_what_was_better(tmp_path, caplog):
     module, merge = Ranked(), ContinualMergeCallback("average")
-    fit(module, Task(0), merge, ranking := best_of(tmp_path), max_epochs=4, enable_checkpointing=True)
+    with caplog.at_level(logging.INFO):
+        fit(module, Task(0), merge, ranking := best_of(tmp_path), max_epochs=4, enable_checkpointing=True)
+    assert "last step are merged, score -2; merge_weights='best' would merge those with" in caplog.text
     best = torch.load(ranking.best_model_path, weights_only=True)["state_dict"]
     assert not same(best, everything(module))
     assert merge.report.merges[0].epoch is None
