@@ -10,6 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_odem.arguments import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_names,
+    check_path,
+    check_patterns,
+)
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
 from lightning_odem.calibration.task_samples import Sampling
@@ -156,22 +164,21 @@ class ContinualMergeCallback(L.Callback):
         offload: Literal["cpu", "disk"] = "cpu",
         evaluate: Literal["every", False] = "every",
     ) -> None:
-        if finetune_from not in FINETUNE_FROM:
-            raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
-        if batch_norm not in POLICIES:
-            raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
-        if offload not in OFFLOADS:
-            raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
-        if evaluate not in EVALUATE:
-            raise ValueError(f"evaluate is 'every' (after each merge) or False, got {evaluate!r}.")
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
+        check_choice("finetune_from", finetune_from, FINETUNE_FROM)
+        check_choice("batch_norm", batch_norm, POLICIES)
+        check_choice("offload", offload, OFFLOADS)
+        check_choice("evaluate", evaluate, EVALUATE)
+        check_instance("calibration", calibration, CalibrationOptions, "CalibrationOptions")
         if weights is not None:
+            check_instance("weights", weights, (Mapping, list, tuple), "a list, or a dictionary by task name,")
+            check_names("weights", list(weights) if isinstance(weights, Mapping) else ())
             check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        if dirpath is not None:
+            check_path("dirpath", dirpath)
         self._stream = Stream(
             method,
-            calibration_size=calibration_size,
-            exclude=tuple(exclude),
+            calibration_size=check_integer("calibration_size", calibration_size, 1),
+            exclude=check_patterns("exclude", exclude) or (),
             batch_norm=batch_norm,
             calibration=calibration,
         )

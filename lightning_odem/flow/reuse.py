@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer
 from lightning_odem.flow.field import Velocity
 from lightning_odem.flow.solver import Evaluate, Solver
 
@@ -24,9 +25,7 @@ class ReusedGradient:
     order = 1
 
     def __init__(self, rule: Solver, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"A gradient is used for one step at least, got times={times}.")
-        self._rule, self._times = rule, times
+        self._rule, self._times = rule, check_integer("times", times, 1)
 
     def step(self, theta: Tensor, velocity: Velocity, t: float, h: float, evaluate: Evaluate) -> None:
         """Take the steps."""
