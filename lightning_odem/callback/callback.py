@@ -36,7 +36,7 @@ from lightning_odem.methods import MergeMethod, method_name
 from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import local, reshard
-from lightning_odem.parameters.snapshot import load_snapshot, take_snapshot, undisturbed
+from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.report.progress import progress
@@ -197,7 +197,8 @@ class ContinualMergeCallback(L.Callback):
         self._fit = Fit()
         self._random = RandomStream()
         self._taken_up = False  # from the directory, and not fitted on yet
-        self._handed_out: tuple[Any, str] = (None, "")
+        self._put_in: Snapshot = {}  # merged weights that a module may still hold, before those of another process
+        self._handed_out: dict[int, tuple[Any, str]] = {}  # names that remaining() gave datamodules
         if dirpath is not None and (stored := self._directory.load()) is not None:
             self._take_up(stored)
 
@@ -221,16 +222,21 @@ class ContinualMergeCallback(L.Callback):
 
         A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
 
+        The directory is read again before each task, so that tasks that another process has merged meanwhile are not
+        given. A task given is merged under its name here, and refused if another process was faster.
+
         Args:
             tasks: Datamodules in the order of the stream. One without a ``task_name`` is called ``task_<number>``.
         """
+        self._take_up_newer()
         self._directory.mend_report(self.report)
         for number, task in enumerate(tasks, start=1):
+            self._take_up_newer()
             name = str(getattr(task, "task_name", f"task_{number}"))
             if name in self.report.tasks:
                 self._measurement.remember(name, task)
             else:
-                self._handed_out = (task, name)
+                self._handed_out[id(task)] = (task, name)
                 yield task
 
     def table(self, width: int | None = None) -> str:
@@ -312,6 +318,8 @@ class ContinualMergeCallback(L.Callback):
             # A task broken off before; if it is resumed, the checkpoint brings it back.
             self._state.started = {}
             self._directory.lock(trainer)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._take_up_newer()
             self._random.before_fit(trainer.strategy)
             # Before the module's own setup, which may look at the heads there are or set them anew.
             if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
@@ -504,6 +512,12 @@ class ContinualMergeCallback(L.Callback):
                 f"goes on so; calibration_size={capacity} is not used."
             )
 
+    def _take_up_newer(self) -> None:
+        """Take up what another process has added to the stream since it was read."""
+        if (newer := self._directory.newer(self._state)) is not None:
+            self._put_in = self._state.merged or {}
+            self._take_up(newer)
+
     def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
         newer = self._directory.claim(trainer, self._state, resumed=self._fit.resumed)
         if newer is not None:
@@ -531,8 +545,9 @@ class ContinualMergeCallback(L.Callback):
         """
         found = take_snapshot(module, self.division.shared(module))
         differing = differences(self._state.base or {}, found)
-        merged = {name: value.to(found[name]) for name, value in (self._state.merged or {}).items() if name in found}
-        if differing and differences(merged, found):
+        left = (self._state.merged or {}, self._put_in)
+        known = [{name: value.to(found[name]) for name, value in own.items() if name in found} for own in left]
+        if differing and all(differences(own, found) for own in known):
             prints = [fingerprint(weights)[:12] for weights in (self._state.base or {}, found)]
             raise ValueError(
                 f"The stream in {self._state.dirpath} has another base model than {type(module).__name__} "
@@ -544,9 +559,7 @@ class ContinualMergeCallback(L.Callback):
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state = self._state
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        handed_out, name = self._handed_out
-        default = name if handed_out is datamodule and name not in self.report.tasks else None
-        task = next_task_name(datamodule, self.report.tasks, default)
+        task = next_task_name(datamodule, self.report.tasks, self._handed_out.get(id(datamodule), (None, None))[1])
         removed = [record.task for record in self.report.removed]
         weight = next_task_weight(self.weights, datamodule, self.report.tasks, task, removed)
         operating_time([*self.report.weights, weight])  # refuses what is no utility
@@ -554,7 +567,7 @@ class ContinualMergeCallback(L.Callback):
         is_shared = self.division.shared(module)
         if self._taken_up:
             self._check_base(module)
-            self._taken_up = False
+            self._taken_up, self._put_in = False, {}
         if state.base is None:
             state.base = take_snapshot(module, is_shared)
         else:

@@ -16,7 +16,7 @@ from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
-from lightning_odem.methods import MergeMethod, resolve_method
+from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.metrics import TaskMetric
@@ -79,8 +79,18 @@ class Stream:
         return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
 
     def load_method(self) -> None:
-        """Take the method to where the stream is."""
-        self.method.load_state_dict(copy_containers(self.state.method))
+        """Take the method to where the stream is.
+
+        Raises:
+            ValueError: If the method cannot take up what the stream keeps for it.
+        """
+        try:
+            self.method.load_state_dict(copy_containers(self.state.method))
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            where = f" in {self.state.dirpath}" if self.state.dirpath else ""
+            raise ValueError(
+                f"Section 'method' of the stream{where} is no state of {method_name(self.method)!r}: {error!r}."
+            ) from error
 
     def merge(
         self,

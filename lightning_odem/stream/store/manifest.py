@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_odem.parameters.files import NotRegularError, read_regular
 from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.tensor_file import TensorFile
 
@@ -66,7 +67,9 @@ class Manifest:
             StreamStateError: If a newer version of the package wrote it.
         """
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
+        except NotRegularError as error:
+            raise DamagedFileError(str(error)) from None
         except FileNotFoundError:
             raise DamagedFileError(f"{path} is missing.") from None
         length = len(_first_line(b""))

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,15 @@ class StreamStore:
             self._remove_unused()
         return number
 
-    def load(self, mapped: bool = False) -> dict[str, Any] | None:
+    def load(
+        self, mapped: bool = False, check: Callable[[dict[str, Any]], None] = lambda state: None
+    ) -> dict[str, Any] | None:
         """The newest whole generation; warns if it is not the newest.
 
         Args:
             mapped: Map the tensors' files into memory instead of reading them: a tensor costs memory when it is used,
                 and the system can take that back. The files are read once in any case, to check them.
+            check: Raises a ValueError for a state that is whole but cannot be taken up. Nothing older is taken for it.
 
         Returns:
             The state, None if there is no generation.
@@ -124,14 +128,23 @@ class StreamStore:
             StreamStateError: If no generation is whole, if a newer version of the package wrote one, or if a file
                 cannot be read though it is there.
         """
+        numbers = sorted(self._numbers(), reverse=True)
         damage: list[str] = []
-        for number in sorted(self._numbers(), reverse=True):
+        for number in numbers:
             try:
                 sections = self._read_manifest(number).sections
                 state = {name: self._read_section(number, name, section, mapped) for name, section in sections.items()}
             except DamagedFileError as error:
+                if sorted(self._numbers(), reverse=True) != numbers:
+                    return self.load(mapped, check)  # a writer went on while this was read
                 damage.append(str(error))
                 continue
+            try:
+                check(state)
+            except ValueError as error:
+                raise StreamStateError(
+                    f"{self._manifest_path(number)} is no state of a stream that can be taken up: {error}."
+                ) from error
             if damage:
                 rank_zero_warn(
                     f"The newest state of the stream is damaged: {' '.join(damage)} The stream goes on from generation "
@@ -205,6 +218,8 @@ class StreamStore:
         try:
             tensors = {} if section.file is None else section.file.read(self.directory, mapped)
             return decode(section.structure, tensors)
+        except FileNotFoundError as error:  # since it was looked for
+            raise DamagedFileError(f"{error.filename} is missing.") from error
         except OSError as error:
             raise _unreadable(self.directory / (section.file.name if section.file else ""), error) from error
         except StreamStateError:
@@ -217,7 +232,7 @@ class StreamStore:
 
     def _remove_unused(self) -> None:
         """Remove tensor files that no manifest names; a damaged one is searched for names too."""
-        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name)]
+        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name) and path.is_file()]
         used = {name for path in manifests for name in TENSOR_FILE.findall(path.read_text("utf-8", "replace"))}
         for path in self.directory.iterdir():
             if TENSOR_FILE.fullmatch(path.name) and path.name not in used:

@@ -68,6 +68,8 @@ class TensorFile:
         path = directory / self.name
         if not path.exists():
             raise DamagedFileError(f"{path} is missing.")
+        if not path.is_file():
+            raise DamagedFileError(f"{path} is no regular file.")
         if (size := path.stat().st_size) != self.size:
             raise DamagedFileError(f"{path} has {size} bytes where {self.size} were written.")
         if (digest := _sha256(path)) != self.sha256:
