@@ -303,6 +303,8 @@ class ContinualMergeCallback(L.Callback):
             ValueError: If no task has been fitted yet, names or shapes differ, or the module is on the meta device.
         """
         if self._state.base is None:
+            if self._directory.lacks_base:
+                raise ValueError("The file of the base model is damaged; a fit of a module that holds it mends it.")
             raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
         load_snapshot(module, self._state.base, self.division.shared(module))
 
@@ -322,7 +324,9 @@ class ContinualMergeCallback(L.Callback):
                 self._take_up_newer()
             self._random.before_fit(trainer.strategy)
             # Before the module's own setup, which may look at the heads there are or set them anew.
-            if not self._taken_up or is_ready(pl_module, self._state.base or {}, self._state.own_names):
+            if not self._taken_up or is_ready(
+                pl_module, self._state.base or self._state.merged or {}, self._state.own_names
+            ):
                 self._go_on(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -565,6 +569,9 @@ class ContinualMergeCallback(L.Callback):
         operating_time([*self.report.weights, weight])  # refuses what is no utility
         self.division.check(module)
         is_shared = self.division.shared(module)
+        if self._directory.lacks_base and state.base is None:
+            self._directory.mend_base(trainer, module, base := take_snapshot(module, is_shared))
+            state.base = base
         if self._taken_up:
             self._check_base(module)
             self._taken_up, self._put_in = False, {}

@@ -16,12 +16,13 @@ from torch import nn
 from lightning_odem.parameters.files import remove_drafts
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import weights_checkpoint
+from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
 from lightning_odem.report import StreamReport, save
 from lightning_odem.report.plain import plain
 from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.sections import check_sections
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStore, differences
+from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStateError, StreamStore, differences
 
 
 class RunDirectory:
@@ -113,6 +114,28 @@ class RunDirectory:
         if self._number == before:
             state.random = like.random  # a process knows its own by identity
         return state
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the file of the base model is damaged, and the stream was read without it."""
+        return self._store is not None and "base" in self._store.lacking
+
+    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
+        """Write the base model again, from a module that still holds it.
+
+        Raises:
+            StreamStateError: If the module holds another one; the hash of the damaged file tells.
+        """
+        assert self._store is not None, "it was read"
+        whole = whole_snapshot(module, base)
+        mended = trainer.is_global_zero and self._store.mend("base", whole)
+        if not trainer.strategy.broadcast(mended):
+            raise StreamStateError(
+                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
+                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
+                "stream began with, which are written again then, or put a copy of the file back."
+            )
+        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
 
     def at(self, name: str) -> Path:
         """The path of a file in the directory."""
@@ -292,7 +315,7 @@ class RunDirectory:
     def _load(self) -> tuple[dict[str, Any] | None, int | None]:
         """The state on disk and the number of its generation."""
         assert self._store is not None, "the directory is known"
-        number, state = self._store.number, self._store.load(mapped=self._mapped, check=check_sections)
+        number, state = self._store.number, self._store.load(self._mapped, check_sections, mendable=["base"])
         return (None, None) if state is None else ({**state, "dirpath": str(self._directory)}, number)
 
     def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None, int | None]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ class Section:
     Args:
         structure: Its value as :func:`~lightning_odem.stream.store.encode` gives it.
         file: Its tensors, None if it has none.
+        crc32: A checksum of each tensor's bytes, by name: of a file that has changed it tells which tensors are whole.
     """
 
     structure: Any
     file: TensorFile | None = None
+    crc32: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Manifest:
         Versions to come keep the first line and ``format``, so that each can tell the other's files from damaged ones.
         """
         sections = {
-            name: {"value": section.structure, **({} if section.file is None else {"file": asdict(section.file)})}
+            name: {
+                "value": section.structure,
+                **({} if section.file is None else {"file": asdict(section.file), "crc32": section.crc32}),
+            }
             for name, section in self.sections.items()
         }
         content = {"format": FORMAT, "package": self.package, "number": self.number, "sections": sections}
@@ -101,7 +106,8 @@ def _section(path: Path, name: str, entry: Any) -> Section:
         case {"value": structure, "file": {"name": str(file), "size": int(size), "sha256": str(digest)}}:
             # Never a path to elsewhere.
             if TENSOR_FILE.fullmatch(file):
-                return Section(structure, TensorFile(file, size, digest))
+                sums = found if isinstance(found := entry.get("crc32"), dict) else {}
+                return Section(structure, TensorFile(file, size, digest), sums)
         case {"value": structure} if len(entry) == 1:
             return Section(structure)
     raise DamagedFileError(f"{path} does not tell where section {name!r:.40} is.")
