@@ -37,7 +37,6 @@ MOVED = {
     "snapshot": "parameters.snapshot",
     "state": "stream.state",
     "stream.digits": "tasks.digits",
-    "stream.store.error": "stream.store",  # until version 0.6
     "stream.task": "tasks.task",
     "studies.display": "studies.cells",
     "studies.figures": "studies.comparison_report",

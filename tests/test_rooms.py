@@ -12,9 +12,10 @@ import lightning_odem
 from lightning_odem.moved import MOVED
 
 PACKAGE = Path(lightning_odem.__file__).parent
-# Each may import what stands before it.
+# Each may import what stands before it; the first are single files.
+FILES = ["version", "arguments"]
 ORDER = [
-    "version",
+    *FILES,
     "metrics",
     "flow",
     "parameters",
@@ -42,16 +43,21 @@ def imported_rooms(file):
 
 
 def test_there_are_at_most_twelve_rooms():
-    assert sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()) == sorted(ORDER[1:])
-    assert len(ORDER[1:]) <= 12
+    rooms = ORDER[len(FILES) :]
+    assert sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()) == sorted(rooms)
+    assert len(rooms) <= 12
 
 
-@pytest.mark.parametrize("room", ORDER[1:])
+@pytest.mark.parametrize("room", ORDER[len(FILES) :])
 def test_imports_point_one_way(room):
     found = {other for file in (PACKAGE / room).rglob("*.py") for other in imported_rooms(file)} - {room}
     if room == "stream":
         found -= {"tasks"}  # names that were there, for a while
     assert found <= set(ORDER[: ORDER.index(room)])
+
+
+def test_the_checks_of_arguments_import_no_room():
+    assert not set(imported_rooms(PACKAGE / "arguments.py"))
 
 
 @pytest.mark.parametrize("old", MOVED)

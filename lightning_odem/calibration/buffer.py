@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_flag, check_integer, check_seed, shown
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.items import Collate, Items
 from lightning_odem.calibration.quota import allocate, balanced_order
@@ -56,16 +57,14 @@ class CalibrationBuffer:
         shares: str = "quota",
         balanced: bool = True,
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"The calibration buffer needs room for at least one sample, got capacity={capacity}.")
-        if quota not in QUOTAS:
-            raise ValueError(f"Unknown quota {quota!r}; the quotas are {', '.join(QUOTAS)}.")
-        if shares not in SHARES:
-            raise ValueError(f"Unknown shares {shares!r}; there are {', '.join(SHARES)}.")
-        self.capacity = capacity
+        if not isinstance(quota, str) or quota not in QUOTAS:
+            raise ValueError(f"Unknown quota {shown(quota)}; the quotas are {', '.join(QUOTAS)}.")
+        if not isinstance(shares, str) or shares not in SHARES:
+            raise ValueError(f"Unknown shares {shown(shares)}; there are {', '.join(SHARES)}.")
+        self.capacity = check_integer("capacity", capacity, 1)
         self.quota = quota
-        self.seed = seed
-        self.balanced = balanced
+        self.seed = check_seed("seed", seed)
+        self.balanced = check_flag("balanced", balanced)
         self._shared_by = shares
         self._tasks: dict[str, TaskSamples] = {}
 

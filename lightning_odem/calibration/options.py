@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_odem.arguments import check_integer, check_seed, shown
 from lightning_odem.calibration.buffer import QUOTAS, SHARES, CalibrationBuffer
 from lightning_odem.calibration.prediction_loss import LOSSES, missing_logits
 
@@ -42,11 +43,12 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, str) and self.batch_size != "as trained":
             raise ValueError(f"The calibration batch size is a number or 'as trained', got {self.batch_size!r}.")
-        if not isinstance(self.batch_size, str) and self.batch_size < 1:
-            raise ValueError(f"The calibration batch size must be at least 1, got batch_size={self.batch_size}.")
+        if not isinstance(self.batch_size, str):
+            object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, 1))
+        object.__setattr__(self, "seed", check_seed("seed", self.seed))
         for what, known in {"quota": QUOTAS, "loss": tuple(LOSSES), "shares": SHARES}.items():
-            if (chosen := getattr(self, what)) not in known:
-                raise ValueError(f"Unknown {what} {chosen!r}; there are {', '.join(known)}.")
+            if not isinstance(chosen := getattr(self, what), str) or chosen not in known:
+                raise ValueError(f"Unknown {what} {shown(chosen)}; there are {', '.join(known)}.")
 
     def buffer(self, capacity: int) -> CalibrationBuffer:
         """An empty buffer of at most ``capacity`` samples."""

@@ -8,6 +8,14 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_odem.arguments import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_names,
+    check_path,
+    check_patterns,
+)
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
 from lightning_odem.callback.guards import check_no_spawning
@@ -89,29 +97,27 @@ class ContinualMergeCallback(L.Callback):
         merge_weights: Literal["last", "best"] = "last",
         evaluation_data: dict[str, L.LightningDataModule | int | str] | None = None,
     ) -> None:
-        if finetune_from not in FINETUNE_FROM:
-            raise ValueError(f"finetune_from is one of {', '.join(FINETUNE_FROM)}, got {finetune_from!r}.")
-        if batch_norm not in POLICIES:
-            raise ValueError(f"batch_norm is one of {', '.join(POLICIES)}, got {batch_norm!r}.")
-        if offload not in OFFLOADS:
-            raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
+        check_choice("finetune_from", finetune_from, FINETUNE_FROM)
+        check_choice("batch_norm", batch_norm, POLICIES)
+        check_choice("offload", offload, OFFLOADS)
+        check_choice("merge_weights", merge_weights, MERGE_WEIGHTS)
+        check_instance("calibration", calibration, CalibrationOptions, "CalibrationOptions")
         if evaluate not in ("every", "last") and evaluate is not False and not (type(evaluate) is int and evaluate > 0):
             raise ValueError(
                 "evaluate is 'every' (all tasks after each merge), a number n (all tasks after every n-th merge, "
                 f"otherwise the merged one), 'last' (all tasks after the last merge), or False; got {evaluate!r}."
             )
-        if merge_weights not in MERGE_WEIGHTS:
-            raise ValueError(f"merge_weights is one of {', '.join(MERGE_WEIGHTS)}, got {merge_weights!r}.")
-        for what, patterns in {"exclude": exclude, "growing": growing}.items():
-            if isinstance(patterns, str):
-                raise ValueError(f"{what} is a list of patterns, got the string {patterns!r}; write [{patterns!r}].")
         if weights is not None:
+            check_instance("weights", weights, (Mapping, list, tuple), "a list, or a dictionary by task name,")
+            check_names("weights", list(weights) if isinstance(weights, Mapping) else ())
             check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        if dirpath is not None:
+            check_path("dirpath", dirpath)
         self._stream = Stream(
             method,
-            calibration_size=calibration_size,
-            exclude=tuple(exclude),
-            growing=tuple(growing),
+            calibration_size=check_integer("calibration_size", calibration_size, 1),
+            exclude=check_patterns("exclude", exclude) or (),
+            growing=check_patterns("growing", growing) or (),
             batch_norm=batch_norm,
             calibration=calibration,
         )
@@ -175,6 +181,9 @@ class ContinualMergeCallback(L.Callback):
         """Those of a stream's tasks that are not merged yet; the others' data serves to measure accuracies.
 
         A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
+
+        The directory is read again before each task, so that tasks that another process has merged meanwhile are not
+        given. A task given is merged under its name here, and refused if another process was faster.
 
         Args:
             tasks: Datamodules in the order of the stream. One without a ``task_name`` is called ``task_<number>``.
@@ -245,6 +254,8 @@ class ContinualMergeCallback(L.Callback):
             ValueError: If no task has been fitted yet, names or shapes differ, or the module is on the meta device.
         """
         if self._state.base is None:
+            if self._directory.lacks_base:
+                raise ValueError("The file of the base model is damaged; a fit of a module that holds it mends it.")
             raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
         load_snapshot(module, self._state.base, self.division.shared(module))
 

@@ -23,7 +23,7 @@ from lightning_odem.flow import operating_time
 from lightning_odem.methods import method_name
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import local, reshard
-from lightning_odem.parameters.snapshot import undisturbed
+from lightning_odem.parameters.snapshot import take_snapshot, undisturbed
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.report import MergeRecord, StreamReport
 from lightning_odem.report.progress import progress
@@ -76,8 +76,8 @@ class Session:
         self._start = StartWeights(stream, settings.finetune_from)
         self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
-        self._handed_out: tuple[Any, str] = (None, "")
-        self._is_last = False  # whether the task handed out is the last one
+        self._handed_out: dict[int, tuple[Any, str]] = {}  # names that remaining() gave datamodules
+        self._last_task: Any = None  # the last one of remaining()
         self._settled = False  # whether the last fit has merged, so that the module held the merged model
 
     @property
@@ -109,13 +109,16 @@ class Session:
 
     def remaining(self, tasks: Iterable[_Data]) -> Iterator[_Data]:
         """Hand out the tasks that are not merged yet, and remember the data of the others."""
+        self._take_up_newer()
         self.directory.mend_report(self.report)
         for number, (task, is_last) in enumerate(_with_last(tasks, self.settings.evaluate), start=1):
+            self._take_up_newer()
             name = str(getattr(task, "task_name", f"task_{number}"))
             if name in self.report.tasks:
                 self.measurement.remember(name, task)
             else:
-                self._handed_out, self._is_last = (task, name), is_last
+                self._handed_out[id(task)] = (task, name)
+                self._last_task = task if is_last else None
                 yield task
 
     def load_checkpoint(self, state: dict[str, Any], fitting: bool) -> None:
@@ -139,9 +142,11 @@ class Session:
         # A task broken off before; if it is resumed, the checkpoint brings it back.
         self.state.started = {}
         self.directory.lock(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._take_up_newer()
         self._random.before_fit(trainer.strategy)
         # Before the module's own setup, which may look at the heads there are or set them anew.
-        is_whole = is_ready(module, self.state.base or {}, self.state.own_names)
+        is_whole = is_ready(module, self.state.base or self.state.merged or {}, self.state.own_names)
         if is_whole or not self._taken_up:
             self._go_on(module)
         self._start.reset()
@@ -218,6 +223,7 @@ class Session:
 
     def _merge(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
         state, fit = self.state, self.fit
+        is_last = self._last_task is not None and trainer.datamodule is self._last_task  # type: ignore[attr-defined]
         task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
         buffer = fit.sampling.buffer() if fit.sampling is not None else None
         assert fit.collection is not None, "set up when the training started"
@@ -239,7 +245,9 @@ class Session:
             record = addition.record
             record.epoch = epoch
             _copy_from_main_process(trainer, module)
-            tasks = addition.task_parameters if self._is_due(number) else {task: addition.task_parameters[task]}
+            tasks = (
+                addition.task_parameters if self._is_due(number, is_last) else {task: addition.task_parameters[task]}
+            )
             scores = self.measurement.every_task(trainer, module, tasks)
             record.further = {name: score.further for name, score in scores.items() if score.further}
             record.checkpoint = self.directory.save_checkpoint(trainer, number, task)
@@ -261,12 +269,18 @@ class Session:
         self.last_merged_path = record.checkpoint
         return record
 
-    def _is_due(self, number: int) -> bool:
+    def _is_due(self, number: int, is_last: bool) -> bool:
         """Whether all tasks are measured after a merge; otherwise only its own is."""
         every = self.settings.evaluate
-        return every == "every" or self._is_last or (isinstance(every, int) and every > 0 and number % every == 0)
+        return every == "every" or is_last or (isinstance(every, int) and every > 0 and number % every == 0)
 
     # -------------------------------------------------------------------------------------------------------- details
+
+    def _take_up_newer(self) -> None:
+        """Take up what another process has added to the stream since it was read."""
+        if (newer := self.directory.newer(self.state)) is not None:
+            self._start.left = self.state.merged or {}
+            self.take_up(newer)
 
     def _claim(self, trainer: L.Trainer, module: nn.Module) -> None:
         newer = self.directory.claim(trainer, self.state, resumed=self.fit.resumed)
@@ -294,8 +308,7 @@ class Session:
             ValueError: If the name is taken, or the weight is missing or no utility.
         """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        handed_out, name = self._handed_out
-        default = name if handed_out is datamodule and name not in self.report.tasks else None
+        default = self._handed_out.get(id(datamodule), (None, None))[1]
         task = next_task_name(datamodule, self.report.tasks, default)
         removed = [record.task for record in self.report.removed]
         weight = next_task_weight(self.settings.weights, datamodule, self.report.tasks, task, removed)
@@ -305,6 +318,10 @@ class Session:
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         started = self._next(trainer)
         self.stream.division.check(module)
+        if self.directory.lacks_base and self.state.base is None:
+            base = take_snapshot(module, self.stream.division.shared(module))
+            self.directory.mend_base(trainer, module, base)
+            self.state.base = base
         self._start.complete(module, is_new_process=self._taken_up)
         self._taken_up = False
         # The instance may have served another stream.

@@ -25,6 +25,7 @@ class StartWeights:
     def __init__(self, stream: Stream, finetune_from: str) -> None:
         self._stream, self._finetune_from = stream, finetune_from
         self._put: Snapshot | None = None
+        self.left: Snapshot = {}  # merged weights that a module may still hold, before those of another process
 
     def reset(self) -> None:
         """Forget the fit before."""
@@ -62,6 +63,7 @@ class StartWeights:
         state = self._stream.state
         if is_new_process and self._put is None:
             self._check_base(module)
+        self.left = {}
         if state.base is None:
             state.base = take_snapshot(module, self._stream.division.shared(module))
         elif self._put is None or self._put is not self._wanted():
@@ -99,6 +101,9 @@ class StartWeights:
             known = {name: tensor for name, tensor in (snapshot or {}).items() if name not in derived}
             return with_own_rows(known, found, state.rows)  # a module that was built anew has other further rows
 
-        merged = {name: value.to(found[name]) for name, value in kept(state.merged).items() if name in found}
+        merged = [
+            {name: value.to(found[name]) for name, value in kept(one).items() if name in found}
+            for one in (state.merged, self.left)
+        ]
         differing = differences(kept(state.base), found)
-        return differing if differing and differences(merged, found) else []
+        return differing if differing and all(differences(one, found) for one in merged) else []

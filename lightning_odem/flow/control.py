@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_odem.arguments import LEAST_STEP, check_range, shown
 from lightning_odem.flow.trajectory import Trajectory
 
 Move = Callable[[float], None]
@@ -28,9 +29,9 @@ class StepControl:
 
     Args:
         tolerance: Allowed excess relative to the losses of the two models, > 0. 0.01 is a choice, not tuned.
-        shrink: Factor in (0, 1) after a rejected step.
+        shrink: Factor in (0, 0.99] after a rejected step.
         grow: Factor >= 1 after a step well inside.
-        smallest: Shortest step that can be rejected, relative to the first one, in (0, 1].
+        smallest: Shortest step that can be rejected, relative to the first one, in [1e-6, 1].
 
     Raises:
         ValueError: For a number outside its range.
@@ -47,11 +48,13 @@ class StepControl:
     smallest: float = 1 / 64
 
     def __post_init__(self) -> None:
-        ranges = (self.tolerance > 0.0, 0.0 < self.shrink < 1.0, self.grow >= 1.0, 0.0 < self.smallest <= 1.0)
-        if not all(ranges):
-            raise ValueError(
-                f"StepControl needs tolerance > 0, 0 < shrink < 1, grow >= 1 and 0 < smallest <= 1, got {self}."
-            )
+        try:
+            check_range("tolerance", self.tolerance, 0, open_low=True)
+            check_range("shrink", self.shrink, 0, 0.99, open_low=True)  # nearer to 1, tries have no end
+            check_range("grow", self.grow, 1)
+            check_range("smallest", self.smallest, LEAST_STEP, 1)
+        except ValueError as error:
+            raise ValueError(f"{error} All in all got {shown(self)}.") from error
 
     def factor(self, excess: float, scale: float) -> float:
         """Return the factor for the step length; below 1 the step is rejected.

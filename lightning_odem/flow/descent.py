@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer, check_range
 from lightning_odem.flow.solver import LossAndGrad, NonFiniteLossError
 
 
@@ -40,12 +41,13 @@ class Descent:
     """
 
     def __init__(self, theta: Tensor, length: float, steps: int, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        if length < 0.0 or steps < 1:
-            raise ValueError(
-                f"A descent needs a length >= 0 and at least one step, got length={length} and steps={steps}."
-            )
-        self.taken = 0
-        self._theta, self._length, self._steps = theta, length, steps
+        try:
+            self._length, self._steps = check_range("length", length, 0), check_integer("steps", steps, 1)
+        except ValueError as error:
+            raise ValueError(f"A descent has a length >= 0 and a step at least: {error}") from error
+        for decay in betas:
+            check_range("betas", decay, 0, 1, open_high=True)
+        self.taken, self._theta = 0, theta
         self._adam = torch.optim.Adam([theta], betas=betas, eps=1e-12, foreach=False)
 
     def follow(self, loss_and_grad: LossAndGrad, steps: int, on_step: Callable[[int, int], None] | None = None) -> None:

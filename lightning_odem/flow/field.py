@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import shown
 from lightning_odem.flow.blocks import Blocks, Coordinates, Segments, SumOverShards, WholeVector, alone
 
 
@@ -144,14 +145,14 @@ class RectifiedField(TransportField):
     ) -> None:
         if isinstance(blocks, Tensor):
             least = torch.ones_like(blocks) if split is None else (~split).to(blocks)
-            is_empty = not len(blocks) and sum_ is alone
+            is_empty = not blocks.numel() and sum_ is alone
             if blocks.dim() != 1 or blocks.is_floating_point() or is_empty or (blocks < least).any():
                 raise ValueError(f"Lengths of blocks are integers >= 1 of shape [B], got {blocks}.")
             self._blocks = Segments(blocks, sum_, split)
-        elif blocks in ("vector", "coordinate"):
+        elif isinstance(blocks, str) and blocks in ("vector", "coordinate"):
             self._blocks = WholeVector(sum_) if blocks == "vector" else Coordinates(sum_)
         else:
-            raise ValueError(f"Blocks are 'vector', 'coordinate' or a tensor of lengths, got {blocks!r}.")
+            raise ValueError(f"Blocks are 'vector', 'coordinate' or a tensor of lengths, got {shown(blocks)}.")
 
     def gamma(self, rise: float, delta_loss: float) -> float:
         """Damping factor (eq. 13 and 14).

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_odem.arguments import check_range
 from lightning_odem.flow.solver import NonFiniteLossError
 
 _ROUNDING = 1e-6
@@ -41,7 +42,8 @@ class LowestPoint:
     """
 
     def __init__(self, loss: Callable[[Tensor], float], start: float, end: float, every: float) -> None:
-        self._measure, self._due, self._end, self._every = loss, start, end, every
+        self._measure, self._due, self._end = loss, check_range("start", start, 0), check_range("end", end, 0)
+        self._every = check_range("every", every, 0)
         self.t: list[float] = []
         self.loss: list[float] = []
         self.best_t = start

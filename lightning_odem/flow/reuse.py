@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer
 from lightning_odem.flow.field import Velocity
 from lightning_odem.flow.solver import Evaluate, Solver, resolve_solver
 
@@ -24,9 +25,7 @@ class ReusedGradient:
     order = 1
 
     def __init__(self, rule: str | Solver = "euler", times: int = 2) -> None:
-        if times < 1:
-            raise ValueError(f"A gradient is used for at least one step, got times={times}.")
-        self.rule, self.times = resolve_solver(rule), times
+        self.rule, self.times = resolve_solver(rule), check_integer("times", times, 1)
 
     def __repr__(self) -> str:
         return f"ReusedGradient({self.rule!r}, times={self.times})"

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_odem.arguments import LEAST_STEP, check_range
 from lightning_odem.flow.control import ControlledSteps, FixedSteps, StepControl, Steps
 from lightning_odem.flow.field import Field, RectifiedField, Velocity
 from lightning_odem.flow.trajectory import Trajectory
@@ -195,10 +196,12 @@ def integrate(
 
 
 def _check_problem(theta0: Tensor, theta1: Tensor, t_end: float, step_size: float) -> None:
-    if not 0.0 <= t_end <= 1.0:
-        raise ValueError(f"The operating time must lie in [0, 1], got t_end={t_end}.")
-    if not 0.0 < step_size <= 1.0:
-        raise ValueError(f"The step size must lie in (0, 1], got step_size={step_size}.")
+    check_range("The operating time t_end", t_end, 0, 1)
+    check_range("step_size", step_size, 0, 1, open_low=True)
+    if t_end / step_size > 1 / LEAST_STEP:
+        raise ValueError(
+            f"A path has at most {1 / LEAST_STEP:.0f} steps; choose a longer one than step_size={step_size}."
+        )
     found = [(tuple(vector.shape), vector.dtype, str(vector.device)) for vector in (theta0, theta1)]
     if found[0] != found[1]:
         raise ValueError(f"theta0 and theta1 must agree in shape, dtype and device, got {found[0]} and {found[1]}.")

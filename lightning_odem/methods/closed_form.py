@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_patterns, check_range
+from lightning_odem.arguments import check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeResult
 from lightning_odem.methods.exact_stream import ExactStream, Sums
 from lightning_odem.methods.layout import Part, parts, weight_matrices
@@ -54,11 +54,9 @@ class ClosedFormMerge(ExactStream):
         measured: float = 0.0,
     ) -> None:
         super().__init__(recursion)
-        check_range("ridge", ridge, 0, open_low=True)
-        check_range("measured", measured, 0, 1)
-        self.ridge = ridge
+        self.ridge = check_range("ridge", ridge, 0, open_low=True)
         self.layers = check_patterns("layers", layers)
-        self.measured = measured
+        self.measured = check_range("measured", measured, 0, 1)
         if measured:
             # Measured before the base model takes its place on the device.
             self.needs = (InputMoments(), *self.needs)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
+from lightning_odem.arguments import check_choice, check_integer, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, others, weight_matrices
 from lightning_odem.methods.linalg import exact, singular
@@ -163,21 +163,13 @@ class DOPMerge(MergeMethod):
         others: Rest = "mean",
         layers: Sequence[str] | None = None,
     ) -> None:
-        if alpha is not None:
-            check_range("alpha", alpha, 0, 1)
-        check_choice("solver", solver, get_args(Solver))
-        check_range("steps", steps, 1)
-        check_range("lr", lr, 0, open_low=True)
-        check_range("smoothing", smoothing, 0, 1)
-        check_range("mass", mass, 0, 1, open_low=True)
-        check_choice("others", others, get_args(Rest))
-        self.alpha = alpha
-        self.solver = solver
-        self.steps = steps
-        self.lr = lr
-        self.smoothing = smoothing
-        self.mass = mass
-        self.others = others
+        self.alpha = None if alpha is None else check_range("alpha", alpha, 0, 1)
+        self.solver = check_choice("solver", solver, get_args(Solver))
+        self.steps = check_integer("steps", steps, 1)
+        self.lr = check_range("lr", lr, 0, open_low=True)
+        self.smoothing = check_range("smoothing", smoothing, 0, 1)
+        self.mass = check_range("mass", mass, 0, 1, open_low=True)
+        self.others = check_choice("others", others, get_args(Rest))
         self.layers = check_patterns("layers", layers)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

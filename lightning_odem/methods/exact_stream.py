@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_flag
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.linalg import norm
@@ -42,7 +43,7 @@ class ExactStream(MergeMethod):
     needs: Sequence[Need[Any]] = (BaseModel(),)
 
     def __init__(self, recursion: bool = False) -> None:
-        self.recursion = recursion
+        self.recursion = check_flag("recursion", recursion)
         self._mean: Sums = {}
         self._sums: Sums = {}
         self._concentration = 1.0

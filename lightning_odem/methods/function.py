@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_odem.arguments import shown
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import BaseModel
 
@@ -29,6 +30,8 @@ class FunctionMerge(MergeMethod):
     """
 
     def __init__(self, function: MergeFunction) -> None:
+        if not callable(function):
+            raise ValueError(f"function must be a function (merged, incoming, t, context), got {shown(function)}.")
         self.function = function
         self.needs = getattr(function, "needs", (BaseModel(),))
 

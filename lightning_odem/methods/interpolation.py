@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_range
+from lightning_odem.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 
 
@@ -28,8 +28,7 @@ class LinearInterpolation(MergeMethod):
     sharded = True
 
     def __init__(self, coefficient: float = 0.5) -> None:
-        check_range("coefficient", coefficient, 0, 1)
-        self.coefficient = coefficient
+        self.coefficient = check_range("coefficient", coefficient, 0, 1)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Interpolate in the memory of ``merged``."""

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
+from lightning_odem.arguments import check_choice, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext
 from lightning_odem.methods.exact_stream import ExactStream, Sums
 from lightning_odem.methods.layout import matrices, parts, weight_matrices
@@ -86,7 +86,7 @@ class IsotropicMerge(ExactStream):
         if isinstance(scale, str):
             check_choice("scale, unless a number,", scale, ["norm"])
         else:
-            check_range("scale", scale, 0, open_low=True)
+            scale = check_range("scale", scale, 0, open_low=True)
         self.scale = scale
         self.layers = check_patterns("layers", layers)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_range
+from lightning_odem.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import BaseModel
 
@@ -38,8 +38,7 @@ class MagMaxMerge(MergeMethod):
     sharded = True
 
     def __init__(self, scale: float = 0.5) -> None:
-        check_range("scale", scale, 0, open_low=True)
-        self.scale = scale
+        self.scale = check_range("scale", scale, 0, open_low=True)
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model with its task vector scaled."""

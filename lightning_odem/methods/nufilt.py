@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
+from lightning_odem.arguments import check_choice, check_integer, check_patterns, check_range, check_seed
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, others, weight_matrices
 from lightning_odem.methods.linalg import singular
@@ -115,22 +115,15 @@ class NUFILTMerge(MergeMethod):
         others: Rest = "base",
         layers: Sequence[str] | None = None,
     ) -> None:
-        check_choice("variant", variant, get_args(Variant))
-        for name, number in {"null_rank": null_rank, "task_rank": task_rank, "lora_rank": lora_rank}.items():
-            check_range(name, number, 1)
-        check_range("null_share", null_share, 0, 1, open_low=True)
-        check_range("steps", steps, 1)
-        check_range("lr", lr, 0, open_low=True)
-        check_choice("others", others, get_args(Rest))
-        self.variant = variant
-        self.null_rank = null_rank
-        self.null_share = null_share
-        self.task_rank = task_rank
-        self.lora_rank = lora_rank
-        self.steps = steps
-        self.lr = lr
-        self.seed = seed
-        self.others = others
+        self.variant = check_choice("variant", variant, get_args(Variant))
+        self.null_rank = check_integer("null_rank", null_rank, 1)
+        self.null_share = check_range("null_share", null_share, 0, 1, open_low=True)
+        self.task_rank = check_integer("task_rank", task_rank, 1)
+        self.lora_rank = check_integer("lora_rank", lora_rank, 1)
+        self.steps = check_integer("steps", steps, 1)
+        self.lr = check_range("lr", lr, 0, open_low=True)
+        self.seed = check_seed("seed", seed)
+        self.others = check_choice("others", others, get_args(Rest))
         self.layers = check_patterns("layers", layers)
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:

@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer, check_range, check_seed
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.flow import Descent, NonFiniteLossError, Trajectory
-from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.bracket import Bracket
 from lightning_odem.methods.isotropic import IsotropicMerge
@@ -48,7 +48,7 @@ class ODEMerge(MergeMethod):
 
     Args:
         batch_size: Samples per minibatch of the flow.
-        descent: Length :math:`\kappa` of the flow, >= 0; 0 omits it.
+        descent: Length :math:`\kappa` of the flow, in [0, 100]; 0 omits it.
         epochs: Pieces of the flow, each one epoch over its samples.
         seed: Seed of the minibatches; each merge starts from it.
 
@@ -61,13 +61,10 @@ class ODEMerge(MergeMethod):
     sharded = True
 
     def __init__(self, batch_size: int = 64, descent: float = 0.006, epochs: int = 2, seed: int = 0) -> None:
-        check_range("batch_size", batch_size, 1)
-        check_range("descent", descent, 0)
-        check_range("epochs", epochs, 1)
-        self.batch_size = batch_size
-        self.descent = descent
-        self.epochs = epochs
-        self.seed = seed
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.descent = check_range("descent", descent, 0, 100)
+        self.epochs = check_integer("epochs", epochs, 1)
+        self.seed = check_seed("seed", seed)
         self._sums = IsotropicMerge()
         self._scale: float | None = None
 

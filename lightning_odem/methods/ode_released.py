@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_flag, check_range, check_step
 from lightning_odem.flow import NonFiniteLossError, Trajectory, TransportField
 from lightning_odem.flow.constraints import project_
 from lightning_odem.flow.largest import admit, largest
-from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import Calibration
@@ -67,15 +67,11 @@ class ReleasedODEMerge(MergeMethod):
         norm_power: float = 0.25,
         refine: bool = False,
     ) -> None:
-        check_range("step_size", step_size, 0, 1, open_low=True)
-        check_range("budget", budget, 0)
-        check_range("descent", descent, 0)
-        check_range("norm_power", norm_power, 0, 1)
-        self.step_size = step_size
-        self.budget = budget
-        self.descent = descent
-        self.norm_power = norm_power
-        self.refine = refine
+        self.step_size = check_step("step_size", step_size)
+        self.budget = check_range("budget", budget, 0)
+        self.descent = check_range("descent", descent, 0, 100)
+        self.norm_power = check_range("norm_power", norm_power, 0, 1)
+        self.refine = check_flag("refine", refine)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Follow the path from ``merged`` towards ``incoming`` up to time ``t``, in the memory of ``merged``.

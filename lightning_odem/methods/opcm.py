@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
+from lightning_odem.arguments import check_choice, check_flag, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import matrices, weight_matrices
 from lightning_odem.methods.linalg import exact, norm, singular
@@ -88,11 +88,9 @@ class OPCMMerge(MergeMethod):
         convolutions: bool = True,
         layers: Sequence[str] | None = None,
     ) -> None:
-        check_range("alpha", alpha, 0, 1)
-        check_choice("recursion", recursion, get_args(Recursion))
-        self.alpha = alpha
-        self.recursion = recursion
-        self.convolutions = convolutions
+        self.alpha = check_range("alpha", alpha, 0, 1)
+        self.recursion = check_choice("recursion", recursion, get_args(Recursion))
+        self.convolutions = check_flag("convolutions", convolutions)
         self.layers = check_patterns("layers", layers)
         self._scale = 1.0
         self._norms: list[float] = []

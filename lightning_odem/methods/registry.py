@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TypeVar
 
+from lightning_odem.arguments import shown
 from lightning_odem.methods.average import AverageMerge
 from lightning_odem.methods.base import MergeMethod
 from lightning_odem.methods.closed_form import ClosedFormMerge
@@ -109,8 +110,13 @@ def resolve_method(method: str | MergeMethod) -> MergeMethod:
     if isinstance(method, MergeMethod):
         resolve_needs(method)
         return method
+    if not isinstance(method, str):
+        raise ValueError(f"method must be the name of a merge method or a MergeMethod, got method={shown(method)}.")
     rule = METHODS[method] if method in METHODS else _import(method)
-    made = rule() if isinstance(rule, type) else FunctionMerge(rule)
+    try:
+        made = rule() if isinstance(rule, type) else FunctionMerge(rule)
+    except TypeError as error:  # abstract, or arguments without defaults
+        raise ValueError(f"method={method!r} cannot be made without arguments: {error}. Give an instance.") from error
     resolve_needs(made)
     return made
 
@@ -118,11 +124,11 @@ def resolve_method(method: str | MergeMethod) -> MergeMethod:
 def _import(path: str) -> type[MergeMethod] | MergeFunction:
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError(f"Unknown merge method {path!r}; the methods are {', '.join(sorted(METHODS))}.")
+        raise ValueError(f"Unknown merge method {shown(path)}; the methods are {', '.join(sorted(METHODS))}.")
     try:
         rule = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"There is no merge method at {path!r}: {error}.") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two for "..x" and the like
+        raise ValueError(f"There is no merge method at {shown(path)}: {error}.") from error
     if not callable(rule) or (isinstance(rule, type) and not issubclass(rule, MergeMethod)):
         raise ValueError(f"{path} is not a merge method: neither a subclass of MergeMethod nor a function.")
     return rule

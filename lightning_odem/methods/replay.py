@@ -6,8 +6,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer, check_range, check_seed, check_step
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import Calibration
 
@@ -38,13 +38,10 @@ class ReplayMerge(MergeMethod):
     needs = (Calibration(),)
 
     def __init__(self, lr: float = 1e-4, batch_size: int = 64, step_size: float = 0.05, seed: int = 0) -> None:
-        check_range("lr", lr, 0, open_low=True)
-        check_range("batch_size", batch_size, 1)
-        check_range("step_size", step_size, 0, 1, open_low=True)
-        self.lr = lr
-        self.batch_size = batch_size
-        self.step_size = step_size
-        self.seed = seed
+        self.lr = check_range("lr", lr, 0, open_low=True)
+        self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.step_size = check_step("step_size", step_size)
+        self.seed = check_seed("seed", seed)
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Interpolate and fine-tune in the memory of ``merged``.

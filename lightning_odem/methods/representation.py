@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss
 
+from lightning_odem.arguments import check_choice, check_patterns, check_range
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods.arguments import check_choice, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import tensors, weight_matrices
 from lightning_odem.methods.needs import Calibration, TrainingData, combine
@@ -63,17 +63,13 @@ class RepresentationCorrection(MergeMethod):
     ) -> None:
         from lightning_odem.methods.registry import resolve_method  # which itself imports methods made of this one
 
-        check_range("lr", lr, 0)
-        check_choice("loss", loss, get_args(Loss))
-        check_range("weight_decay", weight_decay, 0)
-        check_range("clip", clip, 0, open_low=True)
         self.method = resolve_method(method)
         self.needs = combine([*self.method.needs, TrainingData()])
         self.layers = check_patterns("layers", layers)
-        self.lr = lr
-        self.loss = loss
-        self.weight_decay = weight_decay
-        self.clip = clip
+        self.lr = check_range("lr", lr, 0)
+        self.loss = check_choice("loss", loss, get_args(Loss))
+        self.weight_decay = check_range("weight_decay", weight_decay, 0)
+        self.clip = check_range("clip", clip, 0, open_low=True)
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The wrapped method's first model; there is no earlier model to correct towards."""

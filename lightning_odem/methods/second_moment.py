@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_range
+from lightning_odem.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import SecondMoments
 
@@ -58,9 +58,7 @@ class SecondMomentMerge(MergeMethod):
     needs = (SecondMoments(),)
 
     def __init__(self, coefficient: float | None = None) -> None:
-        if coefficient is not None:
-            check_range("coefficient", coefficient, 0, 1)
-        self.coefficient = coefficient
+        self.coefficient = None if coefficient is None else check_range("coefficient", coefficient, 0, 1)
         self._moments: Tensor | None = None
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_range
+from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import BaseModel
 
@@ -52,10 +52,8 @@ class TaskArithmeticMerge(MergeMethod):
     sharded = True
 
     def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
-        check_range("scale", scale, 0, open_low=True)
-        check_choice("recursion", recursion, get_args(Recursion))
-        self.scale = scale
-        self.recursion = recursion
+        self.scale = check_range("scale", scale, 0, open_low=True)
+        self.recursion = check_choice("recursion", recursion, get_args(Recursion))
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model with its task vector scaled."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_patterns, check_range
+from lightning_odem.arguments import check_flag, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.layout import parts, weight_matrices
 from lightning_odem.methods.linalg import exact, singular
@@ -48,10 +48,9 @@ class TaskSingularVectorsMerge(MergeMethod):
     needs = (BaseModel(),)
 
     def __init__(self, scale: float = 1.0, layers: Sequence[str] | None = None, recursion: bool = False) -> None:
-        check_range("scale", scale, 0, open_low=True)
-        self.scale = scale
+        self.scale = check_range("scale", scale, 0, open_low=True)
         self.layers = check_patterns("layers", layers)
-        self.recursion = recursion
+        self.recursion = check_flag("recursion", recursion)
         self._average = RunningAverage()
         self._shares: list[float] = []
         self._factors: list[dict[str, Factors]] = []

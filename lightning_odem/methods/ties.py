@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_odem.methods.arguments import check_choice, check_range
+from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
@@ -101,14 +101,10 @@ class TiesMerge(MergeMethod):
     def __init__(
         self, scale: float = 0.3, density: float = 0.2, combine: Combine = "sum", recursion: Recursion = "utility"
     ) -> None:
-        check_range("scale", scale, 0, open_low=True)
-        check_range("density", density, 0, 1, open_low=True)
-        check_choice("combine", combine, get_args(Combine))
-        check_choice("recursion", recursion, get_args(Recursion))
-        self.scale = scale
-        self.density = density
-        self.combine: Combine = combine
-        self.recursion = recursion
+        self.scale = check_range("scale", scale, 0, open_low=True)
+        self.density = check_range("density", density, 0, 1, open_low=True)
+        self.combine: Combine = check_choice("combine", combine, get_args(Combine))
+        self.recursion = check_choice("recursion", recursion, get_args(Recursion))
 
     def start(self, incoming: Tensor, context: MergeContext) -> MergeResult:
         """The first task's model; with ``recursion="sum"`` its task vector is scaled."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_odem.arguments import check_integer, check_range
 from lightning_odem.calibration.task_data import TaskData
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import BaseModel, Need, Snapshots, TrainingData
@@ -110,19 +110,13 @@ class TRMStyleMerge(MergeMethod):
         kappa: float = 0.1,
         snapshots: int = 8,
     ) -> None:
-        check_range("steps", steps, 0)
-        check_range("lr", lr, 0, open_low=True)
-        check_range("consistency", consistency, 0)
-        check_range("responsiveness", responsiveness, 0)
-        check_range("kappa", kappa, 0)
-        check_range("snapshots", snapshots, 1)
-        self.steps = steps
-        self.lr = lr
-        self.consistency = consistency
-        self.responsiveness = responsiveness
-        self.kappa = kappa
-        self.snapshots = snapshots
-        self.needs = (BaseModel(), Snapshots(snapshots), TrainingData())
+        self.steps = check_integer("steps", steps, 0)
+        self.lr = check_range("lr", lr, 0, open_low=True)
+        self.consistency = check_range("consistency", consistency, 0)
+        self.responsiveness = check_range("responsiveness", responsiveness, 0)
+        self.kappa = check_range("kappa", kappa, 0)
+        self.snapshots = check_integer("snapshots", snapshots, 1)
+        self.needs = (BaseModel(), Snapshots(self.snapshots), TrainingData())
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Optimise the coefficients, starting from the running average.

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import shown
+
 
 def check_weights(weights: Sequence[float] | Tensor) -> None:
     """Check the utility weights of a stream.
@@ -35,7 +37,10 @@ def check_weights(weights: Sequence[float] | Tensor) -> None:
         ...
         ValueError: Utility weight -2.0 at index 1 is invalid: weights must be finite and not negative.
     """
-    weights = torch.as_tensor(weights, dtype=torch.float64)
+    try:
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"Utility weights must be numbers, one per task, got {shown(weights)}.") from error
     if weights.ndim != 1:
         raise ValueError(f"Utility weights must be 1-dimensional, one per task, got shape {tuple(weights.shape)}.")
     for index, weight in enumerate(weights.tolist()):

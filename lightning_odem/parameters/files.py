@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # _DRAFT
+    draft.unlink(missing_ok=True)  # of a killed process with this number, or a pipe that would not end
     try:
         yield draft
         sync(draft)
@@ -37,6 +39,31 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+class NotRegularError(OSError):
+    """A path that names a pipe or a device where a file was expected."""
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """The content of a regular file: to read a pipe or a device might never end.
+
+    Raises:
+        NotRegularError: If the path names something else.
+        OSError: If it cannot be read.
+    """
+    # Not to wait for a writer of a pipe.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise NotRegularError(f"{path} is no regular file.")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -18,7 +18,14 @@ from lightning_odem.metrics import (
     forward_transfer,
     weighted_accuracy,
 )
-from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
+from lightning_odem.parameters.files import (
+    NotRegularError,
+    map_values,
+    nan_to_none,
+    none_to_nan,
+    read_regular,
+    replacing,
+)
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 
 
@@ -164,9 +171,9 @@ class StreamReport:
             ValueError: If the file is not a report; the message names the file and what is wrong.
         """
         try:
-            report = cls.from_dict(map_values(json.loads(Path(path).read_text(encoding="utf-8")), none_to_nan))
+            report = cls.from_dict(map_values(json.loads(read_regular(path)), none_to_nan))
             lengths = [len(row) for row in report.accuracy]
-        except (KeyError, TypeError, ValueError) as error:
+        except (NotRegularError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a merge report: {error!r}.") from error
         if lengths != list(range(1, len(report.tasks) + 1)):
             raise ValueError(f"{path} is damaged: {len(report.tasks)} tasks, but accuracy rows of lengths {lengths}.")

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from lightning_odem.parameters.files import replacing
 from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
 from lightning_odem.report.record import StreamReport
 from lightning_odem.report.search_figure import plot_search
@@ -28,7 +29,8 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "table.txt"]
-    written[0].write_text(render_summary(report, width=120), encoding="utf-8")
+    with replacing(written[0]) as draft:
+        draft.write_text(render_summary(report, width=120), encoding="utf-8")
     figures = {}
     if report.merges:
         figures["accuracy_matrix"] = plot_accuracy_matrix(report)
@@ -39,6 +41,7 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
             figures[f"path-{number:02d}-{task}"] = (plot_search if record.path.get("scale") else plot_path)(record)
     for name, figure in figures.items():
         written.append(directory / f"{name}.png")
-        figure.savefig(written[-1])
+        with replacing(written[-1]) as draft:
+            figure.savefig(draft, format="png")
     # Written last: if it is up to date, the others are too.
     return [*written, report.save(directory / "report.json")]

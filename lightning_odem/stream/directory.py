@@ -1,5 +1,7 @@
 """The directory of a stream."""
 
+import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +16,13 @@ from torch import nn
 from lightning_odem.parameters.files import remove_drafts
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import weights_checkpoint
+from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
 from lightning_odem.report import StreamReport, save
+from lightning_odem.report.plain import plain
 from lightning_odem.stream.naming import file_name
+from lightning_odem.stream.sections import check_sections
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import StreamLock, StreamStore
+from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStateError, StreamStore, differences
 from lightning_odem.stream.store.reference import refer, resolve
 
 
@@ -49,12 +54,24 @@ class RunDirectory:
         Raises:
             StreamStateError: If it cannot be read; the message says what was found in which file.
         """
-        assert self._store is not None, "the directory is known"
-        number, state = self._store.number, self._store.load(mapped=self._mapped)
-        if state is None:
+        state, self._number = self._load()
+        return state
+
+    def newer(self, state: StreamState) -> dict[str, Any] | None:
+        """The stream's state where another process has taken it further than this one knows, else None.
+
+        Raises:
+            MisconfigurationException: If the directory holds another stream by now.
+        """
+        if self._store is None or self._store.number in (None, self._number):
             return None
+        stored, number = self._load()
+        if stored is None:
+            return None
+        if not _is_same_stream(stored, state):
+            raise self._other_stream(StreamReport.from_dict(stored["report"]), state)
         self._number = number
-        return {**state, "dirpath": str(self._directory)}
+        return stored
 
     def lock(self, trainer: L.Trainer) -> None:
         """Keep other processes from fitting tasks of the stream until :meth:`release`.
@@ -98,6 +115,28 @@ class RunDirectory:
         if self._number == before:
             state.random = like.random  # the process recognises its own dict by identity
         return state
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the file of the base model is damaged, and the stream was read without it."""
+        return self._store is not None and "base" in self._store.lacking
+
+    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
+        """Write the base model again, from a module that still holds it.
+
+        Raises:
+            StreamStateError: If the module holds another one; the hash of the damaged file tells.
+        """
+        assert self._store is not None, "it was read"
+        whole = whole_snapshot(module, base)
+        mended = trainer.is_global_zero and self._store.mend("base", whole)
+        if not trainer.strategy.broadcast(mended):
+            raise StreamStateError(
+                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
+                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
+                "stream began with, which are written again then, or put a copy of the file back."
+            )
+        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
 
     def at(self, name: str) -> Path:
         """The path of a file in the directory."""
@@ -152,21 +191,19 @@ class RunDirectory:
                 )
         self.lock(trainer)
         assert self._store is not None, "opened"
-        newer = None
+        newer, on_disk = None, state.report
         number = trainer.strategy.broadcast(self._store.number)
         if resumed or number != self._number or number is None:
-            report, newer = self._held(number)
+            report, newer, number = self._held(number)
+            on_disk = report
             held, known = report.tasks, state.report.tasks
             same = held == known and len(report.removed) == len(state.report.removed)
             # The process that wrote the checkpoint may have merged the task that it had begun.
-            again = state.dirpath == str(self._directory) and held == [*known, state.started.get("task")]
-            further = not resumed and number is not None and _goes_on(report, state.report)
+            here = state.dirpath is not None and Path(state.dirpath).absolute() == self._directory
+            again = here and held == [*known, state.started.get("task")]
+            further = not resumed and newer is not None and _is_same_stream(newer, state)
             if held and not (same or again or further):
-                raise MisconfigurationException(
-                    f"{self._directory} holds another stream already (tasks merged there: {', '.join(held)}; in this "
-                    f"stream: {', '.join(known) or 'none'}). Choose another dirpath, or move that one "
-                    "away."
-                )
+                raise self._other_stream(report, state)
             if resumed and again and getattr(trainer.datamodule, "task_name", None) is None:  # type: ignore[attr-defined]
                 task = state.started["task"]
                 raise MisconfigurationException(
@@ -176,6 +213,8 @@ class RunDirectory:
                 )
             newer = newer if further and not same else None
             self._number = number
+        if number is not None and trainer.is_global_zero:
+            self._keep_evidence(on_disk)
         self.path, state.dirpath = self._directory, str(self._directory)
         return newer
 
@@ -235,16 +274,44 @@ class RunDirectory:
         """Write the report again if it is behind the state, because a process died between writing the two."""
         if self._directory is None or not report.tasks:
             return
+        if self._is_written(report):
+            return
         try:
-            written = _report_in(self._directory)
+            with self.locked():
+                if self._store is not None and self._store.number == self._number and not self._is_written(report):
+                    self._keep_evidence(report)
+                    rank_zero_info(f"The report in {self._directory} is not that of the stream and written again.")
+                    save(report, self._directory)
+        except StreamInUseError:
+            return  # who has the stream writes its report
+
+    def _is_written(self, report: StreamReport) -> bool:
+        """Whether the report in the directory is that of the state."""
+        try:
+            written = _report_in(self.at(""))
         except ValueError:
-            written = StreamReport()
-        if written.tasks != report.tasks or len(written.removed) != len(report.removed):
-            rank_zero_info(f"The report in {self._directory} is behind the stream and written again.")
-            remove_drafts(self._directory)
-            save(report, self._directory)
+            return False
+        return written.tasks == report.tasks and len(written.removed) == len(report.removed)
+
+    def _keep_evidence(self, report: StreamReport) -> None:
+        """Put a report aside that tells of more tasks than the state on disk, whose report is given."""
+        try:
+            written = _report_in(self.at(""))
+        except ValueError:
+            return
+        gone = {record.task for record in report.removed}
+        if lost := [task for task in written.tasks if task not in report.tasks and task not in gone]:
+            kept = _free(self.at("report.json.ahead"))
+            os.replace(self.at("report.json"), kept)
+            rank_zero_warn(
+                f"{self.at('report.json')} tells of tasks that the state of the stream does not hold: "
+                f"{', '.join(map(plain, lost))}. The newest files of the state have been lost or put back; the stream "
+                f"goes on without these tasks. That report is kept as {kept.name}. If there is a copy of the folder "
+                "'stream', put it back before going on."
+            )
 
     def _open(self, directory: Path) -> None:
+        directory = directory.absolute()  # wherever the process goes from here
         if directory.exists() and not directory.is_dir():
             raise MisconfigurationException(f"{directory} is a file; dirpath must name a directory.")
         self._directory = directory
@@ -260,14 +327,25 @@ class RunDirectory:
                 "remaining() of the callback, writes it."
             )
 
-    def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None]:
-        """The report of the stream in the directory, and its state; None if there is no state."""
-        assert self._directory is not None, "opened"
+    def _load(self) -> tuple[dict[str, Any] | None, int | None]:
+        """The state on disk and the number of its generation."""
+        assert self._store is not None, "the directory is known"
+        number, state = self._store.number, self._store.load(self._mapped, check_sections, mendable=["base"])
+        return (None, None) if state is None else ({**state, "dirpath": str(self._directory)}, number)
+
+    def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None, int | None]:
+        """Report of the stream that the directory holds, its state and number."""
         if number is None:
-            return _report_in(self._directory), None
-        state = self.load()
+            return _report_in(self.at("")), None, None
+        state, number = self._load()
         assert state is not None, "it has a number"
-        return StreamReport.from_dict(state["report"]), state
+        return StreamReport.from_dict(state["report"]), state, number
+
+    def _other_stream(self, held: StreamReport, state: StreamState) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"{self._directory} holds another stream already (tasks merged there: {', '.join(held.tasks)}; in this "
+            f"stream: {', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one away."
+        )
 
 
 def _make_next_version(root: Path) -> Path:
@@ -281,6 +359,21 @@ def _make_next_version(root: Path) -> Path:
         except FileExistsError:
             continue
         return path
+
+
+def _free(path: Path) -> Path:
+    """A path that names nothing yet: this one, or with the first number that is free."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+
+
+def _is_same_stream(stored: dict[str, Any], state: StreamState) -> bool:
+    """Whether a stream that was read is the one in memory, or that one taken further."""
+    known, found = (state.base or {}) if state.report.tasks else {}, stored["base"] or {}
+    # Shards, which processes hold instead of whole tensors, are not compared.
+    known = {name: tensor for name, tensor in known.items() if name not in found or tensor.shape == found[name].shape}
+    same_base = not differences(known, {name: found[name] for name in known if name in found})
+    return same_base and _goes_on(StreamReport.from_dict(stored["report"]), state.report)
 
 
 def _goes_on(newer: StreamReport, older: StreamReport) -> bool:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_odem.arguments import shown
+
 LONGEST = 73
 """Length to which a task's name is cut in the name of a file; file systems allow 255 letters in all."""
 
@@ -15,13 +17,17 @@ def next_task_name(datamodule: Any, tasks: Sequence[str], default: str | None = 
     """The datamodule's ``task_name``, else ``default``, else ``task_<number>``.
 
     Raises:
-        ValueError: If a task of that name is merged already.
+        ValueError: If a task of that name is merged already, or no file can hold the name.
 
     Example:
         >>> next_task_name(None, ["task_1"])
         'task_2'
     """
     name = str(getattr(datamodule, "task_name", default or f"task_{len(tasks) + 1}"))
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The task name {name!a} has letters that cannot be written to a file: {error}.") from error
     if name in tasks:
         raise ValueError(
             f"Task {name!r} has been merged already, as task {list(tasks).index(name) + 1} of {len(tasks)}. Give each "
@@ -45,11 +51,11 @@ def next_task_weight(
         (2.0, 3.0)
     """
     if weights is None:
-        return float(getattr(datamodule, "task_weight", 1.0))
+        return _number(getattr(datamodule, "task_weight", 1.0), name)
     if isinstance(weights, Mapping):
         if name not in weights:
             raise ValueError(f"No weight for task {name!r}; weights are given for {', '.join(weights)}.")
-        return float(weights[name])
+        return _number(weights[name], name)
     if removed:
         raise ValueError(
             f"Tasks were taken out of the stream ({', '.join(removed)}), so the position of {name!r} does not tell "
@@ -57,7 +63,14 @@ def next_task_weight(
         )
     if len(tasks) >= len(weights):
         raise ValueError(f"No weight for task {len(tasks) + 1} ({name!r}); {len(weights)} weights are given.")
-    return float(weights[len(tasks)])
+    return _number(weights[len(tasks)], name)
+
+
+def _number(weight: Any, task: str) -> float:
+    try:
+        return float(weight)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"The utility weight of task {task!r} must be a number, got {shown(weight)}.") from error
 
 
 def file_name(task: str) -> str:

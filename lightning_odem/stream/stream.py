@@ -15,7 +15,7 @@ from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
-from lightning_odem.methods import MergeMethod, resolve_method
+from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
@@ -83,8 +83,18 @@ class Stream:
         return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
 
     def load_method(self) -> None:
-        """Give the method the state that it has in this stream."""
-        self.method.load_state_dict(copy_containers(self.state.method))
+        """Give the method the state that it has in this stream.
+
+        Raises:
+            ValueError: If the method cannot use what the stream keeps for it.
+        """
+        try:
+            self.method.load_state_dict(copy_containers(self.state.method))
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            where = f" in {self.state.dirpath}" if self.state.dirpath else ""
+            raise ValueError(
+                f"Section 'method' of the stream{where} is no state of {method_name(self.method)!r}: {error!r}."
+            ) from error
 
     def merge(
         self,

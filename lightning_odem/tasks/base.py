@@ -7,6 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_odem.arguments import check_instance, check_names, check_seed
 from lightning_odem.tasks.splits import LabelledDataset
 from lightning_odem.tasks.task import Task
 
@@ -57,15 +58,16 @@ class TaskStream(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        names = list(builders) if tasks is None else list(tasks)
-        weights = weights or {}
+        names = list(builders if tasks is None else check_names("tasks", tasks))
+        weights = {} if weights is None else check_instance("weights", weights, Mapping, "weights by task name")
         for argument, given in {"tasks": names, "weights": weights}.items():
             if unknown := [name for name in given if name not in builders]:
                 raise ValueError(f"Unknown name in {argument}: {_quoted(unknown)}. Valid names: {_quoted(builders)}.")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks must name at least one task and none twice, got {names}.")
         if order_seed is not None:
-            names = [names[i] for i in np.random.default_rng(order_seed).permutation(len(names))]
+            order = np.random.default_rng(check_seed("order_seed", order_seed)).permutation(len(names))
+            names = [names[i] for i in order]
         self._builders = builders
         self._options = {
             "train_transform": train_transform,

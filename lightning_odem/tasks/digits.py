@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_odem.arguments import LARGEST_IMAGE, check_integer
 from lightning_odem.tasks import shifts
 from lightning_odem.tasks.base import TaskStream
 from lightning_odem.tasks.dataset import ArrayDataset
@@ -54,6 +55,7 @@ class DigitsStream(TaskStream):
     """
 
     def __init__(self, tasks: list[str] | None = None, image_size: int = 32, **kwargs: Any) -> None:
+        image_size = check_integer("image_size", image_size, 0, LARGEST_IMAGE)
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8, the size of the digits, got {image_size}.")
         builders = {name: partial(_build, name, image_size) for name in _SHIFTS}

@@ -7,6 +7,7 @@ from typing import Any
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader, find_classes
 
+from lightning_odem.arguments import LARGEST_IMAGE, check_integer, check_path
 from lightning_odem.tasks.base import TaskStream
 from lightning_odem.tasks.selection import Selection, preprocessing
 from lightning_odem.tasks.splits import Splits
@@ -30,7 +31,8 @@ class ImageFolderStream(TaskStream):
     """
 
     def __init__(self, root: str | Path, image_size: int = 32, **kwargs: Any) -> None:
-        folders = sorted(path for path in Path(root).glob("*") if path.is_dir() and not path.name.startswith("."))
+        root, image_size = check_path("root", root), check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+        folders = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
         if not folders:
             raise FileNotFoundError(f"No task folder in {root}: expected {root}/<task>/train/<class>/<image file>.")
         super().__init__({folder.name: partial(_build, folder, image_size) for folder in folders}, **kwargs)

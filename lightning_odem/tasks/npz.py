@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_odem.arguments import LARGEST_IMAGE, check_integer, check_path
 from lightning_odem.tasks.archive import NpzArchive
 from lightning_odem.tasks.base import TaskStream
 from lightning_odem.tasks.dataset import ArrayDataset
@@ -31,9 +32,12 @@ class NpzStream(TaskStream):
     """
 
     def __init__(self, root: str | Path, channels: int = 3, image_size: int | None = None, **kwargs: Any) -> None:
-        if channels not in (1, 3):
+        if (channels := check_integer("channels", channels, 0)) not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}.")
-        files = sorted(Path(root).glob("*.npz"))
+        if image_size is not None:
+            image_size = check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+        root = check_path("root", root)
+        files = sorted(root.glob("*.npz"))
         if not files:
             raise FileNotFoundError(f"No .npz file in {root}: it must be a folder with one MedMNIST file per task.")
         super().__init__({path.stem: partial(_build, path, channels, image_size) for path in files}, **kwargs)

@@ -1,6 +1,5 @@
 """One task of a stream."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_odem.arguments import check_instance, check_integer, check_range, check_seed, shown
 from lightning_odem.tasks.sampler import EpochSampler
 from lightning_odem.tasks.selection import Selection
 from lightning_odem.tasks.splits import LabelledDataset, Splits
@@ -65,18 +65,19 @@ class Task(LightningDataModule):
         class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"Task {name!r}: the weight must be finite and not negative, got {weight}.")
-        if num_classes < 1:
-            raise ValueError(f"Task {name!r} from {source}: num_classes must be at least 1, got {num_classes}.")
-        self.task_name = name
-        self.task_weight = float(weight)
-        self.num_classes = num_classes
+        self.task_name = check_instance("name", name, str, "a string")
+        try:
+            self.task_weight = float(check_range("weight", weight, 0))
+            self.num_classes = check_integer("num_classes", num_classes, 1)
+            self.batch_size = check_integer("batch_size", batch_size, 1)
+            self.num_workers = check_integer("num_workers", num_workers, 0)
+            self.seed = check_seed("seed", seed)
+            if train_transform is not None and not callable(train_transform):
+                raise ValueError(f"train_transform must be a function of one image, got {shown(train_transform)}.")
+        except ValueError as error:
+            raise ValueError(f"Task {name!r} from {source}: {error}") from error
         self.source = source
         self.train_transform = train_transform
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self._read = splits
         self._prepare = prepare
         self._class_names = class_names

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_odem.arguments import LARGEST_IMAGE, check_flag, check_integer, check_path
 from lightning_odem.tasks.base import TaskStream
 from lightning_odem.tasks.catalogue import CATALOGUE, Entry, labels_of
 from lightning_odem.tasks.class_names import CLASS_NAMES
@@ -39,7 +40,9 @@ class TorchvisionStream(TaskStream):
     def __init__(
         self, root: str | Path, tasks: list[str], image_size: int = 224, download: bool = False, **kwargs: Any
     ) -> None:
-        builders = {name: partial(_build, name, Path(root), image_size, download) for name in CATALOGUE}
+        root, image_size = check_path("root", root), check_integer("image_size", image_size, 1, LARGEST_IMAGE)
+        check_flag("download", download)
+        builders = {name: partial(_build, name, root, image_size, download) for name in CATALOGUE}
         super().__init__(builders, tasks=tasks, **kwargs)
 
 

@@ -3,16 +3,19 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
 
@@ -191,11 +194,11 @@ def test_a_directory_that_was_moved_goes_on_where_it_is():
     shutil.move("old", "new")
     other, merge = process("new")
     assert same(everything(other), everything(module))
-    assert str(merge.dirpath) == "new"
+    assert merge.dirpath == Path("new").absolute()
     assert not Path("old").exists()
     shutil.move("new", "newest")
     again = ContinualMergeCallback(dirpath="newest", calibration_size=12)
-    assert again.last_merged_path == "newest/merged-03-task_3.ckpt"
+    assert again.last_merged_path == str(Path("newest/merged-03-task_3.ckpt").absolute())
     assert Path(again.last_merged_path).exists()
 
 
@@ -244,8 +247,50 @@ def test_a_state_without_any_whole_generation_is_refused():
     process("run", stop_after=1)
     for path in Path("run/stream").glob("*.safetensors"):
         path.write_bytes(b"")
-    with pytest.raises(StreamStateError, match=r"No state of the stream in run.stream is whole: .*safetensors"):
+    with pytest.raises(StreamStateError, match=r"No state of the stream in \S*run.stream is whole: .*safetensors"):
         ContinualMergeCallback(dirpath="run")
+
+
+@pytest.fixture
+def damaged_base():
+    """A stream of one task in which one bit of the only copy of the base model is wrong."""
+    process("run", stop_after=1)
+    (path,) = Path("run/stream").glob("base-*")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    yield path
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_base_model_is_mended_from_a_module_that_holds_it(damaged_base):
+    whole, _ = process("whole")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        process("run")
+    told = [str(warning.message) for warning in caught if "damaged" in str(warning.message)]
+    whole_tensors, tensors = re.search(r"(\d+) of its (\d+) tensors verify; damaged are \S+\. ", told[0]).groups()
+    assert int(whole_tensors) == int(tensors) - 1
+    assert told[1].endswith("was damaged and is written again from the module.")
+    assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2", "task_3"]
+    module = Classifier(dropout=0.2, batch_norm=True)
+    ContinualMergeCallback(dirpath="run").load_task(module, "task_3")
+    assert same(everything(module), everything(whole))
+
+
+def test_a_damaged_base_model_is_not_taken_from_another_module(damaged_base):
+    with pytest.warns(UserWarning, match="damaged"):
+        merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    other = Classifier(dropout=0.2, batch_norm=True)
+    torch.nn.init.zeros_(other.head.bias)
+    damaged = damaged_base.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StreamStateError, match=r"base model in \S*stream is damaged, and Classifier does not hold"):
+            fit(other, Task(1), merge)
+    with pytest.raises(ValueError, match="file of the base model is damaged"):
+        merge.load_base(other)
+    assert damaged_base.read_bytes() == damaged
+    fit(Classifier(dropout=0.2, batch_norm=True), Task(1), merge)
+    assert merge.report.tasks == ["task_1", "task_2"]
 
 
 def test_a_newer_format_is_refused():
@@ -306,6 +351,106 @@ def test_a_stream_that_another_process_took_further_is_read_again():
     assert first.report.merges[2].calibration.keys() == {"task_1", "task_2", "task_3"}
 
 
+def test_a_task_that_another_process_merged_since_the_callback_was_made_is_not_given_again():
+    late = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    process("run", stop_after=1)  # as another process would
+    given = []
+    for task in late.remaining(data := tasks()):
+        given.append(task)
+        fit(Classifier(dropout=0.2, batch_norm=True), task, late)
+    assert given == data[1:]
+    assert late.report.tasks == ["task_1", "task_2", "task_3"]
+
+
+def test_a_task_that_another_process_merged_since_it_was_given_is_refused_before_training():
+    late = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    first, second, third = tasks()
+    remaining = late.remaining([first, second, third])
+    assert next(remaining) is first
+    process("run", stop_after=1)  # as another process would
+    module = Classifier(dropout=0.2, batch_norm=True)
+    with pytest.raises(ValueError, match="Task 'task_1' has been merged already"):
+        fit(module, first, late)
+    assert next(remaining) is second
+    fit(module, second, late)
+    assert late.report.tasks == ["task_1", "task_2"]
+
+
+def test_names_belong_to_the_datamodules_they_were_given_to_whatever_their_order():
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    first, second, third = merge.remaining(tasks())
+    module = Classifier(dropout=0.2, batch_norm=True)
+    for task in (third, first):
+        fit(module, task, merge)
+    assert merge.report.tasks == ["task_3", "task_1"]
+
+
+def test_processes_that_take_turns_keep_their_modules():
+    callbacks = [ContinualMergeCallback(dirpath="run", calibration_size=12) for _ in range(2)]
+    modules = [Classifier(dropout=0.2, batch_norm=True) for _ in range(2)]
+    for number in range(4):
+        fit(modules[number % 2], Task(number, f"task_{number}"), callbacks[number % 2])
+    assert callbacks[1].report.tasks == [f"task_{number}" for number in range(4)]
+
+
+def test_a_stream_that_was_put_in_the_place_of_another_is_refused():
+    module, merge = process("run", stop_after=1)
+    shutil.rmtree("run")
+    with torch.random.fork_rng():
+        other = Classifier(dropout=0.2, batch_norm=True)
+        torch.nn.init.zeros_(other.head.bias)
+        another = ContinualMergeCallback(dirpath="run", calibration_size=12)
+        for task in tasks(2):
+            fit(other, task, another)
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(MisconfigurationException, match="holds another stream already"):
+            fit(module, Task(1), merge)
+    assert ContinualMergeCallback(dirpath="run").report.tasks == ["task_1", "task_2"]
+
+
+def test_a_relative_directory_stays_where_it_was_when_the_callback_was_made(tmp_path, monkeypatch):
+    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    where = Path.cwd()
+    monkeypatch.chdir(there)
+    fit(Classifier(), Task(0), merge)
+    assert merge.dirpath == where / "run"
+    assert Path(merge.last_merged_path).exists()
+    assert not list(there.iterdir())
+
+
+def test_a_report_that_tells_more_than_the_state_is_kept_beside_and_warned_of():
+    process("run", count=2)
+    told = Path("run/report.json").read_text()
+    newest = max(Path("run/stream").glob("0*.json"))
+    saved = newest.read_bytes()
+    for name in ("report.json.ahead", "report.json.ahead.1"):
+        newest.unlink()
+        module, merge = Classifier(dropout=0.2, batch_norm=True), ContinualMergeCallback(dirpath="run")
+        with pytest.warns(UserWarning, match=rf"state of the stream does not hold: task_2\..* kept as {name}\."):
+            list(merge.remaining(tasks()))
+        assert Path("run", name).read_text() == told
+        assert StreamReport.load("run/report.json").tasks == ["task_1"]
+        newest.write_bytes(saved)
+        Path("run/report.json").write_text(told)
+    newest.unlink()
+    with pytest.warns(UserWarning, match="kept as report.json.ahead.2"):
+        fit(module, Task(1), merge)
+    assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2"]
+
+
+def test_pipes_in_the_directory_are_replaced_or_named():
+    process("run", stop_after=1)
+    for path in (Path("run/report.json"), Path(f"run/.report.json.{os.getpid()}")):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    os.mkfifo("run/stream/000007.json")
+    with pytest.warns(UserWarning, match="000007.json is no regular file"):
+        process("run", stop_after=1)
+    assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2"]
+
+
 def test_what_remains_is_told_by_name():
     process("run", stop_after=1)
     merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
@@ -359,8 +504,8 @@ def test_a_state_that_cannot_be_written_leaves_the_stream_and_saves_the_fine_tun
     Path("run/stream/drafts").write_text("in the way of every write")
     os.chmod("run/stream/drafts", 0o400)
     with (
-        pytest.raises(OSError, match=r"could not be written to run.stream.*What was saved there before is intact"),
-        pytest.warns(UserWarning, match=r"fine-tuned weights are saved in run.fine-tuned-02-task_2.ckpt"),
+        pytest.raises(OSError, match=r"could not be written to \S*run.stream.*What was saved there before is intact"),
+        pytest.warns(UserWarning, match=r"fine-tuned weights are saved in \S*run.fine-tuned-02-task_2.ckpt"),
     ):
         fit(module, Task(1), merge)
     assert merge.report.tasks == ["task_1"]

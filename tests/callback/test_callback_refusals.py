@@ -59,7 +59,12 @@ def test_a_task_weight_that_is_no_utility_is_refused_before_training(weight):
         ({"weights": [1.0, -1.0]}, "-1.0 at index 1"),
         ({"weights": {"a": float("nan")}}, "nan at index 0"),
         ({"weights": [0.0, 0.0]}, "At least one"),
-        ({"calibration_size": 0}, "capacity=0"),
+        ({"calibration_size": 0}, "calibration_size=0"),
+        ({"calibration_size": 12.5}, "calibration_size must be an integer"),
+        ({"calibration_size": float("nan")}, "calibration_size must be an integer"),
+        ({"weights": "equal"}, "weights must be a list"),
+        ({"dirpath": 3}, "dirpath must be the path"),
+        ({"calibration": {"seed": 1}}, "calibration must be CalibrationOptions"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused_at_construction(arguments, message):

@@ -4,7 +4,15 @@ import os
 
 import pytest
 
-from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, remove_drafts, replacing
+from lightning_odem.parameters.files import (
+    NotRegularError,
+    map_values,
+    nan_to_none,
+    none_to_nan,
+    read_regular,
+    remove_drafts,
+    replacing,
+)
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
@@ -67,3 +75,21 @@ def test_drafts_of_killed_processes_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("")
     remove_drafts(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotRegularError, match="pipe is no regular file"):
+        read_regular(tmp_path / "pipe")
+    with pytest.raises(NotRegularError, match="/dev/zero is no regular file"):
+        read_regular("/dev/zero")
+
+
+def test_a_pipe_in_the_place_of_a_draft_or_of_the_file_is_replaced(tmp_path):
+    path = tmp_path / "report.json"
+    for pipe in (path, tmp_path / f".report.json.{os.getpid()}"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        with replacing(path) as draft:
+            draft.write_text("complete")
+        assert path.read_text() == "complete"

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,9 @@ def test_only_later_paths_are_drawn_on_request(report: StreamReport, tmp_path: P
 def test_empty_report_has_no_figures(tmp_path: Path) -> None:
     save(StreamReport(), tmp_path)
     assert names(tmp_path) == ["report.json", "table.txt"]
+
+
+def test_pipes_of_the_names_of_outputs_are_replaced(report: StreamReport, tmp_path: Path) -> None:
+    for name in ("table.txt", "accuracy_matrix.png", "report.json"):
+        os.mkfifo(tmp_path / name)
+    assert all(file.is_file() for file in save(report, tmp_path))

@@ -59,3 +59,14 @@ def test_weight_is_the_users_then_the_datamodules_then_one(weights, datamodule, 
 def test_a_task_without_a_given_weight_is_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         next_task_weight(weights, None, ["a"], "b")
+
+
+def test_a_name_that_no_file_can_hold_is_refused():
+    with pytest.raises(ValueError, match=r"task name '\\ud800' has letters that cannot be written"):
+        next_task_name(SimpleNamespace(task_name="\ud800"), [])
+
+
+@pytest.mark.parametrize("weight", ["heavy", None, [1.0], 10**400], ids=["word", "none", "list", "huge"])
+def test_a_weight_that_is_no_number_is_refused_by_its_task(weight):
+    with pytest.raises(ValueError, match="utility weight of task 'a' must be a number, got"):
+        next_task_weight(None, SimpleNamespace(task_weight=weight), [], "a")

@@ -167,7 +167,7 @@ def test_the_checkpoint_of_the_merged_weights_is_written_anew(caplog):
     heads = [stream.model(name)["head.weight"] for name in ("hats", "coats")]
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         stream.merge.remove("coats", stream.model("coats"))
-    assert stream.merge.last_merged_path == "streams/shop/merged-02-without-coats.ckpt"
+    assert stream.merge.last_merged_path == str(Path("streams/shop/merged-02-without-coats.ckpt").absolute())
     assert "Took task 'coats' out: the stream holds shoes, hats." in caplog.text
     assert stream.merge.last_merged_path in caplog.text
     module = Classifier.load_from_checkpoint(stream.merge.last_merged_path, batch_norm=True)

@@ -8,11 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lightning_odem.parameters.files import replacing
-
-
-class StreamInUseError(RuntimeError):
-    """Another process, or another object of this one, has the stream; the message names it."""
+from lightning_odem.parameters.files import read_regular, replacing
+from lightning_odem.stream.store.error import StreamInUseError
 
 
 class StreamLock:
@@ -77,7 +74,7 @@ class StreamLock:
 
     def _read_owner(self) -> str:
         try:
-            owner = json.loads(self._owner.read_bytes())
+            owner = json.loads(read_regular(self._owner))
             return f"process {owner['process']} on {owner['host']} since {owner['since']}"
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return f"a process unknown, as {self._owner.name} does not name it"

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
+from lightning_odem.parameters.files import NotRegularError, read_regular
+from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
+from lightning_odem.stream.store.tensor_file import TensorFile
 
 FORMAT = 1
 """Version of the format on disk that is written, and the newest that is read."""
@@ -22,10 +24,12 @@ class Section:
     Args:
         structure: The structure of its value, see :func:`~lightning_odem.stream.store.encode`.
         file: The file of its tensors; None if it has none.
+        crc32: A checksum of each tensor's bytes by name. It tells which tensors of a damaged file are whole.
     """
 
     structure: Any
     file: TensorFile | None = None
+    crc32: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Manifest:
         ones.
         """
         sections = {
-            name: {"value": section.structure, **({} if section.file is None else {"file": asdict(section.file)})}
+            name: {
+                "value": section.structure,
+                **({} if section.file is None else {"file": asdict(section.file), "crc32": section.crc32}),
+            }
             for name, section in self.sections.items()
         }
         content = {"format": FORMAT, "package": self.package, "number": self.number, "sections": sections}
@@ -66,7 +73,9 @@ class Manifest:
             StreamStateError: If a newer version of the package wrote it.
         """
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
+        except NotRegularError as error:
+            raise DamagedFileError(str(error)) from None
         except FileNotFoundError:
             raise DamagedFileError(f"{path} is missing.") from None
         length = len(_first_line(b""))
@@ -98,7 +107,8 @@ def _section(path: Path, name: str, entry: Any) -> Section:
         case {"value": structure, "file": {"name": str(file), "size": int(size), "sha256": str(digest)}}:
             # A name in the same directory, never a path.
             if TENSOR_FILE.fullmatch(file):
-                return Section(structure, TensorFile(file, size, digest))
+                sums = found if isinstance(found := entry.get("crc32"), dict) else {}
+                return Section(structure, TensorFile(file, size, digest), sums)
         case {"value": structure} if len(entry) == 1:
             return Section(structure)
     raise DamagedFileError(f"{path} does not tell where section {name!r:.40} is.")

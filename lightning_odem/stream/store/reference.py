@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_odem.stream.store.encoding import decode
+from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.manifest import Section
-from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
+from lightning_odem.stream.store.tensor_file import TensorFile
 
 
 def refer(section: Section | None, directory: Path) -> dict[str, Any] | None:

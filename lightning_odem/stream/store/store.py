@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_odem import version
 from lightning_odem.parameters.files import sync
 from lightning_odem.stream.store.encoding import decode, encode
+from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section
-from lightning_odem.stream.store.tensor_file import DamagedFileError, StreamStateError, TensorFile
+from lightning_odem.stream.store.tensor_file import TensorFile, checksums
 
 _MANIFEST = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -50,6 +52,7 @@ class StreamStore:
         self._drafts = self.directory / "drafts"
         self._known: dict[str, tuple[Any, Section]] = {}
         self._current: int | None = None
+        self._lacking: dict[str, Section] = {}
 
     @property
     def number(self) -> int | None:
@@ -74,6 +77,8 @@ class StreamStore:
             raise ValueError(
                 f"Sections are named by letters, digits and underscores, got {', '.join(map(repr, wrong))}."
             )
+        if self._lacking:
+            raise StreamStateError(f"{self.directory} lacks {', '.join(self._lacking)}, whose files are damaged.")
         encoded = {name: encode(value, name) for name, value in state.items() if not self._is_written(name, value)}
         newest = self.number
         number = (newest or 0) + 1
@@ -110,12 +115,20 @@ class StreamStore:
             self._remove_unused()
         return number
 
-    def load(self, mapped: bool = False) -> dict[str, Any] | None:
+    def load(
+        self,
+        mapped: bool = False,
+        check: Callable[[dict[str, Any]], None] = lambda state: None,
+        mendable: Collection[str] = (),
+    ) -> dict[str, Any] | None:
         """The state of the newest undamaged generation; there is a warning if a newer one is damaged.
 
         Args:
             mapped: Whether to map the tensor files into memory instead of reading them. A tensor then costs memory only
                 while it is used. The files are read once in any case, to check them.
+            check: Raises a ValueError for a state that is whole but cannot be used. No older one is taken instead.
+            mendable: Sections whose files may be damaged. They are None then, with a warning, and :meth:`mend` has to
+                be given them before the next :meth:`save`.
 
         Returns:
             The state; None if there is no generation.
@@ -124,25 +137,71 @@ class StreamStore:
             StreamStateError: If all generations are damaged, a newer version of the package wrote one, or a file exists
                 but cannot be read.
         """
+        numbers = sorted(self._numbers(), reverse=True)
         damage: list[str] = []
-        for number in sorted(self._numbers(), reverse=True):
-            try:
-                sections = self._read_manifest(number).sections
-                state = {name: self._read_section(number, name, section, mapped) for name, section in sections.items()}
-            except DamagedFileError as error:
-                damage.append(str(error))
+        for number in numbers:
+            state, broken, sections = self._read_generation(number, mapped)
+            if broken and sorted(self._numbers(), reverse=True) != numbers:
+                return self.load(mapped, check, mendable)  # a writer went on while this was read
+            if broken.keys() - set(mendable):
+                whole = f" Whole are {', '.join(state)}." if state else ""
+                damage.append(" ".join(broken.values()) + whole)
                 continue
+            state = {name: state.get(name) for name in sections}
+            try:
+                check(state)
+            except ValueError as error:
+                raise StreamStateError(
+                    f"{self._manifest_path(number)} is no state of a stream that can be taken up: {error}."
+                ) from error
             if damage:
                 rank_zero_warn(
                     f"The newest state of the stream is damaged: {' '.join(damage)} The stream goes on from generation "
                     f"{number}, the one before; what was done after it is lost."
                 )
-            self._known = {name: (state[name], section) for name, section in sections.items()}
+            if broken:
+                rank_zero_warn(
+                    f"{' '.join(broken.values())} The rest of the stream is whole: it goes on as soon as it is given "
+                    f"what was in there ({', '.join(broken)})."
+                )
+            self._known = {name: (state[name], section) for name, section in sections.items() if name not in broken}
+            self._lacking = {name: sections[name] for name in broken}
             self._current = number
             return state
         if damage:
             raise StreamStateError(f"No state of the stream in {self.directory} is whole: {' '.join(damage)}")
         return None
+
+    @property
+    def lacking(self) -> list[str]:
+        """Sections that :meth:`load` did without."""
+        return list(self._lacking)
+
+    def mend(self, section: str, value: Any) -> bool:
+        """Write a lacking section again if it is given the very value that was in the damaged file.
+
+        Returns:
+            Whether it is; nothing is changed otherwise.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        lacking = self._lacking[section]
+        self._drafts.mkdir(parents=True, exist_ok=True)
+        try:
+            structure, tensors = encode(value, section)
+            draft = self._drafts / f"{section}.safetensors"
+            file = TensorFile.write(tensors, section, draft) if tensors else None
+            if structure != lacking.structure or file != lacking.file:
+                return False
+            assert file is not None, "it was damaged"
+            os.replace(draft, self.directory / file.name)
+            sync(self.directory)
+        finally:
+            self._remove_drafts()
+        del self._lacking[section]
+        self._known[section] = (value, lacking)
+        return True
 
     def map(self, section: str) -> Any:
         """A section of the newest generation with its tensors mapped; :meth:`save` does not write it again.
@@ -187,7 +246,7 @@ class StreamStore:
         draft = self._drafts / f"{name}.safetensors"
         file = TensorFile.write(tensors, name, draft)
         os.replace(draft, self.directory / file.name)
-        return Section(structure, file)
+        return Section(structure, file, checksums(tensors))
 
     def _write_manifest(self, manifest: Manifest) -> None:
         draft = self._drafts / "manifest.json"
@@ -205,10 +264,29 @@ class StreamStore:
         except OSError as error:
             raise _unreadable(path, error) from error
 
+    def _read_generation(self, number: int, mapped: bool) -> tuple[dict[str, Any], dict[str, str], dict[str, Section]]:
+        """The sections of a generation that are whole, what is wrong with the others, and all from the manifest."""
+        try:
+            sections = self._read_manifest(number).sections
+        except DamagedFileError as error:
+            return {}, {"manifest": str(error)}, {}
+        state, broken = {}, {}
+        for name, section in sections.items():
+            try:
+                state[name] = self._read_section(number, name, section, mapped)
+            except DamagedFileError as error:
+                broken[name] = str(error)
+        return state, broken, sections
+
     def _read_section(self, number: int, name: str, section: Section, mapped: bool) -> Any:
         try:
             tensors = {} if section.file is None else section.file.read(self.directory, mapped)
             return decode(section.structure, tensors)
+        except FileNotFoundError as error:  # since it was looked for
+            raise DamagedFileError(f"{error.filename} is missing.") from error
+        except DamagedFileError as error:
+            assert section.file is not None, "it was read"
+            raise DamagedFileError(f"{error}{section.file.describe(self.directory, section.crc32)}") from error
         except OSError as error:
             raise _unreadable(self.directory / (section.file.name if section.file else ""), error) from error
         except StreamStateError:
@@ -221,7 +299,7 @@ class StreamStore:
 
     def _remove_unused(self) -> None:
         """Remove tensor files that no manifest names; damaged manifests are searched for names too."""
-        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name)]
+        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name) and path.is_file()]
         used = {name for path in manifests for name in TENSOR_FILE.findall(path.read_text("utf-8", "replace"))}
         for path in self.directory.iterdir():
             if TENSOR_FILE.fullmatch(path.name) and path.name not in used:

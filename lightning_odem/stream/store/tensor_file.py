@@ -3,23 +3,18 @@
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_odem.parameters.files import sync
-
-
-class StreamStateError(ValueError):
-    """The state of a stream on disk cannot be read; the message names the file and what was found in it."""
-
-
-class DamagedFileError(StreamStateError):
-    """A file is missing or is not what was written; an older generation may be whole."""
+from lightning_odem.stream.store.error import DamagedFileError
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,8 @@ class TensorFile:
         path = directory / self.name
         if not path.exists():
             raise DamagedFileError(f"{path} is missing.")
+        if not path.is_file():
+            raise DamagedFileError(f"{path} is no regular file.")
         if (size := path.stat().st_size) != self.size:
             raise DamagedFileError(f"{path} has {size} bytes where {self.size} were written.")
         if (digest := _sha256(path)) != self.sha256:
@@ -86,6 +83,32 @@ class TensorFile:
         except (SafetensorError, RuntimeError, KeyError) as error:
             raise DamagedFileError(f"{path} is no safetensors file that can be read: {error}") from error
         return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def describe(self, directory: Path, crc32: Mapping[str, int]) -> str:
+        """What is known of the tensors of a damaged file: which are whole, by their checksums."""
+        try:
+            found = checksums(load_file(directory / self.name))
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError):
+            return ""
+        if not crc32 or found.keys() != crc32.keys():
+            return ""
+        damaged = [name for name in crc32 if crc32[name] != found[name]]
+        which = f"damaged are {', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}" if damaged else "all"
+        return f" {len(crc32) - len(damaged)} of its {len(crc32)} tensors verify; {which}."
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """CRC-32 of the bytes of each tensor, by name.
+
+    Example:
+        >>> import torch
+        >>> checksums({"weight": torch.zeros(2), "bias": torch.zeros(0)})
+        {'weight': 1696784233, 'bias': 0}
+    """
+    return {
+        name: zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, tensor in tensors.items()
+    }
 
 
 def _sha256(path: Path) -> str:

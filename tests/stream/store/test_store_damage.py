@@ -247,3 +247,41 @@ def test_a_tensor_that_a_file_does_not_have_is_named(directory):
     sign(directory, content)
     assert load(directory)[0] == 1
     assert "000002.json, section 'merged': The structure refers to the tensor 'absent'" in load(directory)[1]
+
+
+def flip(path, place=-1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_of_a_damaged_file_the_whole_tensors_are_told_and_of_the_state_the_whole_sections(directory):
+    for path in directory.glob("merged-*"):
+        flip(path)
+    number, message = load(directory)
+    assert number == 0
+    assert "0 of its 1 tensors verify; damaged are w. Whole are base, report." in message
+
+
+def test_a_header_that_is_damaged_tells_of_no_tensor(directory):
+    for path in directory.glob("merged-*"):
+        flip(path, 20)
+    assert "verify" not in load(directory)[1]
+
+
+def test_a_section_that_can_be_given_again_is_no_reason_to_refuse_the_rest(directory):
+    (path,) = directory.glob("base-*")
+    whole, base = path.read_bytes(), state_of(2)["base"]
+    flip(path)
+    store = StreamStore(directory)
+    with pytest.warns(UserWarning, match="base-.*has changed.* it is given what was in there .base."):
+        state = store.load(mendable=["base"])
+    assert identical(state, {**state_of(2), "base": None})
+    with pytest.raises(StreamStateError, match="lacks base"):
+        store.save({**state, "base": base})
+    other = {name: value + 1 for name, value in base.items()}
+    assert (store.mend("base", other), store.lacking) == (False, ["base"])
+    assert (store.mend("base", base), store.lacking) == (True, [])
+    assert path.read_bytes() == whole
+    assert identical(StreamStore(directory).load(), state_of(2))
+    assert store.save({**state, "base": base}) == 3

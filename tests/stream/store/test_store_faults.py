@@ -2,6 +2,8 @@ import errno
 import random
 import shutil
 import signal
+import time
+import warnings
 from itertools import count
 
 import pytest
@@ -103,3 +105,16 @@ def test_to_save_a_model_takes_no_second_copy_of_it(tmp_path, other_process):
     (rise,), status = other_process.run("save_from_memory", tmp_path, 64)
     assert status == 0
     assert rise < 16e6
+
+
+def test_a_reader_beside_a_fast_writer_always_finds_a_whole_state(tmp_path, other_process):
+    StreamStore(tmp_path).save(state_of(1))
+    other_process.start("save_on_and_on", tmp_path, kill_after=1.5)
+    end, numbers = time.monotonic() + 1.2, []
+    while time.monotonic() < end:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            numbers.append(StreamStore(tmp_path).load()["report"]["number"])
+    other_process.wait()
+    assert numbers == sorted(numbers)
+    assert len(set(numbers)) > 10
