@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_odem.parameters.adapter_search import find_pairs
 from lightning_odem.parameters.vector import canonical_name, is_excluded
 
 
@@ -63,7 +64,7 @@ class Division:
         Raises:
             ValueError: If a pattern of the user matches nothing, most often because a name is misspelt; if a tied
                 parameter is excluded by only one of its names; if a parameter to be merged has no values yet or complex
-                ones; or if all parameters to be merged are frozen.
+                ones; if all parameters to be merged are frozen; or if an adapter could not be merged rightly.
         """
         kind = type(module).__name__
         named = [(canonical_name(name), tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]
@@ -99,3 +100,4 @@ class Division:
                 f"No trainable parameter of {kind} is left to merge: of {len(names_of)} parameters all are frozen or "
                 f"match the patterns {list(self.patterns(module))}."
             )
+        list(find_pairs(module, self.patterns(module)))
