@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -26,6 +26,8 @@ from lightning_odem.callback.rescue import rescuing
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.adapters import Adapters
+from lightning_odem.parameters.frozen_base import keep_frozen_when_loading
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import local, reshard
 from lightning_odem.parameters.snapshot import load_snapshot, take_snapshot, undisturbed
@@ -239,6 +241,7 @@ class ContinualMergeCallback(L.Callback):
         if task not in self.report.tasks:
             raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
         assert self._state.merged is not None, "there is a task, so there was a merge"
+        self._stream.check_fixed(module)
         restore_task_parameters(module, self._state.fixed | self._state.task_parameters[task])
         load_snapshot(module, self._state.merged, self.division.shared(module))
 
@@ -291,6 +294,7 @@ class ContinualMergeCallback(L.Callback):
         """
         if self._state.base is None:
             raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
+        self._stream.check_fixed(module)
         load_snapshot(module, self._state.base, self.division.shared(module))
 
     # ------------------------------------------------------------------------------------------- before the training
@@ -298,6 +302,7 @@ class ContinualMergeCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
         self._stage = stage
+        keep_frozen_when_loading(pl_module, self._state.frozen)
         if stage == "fit":
             self._fit = Fit()
             check_trainer(trainer, self)
@@ -411,7 +416,7 @@ class ContinualMergeCallback(L.Callback):
             _copy_from_main_process(trainer, pl_module)
             scores = self._measurement.every_task(trainer, pl_module, addition.task_parameters)
             record.further = {name: score.further for name, score in scores.items() if score.further}
-            record.checkpoint = self._directory.save_checkpoint(trainer, number, task)
+            record.checkpoint = self._directory.save_checkpoint(trainer, number, task, state.frozen)
             state = addition.state(
                 accuracy=[score.value for score in scores.values()],
                 metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
@@ -543,16 +548,19 @@ class ContinualMergeCallback(L.Callback):
         removed = [record.task for record in self.report.removed]
         weight = next_task_weight(self.weights, datamodule, self.report.tasks, task, removed)
         operating_time([*self.report.weights, weight])  # refuses what is no utility
-        self.division.check(module)
-        is_shared = self.division.shared(module)
+        self._stream.check(module)
         if self._taken_up:
             self._check_base(module)
             self._taken_up = False
         if state.base is None:
-            state.base = take_snapshot(module, is_shared)
+            self._stream.begin(module)
+            if (adapters := Adapters(module, self.division.patterns(module))).pairs:
+                rank_zero_info(adapters.describe())
         else:
+            self._stream.thaw(module)
             merged = state.merged if self.finetune_from == "merged" else None
-            load_snapshot(module, merged or state.base, is_shared)
+            load_snapshot(module, merged or state.base, self.division.shared(module))
+        keep_frozen_when_loading(module, state.frozen)
         # The instance may have served another stream.
         self._stream.load_method()
         state.started = {"task": task, "weight": weight}

@@ -1,5 +1,6 @@
 """Adapters of low rank in a module: which there are, and the module computing with their whole updates for a while."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_odem.parameters.adapter_search import find_pairs, module_above
 from lightning_odem.parameters.low_rank import with_factors, with_updates
+from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.task_parameters import Place, find_places, put_tensor
 from lightning_odem.parameters.vector import canonical_name
 
@@ -88,7 +90,7 @@ class Adapters:
                 put_tensor(found[name], instead)
 
     @torch.no_grad()
-    def contract(self, updates: Mapping[str, Tensor], unchanged: Mapping[str, Tensor]) -> tuple[dict, float | None]:
+    def contract(self, updates: Mapping[str, Tensor], unchanged: Mapping[str, Tensor]) -> tuple[Snapshot, float]:
         """Put the factors back, with the best approximations of other updates by their rank.
 
         Args:
@@ -96,7 +98,8 @@ class Adapters:
             unchanged: The updates that the factors have; where they are the same, the factors stay as they are.
 
         Returns:
-            Factors of less than 32 bits by name, before they were rounded; and what was cut, relative to all updates.
+            Factors of less than 32 bits by name, before they were rounded; and what was cut,
+            relative to the updates that changed; NaN without adapters.
         """
         values = {name: value for name, (_, _, value) in self._held.items()}
         new = {name: updates[name] for name in self.pairs if not torch.equal(updates[name], unchanged[name])}
@@ -106,7 +109,7 @@ class Adapters:
             factor.copy_(factors[name])
             put_tensor(found, factor)
         low = {name for name, factor in factors.items() if torch.finfo(self._held[name][1].dtype).bits < 32}
-        return {name: factors[name].float().cpu() for name in low}, cut if self.pairs else None
+        return {name: factors[name].float().cpu() for name in low}, cut if self.pairs else math.nan
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -38,7 +38,7 @@ class MergeRecord:
         calibration: Samples kept per task during this merge.
         checkpoint: Path of the checkpoint with the merged weights, or None if none was written.
         discarded: What was cut of the updates of low-rank adapters to keep their rank: the distance of what is merged
-            from what the method computed, relative to its norm. None without adapters.
+            from what the method computed, relative to its norm (NaN without adapters).
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
     """
 
@@ -60,7 +60,7 @@ class MergeRecord:
     merge_seconds: float = 0.0
     calibration: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
-    discarded: float | None = None
+    discarded: float = math.nan
     further: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
 from lightning_odem.parameters.files import remove_drafts
+from lightning_odem.parameters.frozen_base import FROZEN, Digests, without_frozen
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import weights_checkpoint
 from lightning_odem.report import StreamReport, save
@@ -196,12 +197,18 @@ class RunDirectory:
             state.map(self._store.map)
             state.cut(module)
 
-    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
-        """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``."""
+    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests) -> str | None:
+        """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``.
+
+        Of a model with adapters it has all but the frozen base, and the fingerprints of that.
+        """
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
         checkpoint = weights_checkpoint(trainer)
+        if frozen:
+            checkpoint["state_dict"] = without_frozen(trainer.lightning_module, checkpoint["state_dict"], frozen)
+            checkpoint[FROZEN] = dict(frozen)
         with Processes.current().together():
             if trainer.is_global_zero:
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)

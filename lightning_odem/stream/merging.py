@@ -46,12 +46,16 @@ class Merge:
     unrounded: Snapshot
     pairs: FactorPairs = field(default_factory=dict)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, select: Callable[[str], bool] | None = None) -> Snapshot:
         """Parameters and buffers of the merged model by name, on the CPU: what the next merge is to start from.
 
         Parameters are not rounded to lower precision, or the roundings of a stream would add up.
+
+        Args:
+            select: Which, by name; by default all that are not excluded.
         """
-        return take_snapshot(self.module, lambda name: not is_excluded(name, self.exclude)) | self.unrounded
+        select = select or (lambda name: not is_excluded(name, self.exclude))
+        return take_snapshot(self.module, select) | self.unrounded
 
 
 @contextmanager

@@ -45,6 +45,10 @@ class StreamState:
         settings: Name and arguments of the method of the last merge, see
             :func:`~lightning_odem.methods.describe.describe_method`. Empty likewise.
         fingerprints: SHA-256 of these tensors of each task's fine-tuned model, as far as they are known.
+        adapters: Pairs of low-rank factors that are merged by their updates, by the name of the first factor; each as
+            :meth:`~lightning_odem.parameters.low_rank.FactorPair.plain`.
+        frozen: Fingerprints of the frozen base of a model with adapters, by name. Neither ``base`` nor ``merged`` has
+            these tensors.
     """
 
     buffer: CalibrationBuffer
@@ -60,6 +64,8 @@ class StreamState:
     names: dict[str, list[str]] = _later()
     settings: dict[str, Any] = _later()
     fingerprints: dict[str, str] = _later()
+    adapters: dict[str, list[Any]] = _later()
+    frozen: dict[str, str] = _later()
 
     @property
     def own_names(self) -> set[str]:
