@@ -197,7 +197,7 @@ class RunDirectory:
             state.map(self._store.map)
             state.cut(module)
 
-    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests) -> str | None:
+    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests | None = None) -> str | None:
         """Save the module's weights, and nothing of the optimizer, as ``merged-<number>-<task>.ckpt``.
 
         Of a model with adapters it has all but the frozen base, and the fingerprints of that.

@@ -43,6 +43,9 @@ class Adapted(L.LightningModule):
     def training_step(self, batch, batch_idx=0):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch))
+
     def configure_optimizers(self):
         return torch.optim.Adam([each for each in self.parameters() if each.requires_grad], self.lr)
 
