@@ -6,8 +6,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toy import make_trainer
 from torch import nn
+from toy import make_trainer
 
 from lightning_odem import ContinualMergeCallback, Stream
 from lightning_odem.parameters import load_weights
