@@ -15,14 +15,16 @@ _FACTOR = re.compile(r"(.*lora_?(?:embedding_)?)(A|a|down|B|b|up)(?![a-z])(.*)")
 _PARTNER = {"A": "B", "a": "b", "down": "up"}
 # Parts of adapters whose update is no product of two matrices, by how their names begin.
 _OTHER_KINDS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "boft_": "BOFT",
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "oft_R": "OFT",
+    "boft_R": "BOFT",
+    "hra_u": "HRA",
     "lora_E": "AdaLoRA",
     "vera_lambda": "VeRA",
-    "road_": "RoAd",
-    "randlora_": "RandLoRA",
+    "vblora_logits": "VB-LoRA",
+    "road_theta": "RoAd",
+    "randlora_lambda": "RandLoRA",
 }
 
 
@@ -124,7 +126,7 @@ def _scale(owner: nn.Module, adapter: str, name: str, part: str) -> float:
         raise ValueError(
             f"{name} is a factor of an adapter whose scale is not known: {type(owner).__name__} has no attribute "
             "scaling that is a fixed number other than 0. Give it one, the factor on B A (1.0 if there is none). "
-            f"{_remedy(part)}"
+            f"Files of adapters do not say it: merge their modules. {_remedy(part)}"
         )
     return scale
 
