@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("plain_loop.py", "after striped"),
         ("utility_weights.py", "rotated counts four times: operating times 1.00, 0.20, 0.17"),
         ("own_module.py", "after task_3"),
+        ("lora.py", "after rot13"),
         ("utility_shares.py", "w of inverted"),
     ],
 )

@@ -23,6 +23,7 @@ from lightning_odem.callback.session import Session, Settings
 from lightning_odem.callback.start import FINETUNE_FROM
 from lightning_odem.methods import MergeMethod
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.frozen_base import keep_frozen_when_loading
 from lightning_odem.parameters.snapshot import load_snapshot
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.stream.directory import RunDirectory
@@ -203,6 +204,7 @@ class ContinualMergeCallback(L.Callback):
         if task not in self.report.tasks:
             raise ValueError(f"Task {task!r} is not in the stream, which holds: {', '.join(self.report.tasks)}.")
         assert self._state.merged is not None, "there is a task, so there was a merge"
+        self._stream.check_fixed(module)
         restore_task_parameters(module, self._state.fixed | self._state.task_parameters[task])
         load_snapshot(module, self._state.merged, self.division.shared(module))
 
@@ -257,6 +259,7 @@ class ContinualMergeCallback(L.Callback):
             if self._directory.lacks_base:
                 raise ValueError("The file of the base model is damaged; a fit of a module that holds it mends it.")
             raise ValueError("There is no base model yet: it is the module's weights when its first fit starts.")
+        self._stream.check_fixed(module)
         load_snapshot(module, self._state.base, self.division.shared(module))
 
     # ------------------------------------------------------------------------------------------- before the training
@@ -264,6 +267,7 @@ class ContinualMergeCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would lose the merge, and put the weights in that the training starts with."""
         self._stage = stage
+        keep_frozen_when_loading(pl_module, self._state.frozen)
         if stage == "fit":
             self._session.begin_fit(trainer, pl_module, self)
 

@@ -34,6 +34,8 @@ def _summary(report: StreamReport) -> str:
         parts.append(f"scale {scale[0]:.3g}" if scale[0] else "the running average")
     if pieces := record.path.get("descent_taken"):
         parts.append(f"{pieces[0]:.0f} of {len(record.path['descent_loss']) - 1} pieces of descent")
+    if record.discarded > 0.0:
+        parts.append(f"{record.discarded:.1%} of the adapters' updates cut to keep their rank")
     if metric := report.metric():
         acc = "ACC" if metric == ACCURACY else f"ACC ({metric.name})"
         unit = f" {metric.unit}" if metric.unit else ""

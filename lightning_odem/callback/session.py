@@ -250,7 +250,7 @@ class Session:
             )
             scores = self.measurement.every_task(trainer, module, tasks)
             record.further = {name: score.further for name, score in scores.items() if score.further}
-            record.checkpoint = self.directory.save_checkpoint(trainer, number, task)
+            record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
             state = addition.state(
                 accuracy=[scores[name].value if name in scores else math.nan for name in addition.task_parameters],
                 metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
@@ -317,7 +317,7 @@ class Session:
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         started = self._next(trainer)
-        self.stream.division.check(module)
+        self.stream.check(module)
         if self.directory.lacks_base and self.state.base is None:
             base = take_snapshot(module, self.stream.division.shared(module))
             self.directory.mend_base(trainer, module, base)

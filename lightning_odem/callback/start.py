@@ -1,8 +1,10 @@
 """The weights that a training starts with."""
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_odem.parameters.adapters import Adapters
+from lightning_odem.parameters.frozen_base import keep_frozen_when_loading
 from lightning_odem.parameters.shards import find_shards
 from lightning_odem.parameters.snapshot import Snapshot, derived_buffers, load_snapshot, take_snapshot
 from lightning_odem.stream.growth import with_own_rows
@@ -65,9 +67,14 @@ class StartWeights:
             self._check_base(module)
         self.left = {}
         if state.base is None:
-            state.base = take_snapshot(module, self._stream.division.shared(module))
-        elif self._put is None or self._put is not self._wanted():
-            self._load(module)
+            self._stream.begin(module)
+            if (adapters := Adapters(module, self._stream.division.patterns(module))).pairs:
+                rank_zero_info(adapters.describe())
+        else:
+            self._stream.thaw(module)
+            if self._put is None or self._put is not self._wanted():
+                self._load(module)
+        keep_frozen_when_loading(module, state.frozen)
 
     def _check_base(self, module: nn.Module) -> None:
         state = self._stream.state

@@ -38,6 +38,8 @@ class MergeContext(EarlierFields):
             groups follow each other along the first dimension. Without a module, nothing is known about groups.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
         shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
+        discarded: By how much the stream's merged task vector differs from what the method made, relative to its norm,
+            when a task is taken out: updates of adapters are cut to their rank.
 
     Example:
         >>> import torch
@@ -55,6 +57,7 @@ class MergeContext(EarlierFields):
     groups: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     shares: Sequence[float] = ()
+    discarded: float = 0.0
 
     def __getitem__(self, need: type[Need[T]]) -> T:
         """Return what a need has brought.

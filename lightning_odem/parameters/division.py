@@ -1,10 +1,11 @@
 """Which of a module's tensors are merged, and which belong to single tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_odem.parameters.adapter_search import find_pairs
 from lightning_odem.parameters.vector import canonical_name, is_excluded
 
 
@@ -14,6 +15,8 @@ class Division:
     Args:
         exclude: The user's patterns, see :func:`~lightning_odem.parameters.vector.is_excluded`. The patterns in the
             attribute ``task_specific`` of a module are added to them.
+        frozen: Gives the names of tensors that nobody keeps, as a frozen base is known by its fingerprint: they are
+            neither shared nor anyone's own.
 
     Example:
         >>> net = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -22,8 +25,9 @@ class Division:
         ['body.weight', 'body.bias']
     """
 
-    def __init__(self, exclude: Sequence[str]) -> None:
+    def __init__(self, exclude: Sequence[str], frozen: Callable[[], Container[str]] = tuple) -> None:
         self.exclude = tuple(exclude)
+        self._frozen = frozen
 
     def patterns(self, module: nn.Module) -> tuple[str, ...]:
         """All patterns of tensors that are not merged.
@@ -39,8 +43,8 @@ class Division:
 
     def shared(self, module: nn.Module) -> Callable[[str], bool]:
         """A function that selects by name what all tasks share."""
-        patterns = self.patterns(module)
-        return lambda name: not is_excluded(name, patterns)
+        patterns, frozen = self.patterns(module), self._frozen()
+        return lambda name: not is_excluded(name, patterns) and name not in frozen
 
     def task_specific(self, module: nn.Module) -> Callable[[str], bool]:
         """A function that selects by name what each task keeps for itself.
@@ -53,9 +57,9 @@ class Division:
 
     def fixed(self, module: nn.Module) -> Callable[[str], bool]:
         """A function that selects by name the excluded and frozen parameters: the same for all tasks that have them."""
-        own = self.task_specific(module)
+        own, frozen = self.task_specific(module), self._frozen()
         patterns = self.patterns(module)
-        return lambda name: is_excluded(name, patterns) and not own(name)
+        return lambda name: is_excluded(name, patterns) and not own(name) and name not in frozen
 
     def check(self, module: nn.Module) -> None:
         """Refuse, before any training, a module that could not be merged after it.
@@ -63,7 +67,7 @@ class Division:
         Raises:
             ValueError: If a pattern of the user matches nothing, most often because a name is misspelt; if a tied
                 parameter is excluded by only one of its names; if a parameter to be merged has no values yet or complex
-                ones; or if all parameters to be merged are frozen.
+                ones; if all parameters to be merged are frozen; or if an adapter could not be merged rightly.
         """
         kind = type(module).__name__
         named = [(canonical_name(name), tensor) for name, tensor in module.named_parameters(remove_duplicate=False)]
@@ -73,12 +77,12 @@ class Division:
                 f"exclude={idle} matches no parameter of {kind}; its parameters are: "
                 f"{', '.join(name for name, _ in named)}."
             )
-        is_shared = self.shared(module)
+        patterns = self.patterns(module)
         names_of: dict[nn.Parameter, list[str]] = {}
         for name, tensor in named:
             names_of.setdefault(tensor, []).append(name)
         for tensor, names in names_of.items():
-            merged, kept = ([name for name in names if is_shared(name) is shared] for shared in (True, False))
+            merged, kept = ([name for name in names if is_excluded(name, patterns) is no] for no in (False, True))
             if merged and kept:
                 raise ValueError(
                     f"{' and '.join(names)} are one parameter of {kind}, but {', '.join(kept)} is excluded from the "
@@ -94,8 +98,9 @@ class Division:
                     f"{names[0]} of {kind} is complex; merges are defined on real parameters. Keep it as a real tensor "
                     "and use torch.view_as_complex in forward, or leave it out of the merge with exclude."
                 )
-        if not any(tensor.requires_grad and is_shared(names[0]) for tensor, names in names_of.items()):
+        if not any(tensor.requires_grad and not is_excluded(names[0], patterns) for tensor, names in names_of.items()):
             raise ValueError(
                 f"No trainable parameter of {kind} is left to merge: of {len(names_of)} parameters all are frozen or "
-                f"match the patterns {list(self.patterns(module))}."
+                f"match the patterns {list(patterns)}."
             )
+        list(find_pairs(module, patterns))

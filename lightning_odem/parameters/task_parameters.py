@@ -1,6 +1,6 @@
 """The module as one of its tasks, with the task's own parameters in place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -72,12 +72,12 @@ def put_task_parameters(module: nn.Module, own: Snapshot) -> None:
     Raises:
         ValueError: If the module lacks one of them.
     """
-    places = _places(module, own)
+    places = find_places(module, own)
     now = {name: _get(*found[0]) for name, found in places.items()}
     if find_shards(now) is None:
         for name, tensor in now.items():
             if tensor.shape != own[name].shape:
-                _put(places[name], _like(tensor, own[name].clone(), requires_grad=tensor.requires_grad))
+                put_tensor(places[name], _like(tensor, own[name].clone(), requires_grad=tensor.requires_grad))
     load_snapshot(module, own, lambda name: name in own)
 
 
@@ -86,7 +86,7 @@ class _Swap:
 
     def __init__(self, module: nn.Module, own: Mapping[str, Tensor]) -> None:
         self._module, self._own = module, own
-        self._places = _places(module, own)
+        self._places = find_places(module, own)
         now = {name: _get(*found[0]) for name, found in self._places.items()}
         self._is_sharded = find_shards(now) is not None
         self._tensors = {} if self._is_sharded else {name: _like(now[name], own[name]) for name in now}
@@ -104,14 +104,14 @@ class _Swap:
         held = {name: _get(*found[0]) for name, found in self._places.items()}
         try:
             for name, tensor in self._tensors.items():
-                _put(self._places[name], tensor)
+                put_tensor(self._places[name], tensor)
             yield
         finally:
             for name, tensor in held.items():
-                _put(self._places[name], tensor)
+                put_tensor(self._places[name], tensor)
 
 
-def _places(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, list[Place]]:
+def find_places(module: nn.Module, own: Iterable[str]) -> dict[str, list[Place]]:
     """Find where a module has the named tensors; tied tensors have several places."""
     found: dict[int, tuple[str, list[Place]]] = {}
     for prefix, owner in module.named_modules():
@@ -135,7 +135,8 @@ def _get(owner: nn.Module, leaf: str) -> Tensor:
     return tensor
 
 
-def _put(places: list[Place], tensor: Tensor) -> None:
+def put_tensor(places: list[Place], tensor: Tensor) -> None:
+    """Put a tensor into places of a module in the stead of those that are there."""
     for owner, leaf in places:
         held: dict[str, Tensor | None] = owner._parameters if leaf in owner._parameters else owner._buffers  # type: ignore[assignment]
         held[leaf] = tensor

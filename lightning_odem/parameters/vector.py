@@ -4,11 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lightning_odem.parameters.shards import Shards, divisors, find_shards, local, reshard
+
+if TYPE_CHECKING:
+    from lightning_odem.parameters.adapters import Adapters
 
 
 def canonical_name(name: str) -> str:
@@ -43,6 +47,8 @@ class ParameterVector:
     Args:
         module: The module; its parameters are used in place, never rebound to other storage.
         exclude: Patterns as in :func:`is_excluded` of parameters to leave alone.
+        adapters: Adapters whose whole updates the module has in place of their factors, see
+            :meth:`~lightning_odem.parameters.adapters.Adapters.expand`: they are part of the vector.
 
     Attributes:
         names: The parameters' names, in their order in the vector.
@@ -64,8 +70,9 @@ class ParameterVector:
         tensor([1., 2.])
     """
 
-    def __init__(self, module: nn.Module, exclude: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, exclude: Sequence[str] = (), adapters: "Adapters | None" = None) -> None:
         reshard(module)
+        self.adapters = adapters
         trainable = {canonical_name(name): tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         named = {name: tensor for name, tensor in trainable.items() if not is_excluded(name, exclude)}
         if not named:
@@ -106,11 +113,12 @@ class ParameterVector:
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Copy tensors kept by name (a superset is fine) into a new vector.
 
-        For sharded parameters, the tensors may be whole or this process's shards.
+        For sharded parameters, the tensors may be whole or this process's shards. Adapters are kept as factors.
 
         Raises:
             ValueError: If a name is missing or a shape differs; the message lists every case.
         """
+        tensors = self.adapters.updates(tensors) if self.adapters else tensors
         kept = {name: local(tensors[name]) for name in self.names if name in tensors}
         found = whole_shapes(kept, self.shards)
         check_same_shapes(dict(zip(self.names, self.shapes, strict=True)), found, "incoming", "merged")

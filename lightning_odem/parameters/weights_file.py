@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_odem.parameters.frozen_base import FROZEN, check_frozen_base, without_frozen
+
 CLASSIFIERS = ("linear", "fc", "head", "heads", "classifier", "head.fc", "head_dist")
 """Names under which published image models keep the classifier of their pretraining task."""
 
@@ -23,7 +25,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
     Lightning checkpoints. A leading name that all entries share and the module does not have (``model.``,
     ``backbone.``, ``module.``) is stripped. A classifier that came with the weights (see ``CLASSIFIERS``) is left out
     if the module has no parameters of that name. If BatchNorm's ``num_batches_tracked`` is missing, the module's own
-    value stays.
+    value stays. So does the frozen base of a model with adapters, which files of merged weights leave out.
 
     Args:
         module: Module that receives the weights, in its own dtypes and on its own device.
@@ -36,6 +38,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is corrupt, needs code to be read, holds no state dict, or does not fit the module. In
             the last case all missing and unexpected names and differing shapes are listed, and the module is unchanged.
+            Also if the file leaves out a frozen base that is not the module's.
 
     Example:
         >>> import tempfile
@@ -45,10 +48,14 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
         ...     load_weights(nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3)}), f"{folder}/weights.pt")
         ['fc.bias', 'fc.weight']
     """
-    state = read_weights(path)
+    content = read_file(path)
+    state = _state_dict_in(content, path)
     own = module.state_dict()
     names, ignored = _match(state, own)
-    missing = [name for name in own if name not in names and not name.endswith("num_batches_tracked")]
+    frozen = content.get(FROZEN, {})
+    check_frozen_base(module, frozen)
+    needed = without_frozen(module, own, frozen)
+    missing = [name for name in needed if name not in names and not name.endswith("num_batches_tracked")]
     unexpected = [source for name, source in names.items() if name not in own]
     shapes = [
         f"{name} {list(state[source].shape)} in the file, {list(own[name].shape)} in the module"

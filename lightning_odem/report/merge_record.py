@@ -31,6 +31,8 @@ class MergeRecord:
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.
         checkpoint: Path of the checkpoint with the merged weights, or None if none was written.
+        discarded: What was cut of the updates of low-rank adapters to keep their rank: the distance of what is merged
+            from what the method computed, relative to its norm (NaN without adapters).
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
         epoch: Epoch of the training, counted from 0, whose weights were merged; None for its end.
     """
@@ -53,6 +55,7 @@ class MergeRecord:
     merge_seconds: float = 0.0
     calibration: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
+    discarded: float = math.nan
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     epoch: int | None = None
 

@@ -78,7 +78,7 @@ class Addition:
         known = {self.task: self.fingerprint} if self.fingerprint else {}
         return replace(
             state,
-            merged=self.merge.snapshot(),
+            merged=self.merge.snapshot(self.division.shared(module)),
             task_parameters=self.task_parameters,
             fixed=_unless_same(state.fixed, take_snapshot(module, self.division.fixed(module))),
             method=copy_containers(self.method.state_dict()),
@@ -96,6 +96,7 @@ class Addition:
             names=self.names,
             settings=describe_method(self.method),
             fingerprints={**state.fingerprints, **known},
+            adapters={**state.adapters, **{name: pair.plain() for name, pair in self.merge.pairs.items()}},
         )
 
 

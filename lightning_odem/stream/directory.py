@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
 from lightning_odem.parameters.files import remove_drafts
+from lightning_odem.parameters.frozen_base import FROZEN, Digests, without_frozen
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import weights_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
@@ -250,12 +251,18 @@ class RunDirectory:
         """
         return resolve(reference, *([] if self._store is None else [self._store.directory]))
 
-    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str) -> str | None:
-        """Save the module's weights as ``merged-<number>-<task>.ckpt``, without the optimizer's state."""
+    def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests | None = None) -> str | None:
+        """Save the module's weights as ``merged-<number>-<task>.ckpt``, without the optimizer's state.
+
+        Of a model with adapters, the file has all but the frozen base, and the fingerprints of the base.
+        """
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
         path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
         checkpoint = weights_checkpoint(trainer)
+        if frozen:
+            checkpoint["state_dict"] = without_frozen(trainer.lightning_module, checkpoint["state_dict"], frozen)
+            checkpoint[FROZEN] = dict(frozen)
         with Processes.current().together():
             if trainer.is_global_zero:
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, metho
 from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.needs import Offer, Sources
 from lightning_odem.methods.sharding import check_sharding
+from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, number_of_groups
+from lightning_odem.parameters.low_rank import FactorPairs
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import find_shards, local, reshard
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
@@ -34,19 +36,25 @@ class Merge:
         module: The module, which holds the merged model.
         exclude: Patterns of parameters that were not merged.
         unrounded: The merged parameters of lower precision than the vector, on the CPU, before they were rounded.
+        pairs: The adapters, which were merged by their updates.
     """
 
     record: MergeRecord
     module: nn.Module
     exclude: tuple[str, ...]
     unrounded: Snapshot
+    pairs: FactorPairs = field(default_factory=dict)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, select: Callable[[str], bool] | None = None) -> Snapshot:
         """Parameters and buffers of the merged model by name, on the CPU; the next merge starts from them.
 
         Parameters are not rounded to lower precision, so that rounding errors do not add up over a stream.
+
+        Args:
+            select: Selects tensors by name; by default those that are not excluded.
         """
-        return take_snapshot(self.module, lambda name: not is_excluded(name, self.exclude)) | self.unrounded
+        select = select or (lambda name: not is_excluded(name, self.exclude))
+        return take_snapshot(self.module, select) | self.unrounded
 
 
 @contextmanager
@@ -98,7 +106,9 @@ def merging(
     frozen = _moved_and_frozen(module, merged or {}, exclude)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    vector = ParameterVector(module, exclude)
+    adapters = Adapters(module, exclude)
+    adapters.expand()
+    vector = ParameterVector(module, exclude, adapters)
     if vector.shards is not None:
         check_sharding(method)
     layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
@@ -124,7 +134,7 @@ def merging(
                     on_step=on_step,
                     shards=vector.shards,
                     groups=number_of_groups(layers),
-                    transposed=inputs_first(layers),
+                    transposed=inputs_first(layers) | adapters.inputs_first,
                 )
                 if merged is None:
                     result = method.start(incoming, context)
@@ -142,19 +152,25 @@ def merging(
                 _check_finite(statistics.not_finite(), task, "merged")
                 merged_statistics = statistics.read()
             statistics.write_(merged_statistics)
-            if merged is not None and t == 0.0:
-                load_snapshot(module, merged, lambda name: name in merged)  # other buffers stay as they were, too
-            unrounded = vector.unrounded(vector.gather(merged) if merged is not None and t == 0.0 else result.theta)
-            record = _record(result, task=task, t=t, method=method_name(method))
+            unchanged = merged if merged is not None and t == 0.0 else None
+            unrounded = vector.unrounded(vector.gather(unchanged) if unchanged else result.theta)
+            updates = (dict(zip(vector.names, vector.views(flat), strict=True)) for flat in (result.theta, incoming))
+            factors, discarded = adapters.contract(*updates)
+            unrounded |= factors
+            if unchanged is not None:
+                load_snapshot(module, unchanged, lambda name: name in unchanged)  # the other buffers stay as well
+                unrounded |= {name: unchanged[name] for name in factors}
+            record = _record(result, task=task, t=t, method=method_name(method), discarded=discarded)
             if calibration is not None:
                 record.calibration = calibration.buffer.counts
             for need in method.needs:
                 need.account(needed[type(need)], record)
             del result
             record.merge_seconds = time.perf_counter() - started
-            yield Merge(record, module, exclude, unrounded)
+            yield Merge(record, module, exclude, unrounded, adapters.pairs)
     except BaseException as error:
         vector.write_(incoming)
+        adapters.restore()
         with torch.no_grad():
             for buffer, value in zip(module.buffers(), incoming_buffers, strict=True):
                 buffer.copy_(value)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_odem.methods import BaseModel, MergeContext, MergeMethod, method_
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.methods.layout import tensors
 from lightning_odem.parameters.files import replacing
+from lightning_odem.parameters.low_rank import FactorPair, with_factors, with_updates
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import canonical_name
@@ -118,6 +120,10 @@ def _subtract(
             f"{', '.join(others)} merged tasks of this stream, so {method_name(method)!r} cannot take one out. Give "
             "the method that the whole stream was merged with."
         )
+    # Adapters are merged, and taken out, by their updates.
+    pairs, factors = {name: FactorPair(*plain) for name, plain in state.adapters.items()}, merged
+    merged, base, withdrawn = (with_updates(model, pairs) for model in (merged, base, withdrawn))
+    names = {**names, "parameters": [name for name in names["parameters"] if name in merged]}
     # Parameters that no task has changed, such as frozen ones, may be unknown to the method.
     still = {
         name
@@ -135,6 +141,7 @@ def _subtract(
         shapes=[tuple(merged[name].shape) for name in moved],
         needed={BaseModel: flat(base)} if BaseModel() in method.needs else {},
         shares=shares,
+        discarded=max([0.0, *(record.discarded for record in state.report.merges if record.discarded > 0.0)]),
     )
     method.load_state_dict(copy_containers(state.method))
     theta = method.remove(flat(merged), flat(withdrawn), share, context).theta
@@ -142,7 +149,11 @@ def _subtract(
     for name in names["statistics"]:
         statistic = merged[name].lerp(withdrawn[name].to(merged[name]), -share / (1.0 - share))
         left[name] = statistic.clamp(min=0.0) if name.endswith("running_var") else statistic
-    return replace(state, merged={**merged, **left}, method=copy_containers(method.state_dict()))
+    left, discarded = with_factors(left, pairs, factors)
+    if pairs:
+        state = replace(state, report=deepcopy(state.report))
+        state.report.merges[-1].discarded = discarded
+    return replace(state, merged={**factors, **left}, method=copy_containers(method.state_dict()))
 
 
 def _write_checkpoint(directory: RunDirectory, before: StreamState, state: StreamState, task: str) -> str | None:

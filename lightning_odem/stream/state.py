@@ -47,6 +47,10 @@ class StreamState:
             :func:`~lightning_odem.methods.describe.describe_method`. Empty in states of earlier versions.
         fingerprints: Fingerprint of the merged parameters of each task's fine-tuned model, as far as it is known.
         rows: Number of rows of each grown parameter that are merged, see :func:`~lightning_odem.stream.growth.grow`.
+        adapters: Pairs of low-rank factors that are merged by their updates, by the name of the first factor; each as
+            :meth:`~lightning_odem.parameters.low_rank.FactorPair.plain`.
+        frozen: Fingerprints of the frozen base of a model with adapters, by name. Neither ``base`` nor ``merged`` has
+            these tensors.
     """
 
     buffer: CalibrationBuffer
@@ -63,6 +67,8 @@ class StreamState:
     settings: dict[str, Any] = _later()
     fingerprints: dict[str, str] = _later()
     rows: dict[str, int] = _later()
+    adapters: dict[str, list[Any]] = _later()
+    frozen: dict[str, str] = _later()
 
     @property
     def own_names(self) -> set[str]:

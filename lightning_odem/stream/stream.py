@@ -17,7 +17,10 @@ from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.methods.kept_state import copy_containers
+from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.division import Division
+from lightning_odem.parameters.frozen_base import check_frozen_base, frozen_base
+from lightning_odem.parameters.low_rank import FactorPair
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
 from lightning_odem.parameters.vector import canonical_name
@@ -71,7 +74,7 @@ class Stream:
         calibration: CalibrationOptions = CalibrationOptions(),
     ) -> None:
         self.method = resolve_method(method)
-        self.division = Division(exclude)
+        self.division = Division(exclude, self._frozen_names)
         self.growing = growing
         self.batch_norm = batch_norm
         self.calibration = calibration
@@ -81,6 +84,51 @@ class Stream:
     def needs_samples(self) -> bool:
         """Whether a merge reads calibration samples."""
         return any(need.from_samples for need in self.method.needs) or self.batch_norm == "recalibrate"
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse, before any training, a module that could not be merged after it.
+
+        Raises:
+            ValueError: As :meth:`~lightning_odem.parameters.Division.check`; if an adapter has another scale than in
+                the merged model; or if the frozen base of a model with adapters is another one.
+        """
+        self.division.check(module)
+        self.check_fixed(module)
+
+    def check_fixed(self, module: nn.Module) -> None:
+        """Check what the state's adapters rely on: their scales, and the frozen base under them.
+
+        Raises:
+            ValueError: If the module has others.
+        """
+        known = {name: FactorPair(*plain) for name, plain in self.state.adapters.items()}
+        found = Adapters(module, self.division.patterns(module)).pairs if known else {}
+        for name in found.keys() & known.keys():
+            if found[name] != known[name]:
+                raise ValueError(
+                    f"The update of {name} is {found[name].scale:g} times the product of its factors, and was "
+                    f"{known[name].scale:g} times it in the merges before. Use the same alpha and r as there."
+                )
+        check_frozen_base(module, self.state.frozen)
+
+    def begin(self, module: nn.Module) -> None:
+        """Take a module's weights as the base model; of a model with adapters, the frozen ones by fingerprint."""
+        self.state.frozen = frozen_base(module, self.division.patterns(module))
+        self.state.base = take_snapshot(module, self.division.shared(module))
+
+    def thaw(self, module: nn.Module) -> None:
+        """Take into the base and the merged model what was frozen so far and is trained from now on."""
+        state, frozen = self.state, self.state.frozen
+        trained = {canonical_name(name) for name, tensor in module.named_parameters() if tensor.requires_grad}
+        new = take_snapshot(module, lambda name: name in frozen and name in trained)
+        if new:
+            state.frozen = {name: digest for name, digest in frozen.items() if name not in new}
+            state.base = {**(state.base or {}), **new}
+            state.merged = None if state.merged is None else {**state.merged, **new}
+            state.fingerprints = {}  # those known are of the other tensors alone
+
+    def _frozen_names(self) -> dict[str, str]:
+        return self.state.frozen
 
     def load_method(self) -> None:
         """Give the method the state that it has in this stream.
@@ -155,7 +203,9 @@ class Stream:
             on_step: Called with the number of steps done and that of all steps.
             fingerprint: Whether to record the fingerprint of the incoming model. A removal of the task checks it.
         """
+        check_frozen_base(module, self.state.frozen)
         names = merged_names(module, self.division.patterns(module), self.batch_norm)
+        names["parameters"] = [name for name in names["parameters"] if name not in self.state.frozen]
         digest = model_fingerprint(module, names) if fingerprint else None
         own = take_snapshot(module, self.division.task_specific(module))
         self.load_method()

@@ -44,6 +44,8 @@ class SecondMoments(Need[Tensor]):
     def build(self, sources: Sources) -> Tensor:
         """The moments as a vector."""
         found, vector = sources.collected[type(self)], sources.vector
+        if vector.adapters is not None:
+            found = vector.adapters.squared_gradients(found)
         unstepped = {
             name: torch.full(shape, torch.nan)
             for name, shape in zip(vector.names, vector.shapes, strict=True)

@@ -1,0 +1,109 @@
+"""Updates of weights that are kept as two factors of low rank."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Two tensors A and B of which a model computes with ``scale`` times B A alone: the update of a weight.
+
+    A mean of several A times a mean of several B is not the mean of the products. So merges see the product.
+
+    Args:
+        first: Name of A, shape [r, in] or, of a convolution, [r, in, height, width]. The update goes by this name.
+        second: Name of B, shape [out, r] or [out, r, 1, 1].
+        scale: The factor on the product.
+        inputs_first: Whether the factors are stored as A [in, r] and B [r, out]; the update is then A B.
+
+    Example:
+        >>> pair = FactorPair("lora_A", "lora_B", scale=2.0)
+        >>> pair.product(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [3.0]]))
+        tensor([[ 2.,  4.],
+                [ 6., 12.]])
+    """
+
+    first: str
+    second: str
+    scale: float
+    inputs_first: bool = False
+
+    def product(self, first: Tensor, second: Tensor) -> Tensor:
+        """The update, in fp32 or the factors' higher precision."""
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        first, second = first.detach().to(dtype), second.detach().to(dtype)
+        if self.inputs_first:
+            return first @ second * self.scale
+        return (second.flatten(1) @ first.flatten(1)).view(len(second), *first.shape[1:]) * self.scale
+
+    def factors(self, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """A and B whose update is the best approximation of a given one by this rank, in its dtype.
+
+        The rows of A are orthonormal as far as the update has that many directions, so that either factor has a
+        gradient where the other one is to be trained on.
+        """
+        matrix = (update.T if self.inputs_first else update).flatten(1)
+        wide = matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()
+        wide = wide / self.scale
+        # By the eigenvectors of the smaller Gram matrix, in fp64: what squaring loses is below the rounding of fp32.
+        if wide.shape[0] > wide.shape[1]:
+            first = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :rank].T
+            second = wide @ first.T
+        else:
+            second = torch.linalg.eigh(wide @ wide.T)[1].flip(1)[:, :rank]
+            first = second.T @ wide
+            lengths = torch.linalg.vector_norm(first, dim=1)
+            lengths = torch.where(lengths > 1e-9 * lengths.max(), lengths, 1.0)
+            first, second = first / lengths[:, None], second * lengths
+        missing = rank - len(first)
+        if missing > 0:  # the rank is above that of any matrix of the shape
+            first = torch.cat([first, first.new_zeros(missing, first.shape[1])])
+            second = torch.cat([second, second.new_zeros(len(second), missing)], dim=1)
+        first, second = first.to(update), second.to(update)
+        if self.inputs_first:
+            return first.T.contiguous(), second.T.contiguous()
+        return first.reshape(rank, *update.shape[1:]), second.reshape(*second.shape, *(1,) * (update.dim() - 2))
+
+    def rank(self, first: Tensor) -> int:
+        """The rank, from the shape of A."""
+        return first.shape[1] if self.inputs_first else first.shape[0]
+
+    def plain(self) -> list[Any]:
+        """The pair as a list that JSON can hold; ``FactorPair(*plain)`` is the pair."""
+        return list(astuple(self))
+
+
+FactorPairs = Mapping[str, FactorPair]
+"""Pairs by the name of their update, that of A."""
+
+
+def with_updates(tensors: Mapping[str, Tensor], pairs: FactorPairs) -> dict[str, Tensor]:
+    """Tensors by name with the update of each pair instead of its factors; a pair without B is left as it is."""
+    seen = dict(tensors)
+    for pair in pairs.values():
+        if pair.first in seen and pair.second in seen:
+            seen[pair.first] = pair.product(seen[pair.first], seen.pop(pair.second))
+    return seen
+
+
+def with_factors(
+    tensors: Mapping[str, Tensor], pairs: FactorPairs, like: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float]:
+    """Tensors by name with the factors of each update instead of it, cut to the rank of the factors in ``like``.
+
+    Returns:
+        The tensors, and by how much all updates differ from what they were, relative to their norm.
+    """
+    kept, cut, whole = dict(tensors), 0.0, 0.0
+    changed = [pair for name, pair in pairs.items() if name in tensors]
+    for pair in changed:
+        update = tensors[pair.first]
+        kept[pair.first], kept[pair.second] = pair.factors(update, pair.rank(like[pair.first]))
+        left = pair.product(kept[pair.first], kept[pair.second])
+        cut += float(torch.linalg.vector_norm(update - left)) ** 2
+        whole += float(torch.linalg.vector_norm(update)) ** 2
+    return kept, (cut / whole) ** 0.5 if whole else 0.0
