@@ -84,7 +84,7 @@ ACCURACY = TaskMetric()
 def find_metric(task: str, *owners: Any) -> Metric | MetricCollection:
     """The metric of a task: from the first of the owners whose ``task_metric(task)`` gives one, else class accuracy.
 
-    It has no state yet. It computes from what this process has seen, since evaluations are not divided among processes.
+    It has no state yet. It computes from what this process has seen.
 
     Args:
         task: Name of the task.

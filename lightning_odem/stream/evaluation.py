@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -15,7 +16,8 @@ from torchmetrics import Metric, MetricCollection
 from lightning_odem.calibration.loss import move_to_device
 from lightning_odem.calibration.prediction import predict_with_targets
 from lightning_odem.metrics import ACCURACY, ClassAccuracy, TaskMetric, find_metric
-from lightning_odem.stream.evaluation_data import EvaluationData
+from lightning_odem.parameters.processes import Processes
+from lightning_odem.stream.evaluation_data import EvaluationData, is_in_order
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str,
 
     The module or the datamodule gives the metric by ``task_metric(task)``; by default it is accuracy. Predictions and
     targets come from ``module.prediction_step(batch, task)`` if there is one, otherwise from ``module(inputs)`` on
-    batches ``(inputs, targets)``. The Trainer's state is that of a validation, and its limits apply.
+    batches ``(inputs, targets)``. The Trainer's state is that of a validation, and its limits apply. Several processes
+    share the batches if all of them read the data in the same order; torchmetrics adds up what they have seen.
 
     Args:
         module: The module, with a Trainer.
@@ -50,11 +53,15 @@ def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str,
         ValueError: If there is no sample, the metric cannot read predictions and targets, or its result is not one
             number.
     """
-    metric = find_metric(task, module, datamodule)
-    meter = _Meter(module, task, metric)
-    with validating(module.trainer):
-        for batch in _limited(data, module.trainer):
-            meter.update(batch)
+    meter = _Meter(module, task, find_metric(task, module, datamodule))
+    processes = Processes.current()
+    with validating(module.trainer), processes.together():
+        batches = _limited(data, module.trainer)
+        if processes.size == 1 or not is_in_order(data):
+            for batch in batches:
+                meter.update(batch)
+        else:
+            meter.update_together(batches, processes)
     return meter.compute()
 
 
@@ -98,9 +105,11 @@ class _Meter:
         self.metric, self.kind = metric.to(module.device), TaskMetric.of(metric)
         self.samples = 0
 
-    def update(self, batch: Any) -> None:
+    def update(self, batch: Any, counts: bool = True) -> None:
         with torch.no_grad():
             found = predict_with_targets(self.module, move_to_device(self.module, batch), self.task)
+            if not counts:
+                return
             predictions, targets = _fitted(*found, self.metric)
             try:
                 self.metric.update(predictions, targets)
@@ -109,6 +118,25 @@ class _Meter:
             except Exception as error:
                 raise self._unsuited(*found, error) from error
         self.samples += len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+
+    def update_together(self, batches: Iterator, processes: Processes) -> None:
+        """Take every n-th batch of n processes; all of them run as many passes, which sharded modules need.
+
+        If there are fewer batches than processes, each process takes them all.
+        """
+        rounds = iter(lambda: list(islice(batches, processes.size)), [])
+        for number, batches_of_round in enumerate(rounds):
+            if len(batches_of_round) == processes.size:
+                self.update(batches_of_round[processes.rank])
+                for part in self.metric.modules() if number == 0 else ():
+                    if isinstance(part, Metric):
+                        part.sync_on_compute = True
+            elif number == 0:
+                for batch in batches_of_round:
+                    self.update(batch)
+            else:  # the last round
+                own = processes.rank < len(batches_of_round)
+                self.update(batches_of_round[processes.rank if own else 0], counts=own)
 
     def compute(self) -> Score:
         name = "an accuracy" if self.kind == ACCURACY else self.kind.name

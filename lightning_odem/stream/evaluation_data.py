@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 Stage = Literal["test", "val"]
 STAGES: tuple[Stage, ...] = ("test", "val")
@@ -37,6 +38,16 @@ class EvaluationData:
         if isinstance(limit, float) and limit == 1.0:
             return iter(self.batches)
         return islice(self.batches, int(len(self.batches) * limit) if isinstance(limit, float) else limit)  # type: ignore[arg-type]
+
+
+def is_in_order(data: Iterable | EvaluationData) -> bool:
+    """Whether each process that reads some batches gets the same ones in the same order, as far as one can tell."""
+    loader = data.batches if isinstance(data, EvaluationData) else data
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    batches = loader.batch_sampler
+    samples = batches.sampler if type(batches) is BatchSampler else loader.sampler
+    return type(samples) is SequentialSampler and (batches is None or type(batches) is BatchSampler)
 
 
 def evaluation_data(

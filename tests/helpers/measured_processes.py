@@ -17,16 +17,29 @@ def metric(task):
     return MetricCollection([R2Score(), MeanAbsoluteError()])
 
 
+SIZES = []
+
+
+class Counting(Net):
+    """Notes the batches that go through it in evaluations."""
+
+    def prediction_step(self, batch, task):
+        SIZES.append(len(batch[0]))
+        return self(batch[0]), batch[1]
+
+
 def main(directory: Path) -> None:
-    module, merge = Net(), ContinualMergeCallback("average", dirpath=str(directory / "run"))
+    module, merge = Counting(), ContinualMergeCallback("average", dirpath=str(directory / "run"))
     for number in range(2):
         trainer = make_trainer(merge, strategy="ddp", devices=2)
+        SIZES.clear()
         trainer.fit(module, datamodule=Data(number, total, metric, batch_size=4))
     state = {
         "accuracy": merge.report.accuracy,
         "further": merge.report.merges[-1].further,
         "logged": trainer.callback_metrics["merge/R2Score"].item(),
         "module": module.state_dict(),
+        "sizes": SIZES,
     }
     torch.save(state, directory / f"{trainer.global_rank}.pt")
 
