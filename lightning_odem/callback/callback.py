@@ -319,9 +319,9 @@ class ContinualMergeCallback(L.Callback):
         self._directory.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let other processes go on with the stream."""
+        """Leave a module whose fit was refused as it was, and let other processes go on with the stream."""
         self._stage = None
-        self._directory.release()
+        self._session.abort(pl_module)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

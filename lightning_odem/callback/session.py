@@ -172,6 +172,7 @@ class Session:
             self._collect(trainer, module)
             self._find_data(trainer)
         self._settled = False
+        self._start.keep()
 
     def check(self, module: L.LightningModule) -> None:
         """Before the first step, when heads are ready: check loss and predictions, measure the models at hand."""
@@ -187,6 +188,11 @@ class Session:
                 state.started["pretrained"] = measure(module, state.base, task)
             tasks = [*self.report.tasks, state.started["task"]]
             self.measurement.check(module, tasks, self.report.measured(), state.task_parameters)
+
+    def abort(self, module: L.LightningModule) -> None:
+        """Leave the module and the stream as they were before a fit that was refused; others may go on with it."""
+        self._start.take_back(module)
+        self.directory.release()
 
     def see(self, batch: Any) -> None:
         """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""

@@ -27,11 +27,22 @@ class StartWeights:
     def __init__(self, stream: Stream, finetune_from: str) -> None:
         self._stream, self._finetune_from = stream, finetune_from
         self._put: Snapshot | None = None
+        self._before: Snapshot | None = None
         self.left: Snapshot = {}  # merged weights that a module may still hold, before those of another process
 
     def reset(self) -> None:
         """Forget the fit before."""
-        self._put = None
+        self._put = self._before = None
+
+    def keep(self) -> None:
+        """Let the weights stay: the training begins."""
+        self._before = None
+
+    def take_back(self, module: nn.Module) -> None:
+        """Give the module the weights that it had before a fit that was refused."""
+        if self._before is not None:
+            load_snapshot(module, self._before, lambda name: name in self._before)  # type: ignore[operator]
+            self._before = None
 
     def begin(self, module: nn.Module, is_new_process: bool, is_merged: bool) -> None:
         """Put the weights in when a fit is set up.
@@ -44,6 +55,7 @@ class StartWeights:
         """
         if self._stream.state.base is None or find_shards(dict(module.named_parameters())) is not None:
             return
+        before = take_snapshot(module, self._stream.division.shared(module))
         self._stream.grow(module)
         if is_new_process and self._differing(module):
             return  # refused by complete, unless a checkpoint that is loaded by then gives the module its weights
@@ -53,6 +65,7 @@ class StartWeights:
                 f"nor the merged model. They are overwritten, since finetune_from={self._finetune_from!r}; "
                 "finetune_from='module' would train from them."
             )
+        self._before = before
         self._load(module)
 
     def complete(self, module: nn.Module, is_new_process: bool) -> None:

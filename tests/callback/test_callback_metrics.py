@@ -218,11 +218,6 @@ def test_evaluate_false_measures_nothing_and_asks_for_nothing():
     assert "—" in merge.table(100)
 
 
-def test_evaluate_is_every_or_false():
-    with pytest.raises(ValueError, match="evaluate is 'every'.* or False, got 'last'"):
-        ContinualMergeCallback(evaluate="last")
-
-
 def test_a_limit_of_no_test_batch_measures_nothing_with_a_warning():
     merge = ContinualMergeCallback("average")
     with pytest.warns(UserWarning, match="limit_test_batches is 0"):
