@@ -119,6 +119,8 @@ class ContinualMergeCallback(L.Callback):
             ``"cpu"``, in main memory, or ``"disk"``, mapped from the files of the state, which costs memory only where
             they are used.
         evaluate: ``"every"`` measures every task seen after each merge, ``False`` nothing: scores are NaN then.
+        keep_checkpoints: How many of the last merges' checkpoints ``merged-*.ckpt`` stay in the directory, at least 1;
+            older ones are removed, and the report does not name them any more. None keeps all.
 
     Attributes:
         report: What was measured so far, a :class:`~lightning_odem.report.StreamReport`.
@@ -163,11 +165,13 @@ class ContinualMergeCallback(L.Callback):
         calibration: CalibrationOptions = CalibrationOptions(),
         offload: Literal["cpu", "disk"] = "cpu",
         evaluate: Literal["every", False] = "every",
+        keep_checkpoints: int | None = 3,
     ) -> None:
         check_choice("finetune_from", finetune_from, FINETUNE_FROM)
         check_choice("batch_norm", batch_norm, POLICIES)
         check_choice("offload", offload, OFFLOADS)
-        check_choice("evaluate", evaluate, EVALUATE)
+        if not isinstance(evaluate, (str, bool)) or evaluate not in EVALUATE:
+            raise ValueError(f"evaluate is 'every' (after each merge) or False, got {evaluate!r}.")
         check_instance("calibration", calibration, CalibrationOptions, "CalibrationOptions")
         if weights is not None:
             check_instance("weights", weights, (Mapping, list, tuple), "a list, or a dictionary by task name,")
@@ -182,6 +186,9 @@ class ContinualMergeCallback(L.Callback):
             batch_norm=batch_norm,
             calibration=calibration,
         )
+        self.keep_checkpoints = keep_checkpoints
+        if keep_checkpoints is not None:
+            self.keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints, 1)
         self.weights = weights
         self.finetune_from = finetune_from
         self.division = self._stream.division
@@ -439,9 +446,13 @@ class ContinualMergeCallback(L.Callback):
                 before_training=state.started["before_training"],
             )
             state.random = self._random.after_merge(state.random)
+            named = state.report
+            if self.keep_checkpoints is not None:
+                state.report = named.keeping_checkpoints(self.keep_checkpoints)
             self._directory.commit(trainer, pl_module, state)
         # From here on the stream has one task more.
         self._state = state
+        self._directory.remove_checkpoints(trainer, named, state.report)
         fit.collection = fit.sampling = None
         release_averages(trainer)
         publish(trainer, self._directory, self.report)

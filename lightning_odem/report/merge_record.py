@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -36,7 +37,8 @@ class MergeRecord:
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.
-        checkpoint: Path of the checkpoint with the merged weights, or None if none was written.
+        checkpoint: Path of the checkpoint with the merged weights, or None if none was written or it was removed,
+            because only the last few are kept.
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
     """
 
@@ -59,6 +61,15 @@ class MergeRecord:
     calibration: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
     further: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers of its own."""
+        return {
+            **vars(self),
+            "path": {name: list(values) for name, values in self.path.items()},
+            "calibration": dict(self.calibration),
+            "further": {task: dict(values) for task, values in self.further.items()},
+        }
 
 
 @dataclass
