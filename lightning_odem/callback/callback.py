@@ -67,6 +67,7 @@ class ContinualMergeCallback(L.Callback):
         mode: ``"max"`` if a higher monitored value is better, ``"min"`` if a lower one.
         merge_weights: ``"last"`` weights of a training, or the ``"best"`` by its ``ModelCheckpoint(monitor=...)``.
         evaluation_data: By task name, datamodules to measure on, or which of several dataloaders.
+        keep_checkpoints: How many files ``merged-*.ckpt`` of the last merges stay; None keeps all.
 
     Raises:
         ValueError: For unknown names, weights that are no utilities, or numbers out of range.
@@ -97,6 +98,7 @@ class ContinualMergeCallback(L.Callback):
         mode: Literal["max", "min"] = "max",
         merge_weights: Literal["last", "best"] = "last",
         evaluation_data: dict[str, L.LightningDataModule | int | str] | None = None,
+        keep_checkpoints: int | None = 3,
     ) -> None:
         check_choice("finetune_from", finetune_from, FINETUNE_FROM)
         check_choice("batch_norm", batch_norm, POLICIES)
@@ -122,6 +124,9 @@ class ContinualMergeCallback(L.Callback):
             batch_norm=batch_norm,
             calibration=calibration,
         )
+        self.keep_checkpoints = keep_checkpoints
+        if keep_checkpoints is not None:
+            self.keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints, 1)
         self.weights = weights
         self.finetune_from = finetune_from
         self.division = self._stream.division
@@ -134,7 +139,7 @@ class ContinualMergeCallback(L.Callback):
             monitor=Monitor(monitor, mode) if monitor is not None else None,
         )
         self._measurement.given.update(evaluation_data or {})
-        settings = Settings(weights, finetune_from, merge_weights, evaluate)
+        settings = Settings(weights, finetune_from, merge_weights, evaluate, self.keep_checkpoints)
         self._session = Session(self._stream, self._directory, self._measurement, settings)
         self._stage: str | None = None  # of the Trainer's run that is going on
         if dirpath is not None and (stored := self._directory.load()) is not None:

@@ -49,12 +49,14 @@ class Settings:
         finetune_from: ``"base"``, ``"merged"`` or ``"module"``: the weights that each training starts with.
         merge_weights: ``"last"`` or ``"best"``: the weights of a training that are merged.
         evaluate: ``"every"``, ``"last"``, a number n or False: after which merges all tasks are measured.
+        keep_checkpoints: How many checkpoints of merged models stay; None keeps all.
     """
 
     weights: Weights
     finetune_from: str
     merge_weights: str
     evaluate: str | int | bool
+    keep_checkpoints: int | None
 
 
 class Session:
@@ -265,9 +267,13 @@ class Session:
                 before_training=state.started["before_training"],
             )
             state.random = self._random.after_merge(state.random)
+            named = state.report
+            if self.settings.keep_checkpoints is not None:
+                state.report = named.keeping_checkpoints(self.settings.keep_checkpoints)
             self.directory.commit(trainer, module, state)
         # From here on the stream has one task more.
         self.stream.state = state
+        self.directory.remove_checkpoints(trainer, named, state.report)
         fit.collection = fit.sampling = None
         self._settled = True
         release_averages(trainer)

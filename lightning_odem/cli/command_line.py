@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -10,6 +12,7 @@ import lightning_odem.classifiers  # noqa: F401 (registers the short class names
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.cli import merge as merge_command
 from lightning_odem.cli import remove as removal_command
+from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths, take_trusted
 from lightning_odem.studies.trainer import ContinualTrainer
 from lightning_odem.tasks import TaskStream
 
@@ -40,7 +43,24 @@ def _merge_callback(trainer: L.Trainer) -> ContinualMergeCallback | None:
 
 
 class ContinualCLI(LightningCLI):
-    """LightningCLI with ContinualTrainer's subcommands beside Lightning's own; every argument can come from YAML."""
+    """LightningCLI with ContinualTrainer's subcommands beside Lightning's own; every argument can come from YAML.
+
+    Args:
+        trusted: Modules besides the known packages whose functions a configuration may name in arguments of this
+            package, see :func:`~lightning_odem.cli.class_paths.check_class_paths`.
+        **kwargs: LightningCLI's.
+    """
+
+    def __init__(self, *args: Any, trusted: Sequence[str] = (), **kwargs: Any) -> None:
+        self._trusted = trusted
+        super().__init__(*args, **kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what arguments of this package are not meant for."""
+        try:
+            check_class_paths(self.config, self._trusted)
+        except UntrustedPathError as error:
+            self.parser.error(str(error))
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -59,9 +79,9 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    given = sys.argv[1:] if args is None else args
+    trusted, given = take_trusted(sys.argv[1:] if args is None else args)
     if given[:1] == ["merge"]:
-        merge_command.main(given[1:])
+        merge_command.main(given[1:], trusted)
         return None
     if given[:1] == ["remove"]:
         removal_command.main(given[1:])
@@ -77,9 +97,11 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         seed_everything_default=0,
         parser_kwargs={
             "epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help. To take a task "
-            "out of a stream: lightning-odem remove --help"
+            "out of a stream: lightning-odem remove --help. A function of your own that a configuration names in an "
+            "argument of lightning-odem, such as train_transform: --trust MODULE, on the command line only"
         },
-        args=args,
+        args=args if args is None and not trusted else given,
+        trusted=trusted,
     )
 
 

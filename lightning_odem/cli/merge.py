@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from lightning_odem import version
+from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths
 from lightning_odem.cli.folded_files import FoldedFiles, Incoming
 from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
 from lightning_odem.cli.output import MergeOutput
@@ -150,14 +151,19 @@ def task_names(checkpoints: Sequence[str]) -> list[str]:
     return names
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``lightning-odem merge``."""
+def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None:
+    """Run ``lightning-odem merge``; ``trusted`` as in :class:`~lightning_odem.cli.ContinualCLI`."""
     parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
     parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite"}, as_group=False)
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
-    given = parser.instantiate_classes(parser.parse_args(args))
+    parsed = parser.parse_args(args)
+    try:
+        check_class_paths(parsed, trusted)
+    except UntrustedPathError as error:
+        parser.error(str(error))
+    given = parser.instantiate_classes(parsed)
     del given.config
     try:
         merged = merge_checkpoints(**vars(given))

@@ -70,7 +70,7 @@ def weighted_accuracy(accuracies: Tensor, weights: Tensor) -> Tensor:
         tensor(0.6250)
     """
     values, weights = _validate("accuracies", accuracies, weights)
-    return _weighted_mean(values, weights).to(accuracies.dtype)
+    return weighted_mean(values, weights).to(accuracies.dtype)
 
 
 def backward_transfer(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -> Tensor:
@@ -101,7 +101,7 @@ def backward_transfer(matrix: Tensor, weights: Tensor, higher_is_better: bool = 
         tensor(-3.)
     """
     values, weights = _validate("matrix", matrix, weights, ndim=2, sign=_sign(higher_is_better))
-    return _weighted_mean((values[-1] - values.diagonal())[:-1], weights[:-1]).to(matrix.dtype)
+    return weighted_mean((values[-1] - values.diagonal())[:-1], weights[:-1]).to(matrix.dtype)
 
 
 def forgetting(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -> Tensor:
@@ -135,7 +135,7 @@ def forgetting(matrix: Tensor, weights: Tensor, higher_is_better: bool = True) -
         return matrix.new_tensor(math.nan)
     before_own_merge = torch.ones_like(earlier, dtype=torch.bool).triu(1)
     best = earlier.masked_fill(before_own_merge, -math.inf).amax(dim=0)
-    return _weighted_mean(best - values[-1, :-1], weights[:-1]).to(matrix.dtype)
+    return weighted_mean(best - values[-1, :-1], weights[:-1]).to(matrix.dtype)
 
 
 def forward_transfer(
@@ -170,7 +170,7 @@ def forward_transfer(
     """
     values, _ = _validate("before_training", before_training, weights, sign=_sign(higher_is_better))
     baseline, weights = _validate("baseline", baseline, weights, sign=_sign(higher_is_better))
-    return _weighted_mean((values - baseline)[1:], weights[1:]).to(before_training.dtype)
+    return weighted_mean((values - baseline)[1:], weights[1:]).to(before_training.dtype)
 
 
 def _sign(higher_is_better: bool) -> float:
@@ -191,7 +191,7 @@ def _validate(
     return sign * accuracies.double(), torch.as_tensor(weights, dtype=torch.float64, device=accuracies.device)
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of the values [n] whose weight [n] is positive; NaN if there is none."""
     if not weights.any():
         return values.new_tensor(math.nan)

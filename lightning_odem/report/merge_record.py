@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -30,7 +31,8 @@ class MergeRecord:
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.
-        checkpoint: Path of the checkpoint with the merged weights, or None if none was written.
+        checkpoint: Path of the checkpoint with the merged weights; None if none was written, or it was removed because
+            only the last few are kept.
         discarded: What was cut of the updates of low-rank adapters to keep their rank: the distance of what is merged
             from what the method computed, relative to its norm (NaN without adapters).
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
@@ -58,6 +60,15 @@ class MergeRecord:
     discarded: float = math.nan
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     epoch: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers of its own."""
+        return {
+            **vars(self),
+            "path": {name: list(values) for name, values in self.path.items()},
+            "calibration": dict(self.calibration),
+            "further": {task: dict(values) for task, values in self.further.items()},
+        }
 
 
 @dataclass

@@ -20,6 +20,7 @@ from lightning_odem.metrics import (
 )
 from lightning_odem.parameters.files import (
     NotRegularError,
+    json_lines,
     map_values,
     nan_to_none,
     none_to_nan,
@@ -27,6 +28,7 @@ from lightning_odem.parameters.files import (
     replacing,
 )
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
+from lightning_odem.report.summaries import summarize_merges
 
 
 @dataclass
@@ -98,6 +100,11 @@ class StreamReport:
         note = RemovalRecord(task, self.weights[gone], self.tasks[gone + 1 :])
         return StreamReport(**left, removed=[*before, note], metrics=_but(self.metrics, task))
 
+    def keeping_checkpoints(self, count: int) -> "StreamReport":
+        """Return a report that names the checkpoints of the last merges only; this one stays as it is."""
+        older = [replace(record, checkpoint=None) if record.checkpoint else record for record in self.merges[:-count]]
+        return replace(self, merges=[*older, *self.merges[-count:]])
+
     def metric_of(self, task: str) -> TaskMetric:
         """The metric of a task."""
         return self.metrics.get(task, ACCURACY)
@@ -141,9 +148,25 @@ class StreamReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, with ACC_w, BWT_w, forgetting and forward transfer after every merge added."""
-        names = ("acc", "bwt", "forgetting", "fwt")
-        summary = {name: [getattr(self, name)(merge) for merge in range(len(self.accuracy))] for name in names}
-        return {**asdict(self), **summary}
+        lists = ("tasks", "weights", "pretrained", "fine_tuned", "before_training")
+        return {
+            **{name: list(getattr(self, name)) for name in lists[:2]},
+            "accuracy": [list(row) for row in self.accuracy],
+            **{name: list(getattr(self, name)) for name in lists[2:]},
+            "merges": [record.as_dict() for record in self.merges],
+            "removed": [asdict(record) for record in self.removed],
+            "metrics": {task: asdict(metric) for task, metric in self.metrics.items()},
+            **self.summaries(),
+        }
+
+    def summaries(self) -> dict[str, list[float]]:
+        """``acc``, ``bwt``, ``forgetting`` and ``fwt`` after every merge, see the methods of these names."""
+        kinds = [self.metric_of(task) for task in self.tasks]
+        alike = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+        sign = 1.0 if not kinds or kinds[0].higher_is_better else -1.0
+        return summarize_merges(
+            self.matrix(), self.weights, self.before_training, self.pretrained, sign=sign, up_to=alike
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
@@ -158,7 +181,7 @@ class StreamReport:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the report as JSON, in one step: a reader sees the old file or the new one, never half of it."""
         path = Path(path)
-        text = json.dumps(map_values(self.as_dict(), nan_to_none), indent=2, allow_nan=False)
+        text = json_lines(map_values(self.as_dict(), nan_to_none), depth=2)
         with replacing(path) as draft:
             draft.write_text(text + "\n", encoding="utf-8")
         return path
@@ -182,7 +205,7 @@ class StreamReport:
     def _rows(self, merge: int) -> list[list[float]]:
         """The accuracy matrix up to a merge."""
         size = len(self.accuracy[merge])
-        return self.matrix()[:size, :size].tolist()
+        return [row + [math.nan] * (size - len(row)) for row in self.accuracy[:size]]
 
     def _summarize(self, metric: Callable[..., Tensor], *accuracies: list) -> float:
         weights = tensor(self.weights[: len(accuracies[0])], dtype=float64)

@@ -121,10 +121,11 @@ def _accuracy_rows(report: StreamReport) -> list[list[str]]:
     rows = []
     for reference in (report.pretrained, report.fine_tuned):
         rows.append([*_texts(reference, metrics), _summary(shared, report.weighted_accuracy(reference)), ""])
+    means = report.summaries()
     for merge, accuracies in enumerate(report.accuracy):
         unseen = [""] * (len(report.tasks) - len(accuracies))
         so_far = report.metric(merge + 1)
-        summary = [_summary(so_far, report.acc(merge)), _summary(so_far, report.bwt(merge), "+")]
+        summary = [_summary(so_far, means["acc"][merge]), _summary(so_far, means["bwt"][merge], "+")]
         rows.append([*_texts(accuracies, metrics), *unseen, *summary])
     return rows
 

@@ -268,6 +268,17 @@ class RunDirectory:
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
         return str(path)
 
+    def remove_checkpoints(self, trainer: L.Trainer, named: StreamReport, kept: StreamReport) -> None:
+        """Remove checkpoints that a report has named and does not name any more."""
+        if self.path is None or not trainer.is_global_zero:
+            return
+        before, now = ({record.checkpoint for record in report.merges} for report in (named, kept))
+        for name in {Path(path).name for path in before - now if path} - {Path(path).name for path in now if path}:
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                rank_zero_warn(f"An old checkpoint could not be removed: {error}.")
+
     def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
         """Write ``report.json``, ``table.txt`` and the figures in the main process.
 

@@ -1,6 +1,8 @@
 """Checkpoints: what they hold, and streams that go on in another process."""
 
 import math
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from toy import FEATURES, Classifier, Failing, Incoming, Streamed, Task, accurac
 
 from lightning_odem import CalibrationOptions, ContinualMergeCallback
 from lightning_odem.methods import OPCMMerge
+from lightning_odem.report import StreamReport
 from lightning_odem.stream.store import StreamStateError
 
 pytestmark = pytest.mark.usefixtures("small_stream")
@@ -374,3 +377,52 @@ def test_averages_of_a_training_that_ended_before_the_merge_are_merged_when_resu
     module = Classifier(batch_norm=batch_norm)
     fit(module, Task(0), averaging(), ContinualMergeCallback(), ckpt_path=tmp_path / "last.ckpt")
     assert same(everything(module), incoming.models[0])
+
+
+def checkpoints_of(merge):
+    return sorted(path.name for path in merge.dirpath.glob("merged-*.ckpt"))
+
+
+@pytest.mark.parametrize(("keep", "kept"), [({}, 3), ({"keep_checkpoints": 1}, 1), ({"keep_checkpoints": None}, 5)])
+def test_the_last_checkpoints_stay_and_the_report_names_no_other(keep, kept):
+    module, merge = Classifier(), ContinualMergeCallback(method="average", dirpath="run", calibration_size=12, **keep)
+    for number in range(5):
+        fit(module, Task(number), merge)
+    assert checkpoints_of(merge) == [f"merged-0{number}-task_{number}.ckpt" for number in range(1, 6)][-kept:]
+    named = [record.checkpoint for record in StreamReport.load("run/report.json").merges]
+    assert named[:-kept] == [None] * (5 - kept)
+    assert all(Path(path).exists() for path in named[-kept:])
+    assert named == [record.checkpoint for record in ContinualMergeCallback(dirpath="run").report.merges]
+    loaded = Classifier.load_from_checkpoint(merge.last_merged_path)
+    assert same(everything(loaded), everything(module))
+
+
+def test_files_of_others_and_of_a_stream_without_room_are_left_alone():
+    module, merge = Classifier(), ContinualMergeCallback(method="average", dirpath="run", keep_checkpoints=1)
+    fit(module, Task(0), merge)
+    Path("run/merged-07-mine.ckpt").write_text("mine")
+    fit(module, Task(1), merge)
+    assert checkpoints_of(merge) == ["merged-02-task_2.ckpt", "merged-07-mine.ckpt"]
+
+
+def test_a_merge_that_fails_removes_no_checkpoint():
+    module, merge = Classifier(), ContinualMergeCallback(method="average", dirpath="run", keep_checkpoints=1)
+    fit(module, Task(0), merge)
+    shutil.rmtree("run/stream/drafts", ignore_errors=True)
+    Path("run/stream/drafts").write_text("in the way")
+    with pytest.raises(OSError, match="could not be written"):
+        fit(module, Task(1), merge)
+    assert Path(merge.last_merged_path).exists()
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_task_hardly_grows_with_their_number():
+    module = Classifier()
+    merge = ContinualMergeCallback(method="average", dirpath="run", calibration_size=12, evaluate=False)
+    seconds = []
+    for number in range(90):
+        started = time.process_time()
+        fit(module, Task(number % 5, name=f"task_{number}"), merge, max_steps=1)
+        seconds.append(time.process_time() - started)
+    first, last = (sorted(part)[10] for part in (seconds[10:30], seconds[-20:]))
+    assert last < 4 * first, (first, last)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.parameters.files import NotRegularError, read_regular
+from lightning_odem.parameters.files import NotRegularError, json_lines, read_regular
 from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.tensor_file import TensorFile
 
@@ -61,7 +61,7 @@ class Manifest:
         }
         content = {"format": FORMAT, "package": self.package, "number": self.number, "sections": sections}
         # The opening brace is in the first line.
-        body = json.dumps(content, indent=1, allow_nan=False)[1:] + "\n"
+        body = json_lines(content, depth=2)[1:] + "\n"
         return _first_line(body.encode()).decode() + body
 
     @classmethod
