@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_odem.parameters.adapter_search import find_pairs, module_above
+from lightning_odem.parameters.adapter_search import find_pairs
 from lightning_odem.parameters.low_rank import with_factors, with_updates
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.task_parameters import Place, find_places, put_tensor
@@ -59,10 +59,6 @@ class Adapters:
             f"{len(self.pairs)} LoRA adapters of rank {', '.join(map(str, ranks))} found: tasks are merged by the "
             "updates scale * B A, not by A and B."
         )
-
-    def layers(self) -> tuple[str, ...]:
-        """Names of the modules that have the adapters, and with them the weights that they adapt."""
-        return tuple(dict.fromkeys(module_above(name) for name in self.pairs))
 
     def expand(self) -> None:
         """Put each whole update into its module instead of the factors, until :meth:`contract` or :meth:`restore`.
