@@ -45,6 +45,7 @@ class Adapters:
         self._module = module
         self.pairs = {pair.first: pair for pair in find_pairs(module, exclude)}
         self._held: dict[str, tuple[list[Place], Tensor, Tensor]] = {}
+        self._point: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def inputs_first(self) -> frozenset[str]:
@@ -84,6 +85,17 @@ class Adapters:
             ):
                 self._held[name] = (found[name], factor, factor.detach().clone())
                 put_tensor(found[name], instead)
+
+    def cut(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The updates as the factors can hold them, by name; gradients are then taken at these."""
+        for name, pair in self.pairs.items():
+            self._point[name] = pair.factors(updates[name], pair.rank(self._held[name][2]))
+        return {**updates, **{name: self.pairs[name].product(*factors) for name, factors in self._point.items()}}
+
+    def project_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Leave of gradients with respect to the updates what changes of the factors can follow, in place."""
+        for name, factors in self._point.items():
+            self.pairs[name].project_(gradients[name], *factors)
 
     @torch.no_grad()
     def contract(self, updates: Mapping[str, Tensor], unchanged: Mapping[str, Tensor]) -> tuple[Snapshot, float]:
