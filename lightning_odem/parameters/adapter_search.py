@@ -70,9 +70,10 @@ def find_pairs(module: nn.Module, exclude: Sequence[str]) -> Iterator[FactorPair
         yield _pair(name, first, other, second, _scale(owner, adapter, name, part))
 
 
-def module_above(name: str) -> str:
-    """The name of the module that has a factor and its partner."""
-    return _split(name)[0]
+def adapted_layer(name: str) -> str | None:
+    """The name of the module that has a factor and its partner; None of a parameter that is named like no factor."""
+    above, part, _ = _split(name)
+    return above if part else None
 
 
 def _split(name: str) -> tuple[str, str, str]:

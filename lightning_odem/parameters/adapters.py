@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_odem.parameters.adapter_search import find_pairs, module_above
+from lightning_odem.parameters.adapter_search import find_pairs
 from lightning_odem.parameters.low_rank import with_factors, with_updates
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.task_parameters import Place, find_places, put_tensor
@@ -45,6 +45,7 @@ class Adapters:
         self._module = module
         self.pairs = {pair.first: pair for pair in find_pairs(module, exclude)}
         self._held: dict[str, tuple[list[Place], Tensor, Tensor]] = {}
+        self._point: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def inputs_first(self) -> frozenset[str]:
@@ -59,10 +60,6 @@ class Adapters:
             f"{len(self.pairs)} LoRA adapters of rank {', '.join(map(str, ranks))} found: tasks are merged by the "
             "updates scale * B A, not by A and B."
         )
-
-    def layers(self) -> tuple[str, ...]:
-        """Names of the modules that have the adapters, and with them the weights that they adapt."""
-        return tuple(dict.fromkeys(module_above(name) for name in self.pairs))
 
     def expand(self) -> None:
         """Put each whole update into its module instead of the factors, until :meth:`contract` or :meth:`restore`.
@@ -88,6 +85,17 @@ class Adapters:
             ):
                 self._held[name] = (found[name], factor, factor.detach().clone())
                 put_tensor(found[name], instead)
+
+    def cut(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The updates as the factors can hold them, by name; gradients are then taken at these."""
+        for name, pair in self.pairs.items():
+            self._point[name] = pair.factors(updates[name], pair.rank(self._held[name][2]))
+        return {**updates, **{name: self.pairs[name].product(*factors) for name, factors in self._point.items()}}
+
+    def project_(self, gradients: Mapping[str, Tensor]) -> None:
+        """Leave of gradients with respect to the updates what changes of the factors can follow, in place."""
+        for name, factors in self._point.items():
+            self.pairs[name].project_(gradients[name], *factors)
 
     @torch.no_grad()
     def contract(self, updates: Mapping[str, Tensor], unchanged: Mapping[str, Tensor]) -> tuple[Snapshot, float]:

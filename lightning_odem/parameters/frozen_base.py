@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_odem.parameters.adapters import Adapters
+from lightning_odem.parameters.adapter_search import adapted_layer
 from lightning_odem.parameters.shards import local
 from lightning_odem.parameters.vector import canonical_name, is_excluded
 
@@ -30,11 +30,12 @@ def frozen_base(module: nn.Module, exclude: Sequence[str]) -> dict[str, str]:
         module: The module.
         exclude: Patterns of parameters that are not merged.
     """
-    adapters = Adapters(module, exclude)
-    if not adapters.pairs:
-        return {}
-    adapted = tuple(f"{name}.base_layer." for name in adapters.layers())
     parameters, buffers = dict(_named(module.named_parameters())), dict(_named(module.named_buffers()))
+    trained = [name for name, each in parameters.items() if each.requires_grad and not is_excluded(name, exclude)]
+    layers = {layer for name in trained if (layer := adapted_layer(name)) is not None}
+    if not layers:
+        return {}
+    adapted = tuple(f"{layer}.base_layer." for layer in layers)
     frozen = {
         name: tensor
         for name, tensor in parameters.items()

@@ -68,6 +68,20 @@ class FactorPair:
             return first.T.contiguous(), second.T.contiguous()
         return first.reshape(rank, *update.shape[1:]), second.reshape(*second.shape, *(1,) * (update.dim() - 2))
 
+    def project_(self, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """Leave of a gradient with respect to the update only what changes of the factors can follow, in place.
+
+        Where the factors have fewer directions than their rank, nothing is taken away: the update may get new ones.
+        """
+        if self.inputs_first:
+            gradient, first, second = gradient.T, first.T, second.T
+        bases = [torch.linalg.qr(factor) for factor in (second.flatten(1), first.flatten(1).T)]
+        sizes = [triangle.diagonal().abs() for _, triangle in bases]
+        if all(size.min() > 1e-5 * size.max() for size in sizes):
+            (left, _), (right, _) = bases
+            beyond = gradient.flatten(1) - left @ (left.T @ gradient.flatten(1))
+            gradient -= (beyond - (beyond @ right) @ right.T).view(gradient.shape)
+
     def rank(self, first: Tensor) -> int:
         """The rank, from the shape of A."""
         return first.shape[1] if self.inputs_first else first.shape[0]

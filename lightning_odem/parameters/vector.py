@@ -72,7 +72,7 @@ class ParameterVector:
 
     def __init__(self, module: nn.Module, exclude: Sequence[str] = (), adapters: "Adapters | None" = None) -> None:
         reshard(module)
-        self.adapters = adapters
+        self.adapters = adapters if adapters is not None and adapters.pairs else None
         trainable = {canonical_name(name): tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         named = {name: tensor for name, tensor in trainable.items() if not is_excluded(name, exclude)}
         if not named:
@@ -126,8 +126,11 @@ class ParameterVector:
 
     @torch.no_grad()
     def write_(self, flat: Tensor) -> None:
-        """Copy a vector into the parameters, in place and in their own dtypes."""
-        torch._foreach_copy_(self._parts(), self.views(flat))
+        """Copy a vector into the parameters, in place and in their own dtypes; updates are cut to their rank."""
+        pieces = self.views(flat)
+        if self.adapters:
+            pieces = list(self.adapters.cut(dict(zip(self.names, pieces, strict=True))).values())
+        torch._foreach_copy_(self._parts(), pieces)
 
     def not_finite(self, flat: Tensor) -> list[str]:
         """Names of the parameters with infinite or NaN entries in a vector [d], in any of the processes.
@@ -189,6 +192,8 @@ class ParameterVector:
                 parameter.grad = None
                 handles.append(parameter.register_post_accumulate_grad_hook(sink(piece)))
             yield flat
+            if self.adapters:
+                self.adapters.project_(dict(zip(self.names, self.views(flat), strict=True)))
         finally:
             for handle in handles:
                 handle.remove()

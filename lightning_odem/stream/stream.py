@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
@@ -94,6 +95,15 @@ class Stream:
         """
         self.division.check(module)
         self.check_fixed(module)
+        pairs = Adapters(module, self.division.patterns(module)).pairs
+        known = self.state.merged or {}
+        new = [name for name, pair in pairs.items() if {name, pair.second} <= known.keys() - self.state.adapters.keys()]
+        if new and self.state.method:
+            rank_zero_warn(
+                f"{new[0]} and its partner were merged one by one so far, and will be by their product. Sums of the "
+                "single factors are of no use for that: the merged model counts as one task from here on."
+            )
+            self.state.method = {}
 
     def check_fixed(self, module: nn.Module) -> None:
         """Check what the state's adapters rely on: their scales, and the frozen base under them.

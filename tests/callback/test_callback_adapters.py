@@ -158,3 +158,19 @@ def test_half_precision_does_not_round_from_merge_to_merge(small_stream):
     merged = merge._stream.state.merged
     assert {merged[name].dtype for name in merged if "lora_" in name} == {torch.float32}
     assert {each.dtype for name, each in module.named_parameters() if "lora_" in name} == {torch.bfloat16}
+
+
+def test_a_stream_that_merged_factor_by_factor_goes_on_from_its_merged_model(small_stream):
+    module, record = Adapted(), Record()
+    merge = ContinualMergeCallback("isotropic")
+    fit_tasks(module, merge, [Sequences(0)], record)
+    state = merge._stream.state
+    state.adapters, state.frozen = {}, {}  # as states of earlier versions
+    base = dict(Adapted().state_dict())
+    state.base, state.merged = base, {**base, **state.merged}
+    state.method = {**state.method, "mean": {name: value - base[name] for name, value in state.merged.items()}}
+
+    with pytest.warns(UserWarning, match="were merged one by one so far"):
+        fit_tasks(module, merge, [Sequences(1)], record)
+    assert merge.report.tasks == ["task_0", "task_1"]
+    assert relative(updates(module), record.updates[1]) > 0.1

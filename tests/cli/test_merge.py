@@ -72,6 +72,13 @@ SAFETENSORS = ("a.safetensors", "b.safetensors", "c.safetensors")
 MIXED = [("a.ckpt", "b.safetensors", "c.pt"), ("a", "b.ckpt", "c")]
 
 
+def test_files_of_adapters_are_refused_since_they_do_not_say_their_scale():
+    for name in SAFETENSORS:
+        save(name, {"query.lora_A.weight": torch.ones(2, 6), "query.lora_B.weight": torch.ones(4, 2)})
+    with pytest.raises(ValueError, match="scale is not known.* Files of adapters do not say it"):
+        merge_checkpoints(SAFETENSORS, "merged.safetensors")
+
+
 @pytest.mark.parametrize("names", [SAFETENSORS, *MIXED])
 def test_average_is_the_weighted_mean(names):
     merge_checkpoints(three(*names), "merged.safetensors", weights=[1.0, 2.0, 1.0])

@@ -36,6 +36,13 @@ def test_the_base_of_an_excluded_adapter_is_not_kept_either():
     assert not any("conv" in name for name in digests)
 
 
+def test_factors_that_are_frozen_belong_to_the_base():
+    module = Adapted()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    assert any("lora_A" in name for name in frozen_base(module, []))
+
+
 def test_another_value_is_told():
     module = Adapted()
     digests = frozen_base(module, [])

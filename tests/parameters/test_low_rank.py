@@ -85,3 +85,28 @@ def test_what_was_cut_is_told_relative_to_all_updates():
 def test_a_pair_is_what_its_plain_form_makes():
     pair = FactorPair("A", "B", 0.5, inputs_first=True)
     assert FactorPair(*pair.plain()) == pair
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_a_projected_gradient_is_what_the_factors_can_follow(inputs_first):
+    torch.manual_seed(0)
+    pair = FactorPair("A", "B", 2.0, inputs_first)
+    first, second, gradient = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 9), (6, 2), (6, 9)))
+    if inputs_first:
+        first, second, gradient = first.T, second.T, gradient.T
+    # Of all changes that changes of the factors make, the one nearest to the gradient, by least squares.
+    jacobian = torch.autograd.functional.jacobian(
+        lambda a, b: (a @ b if inputs_first else b @ a).flatten(), (first, second)
+    )
+    columns = torch.cat([part.flatten(1) for part in jacobian], dim=1)
+    nearest = columns @ torch.linalg.lstsq(columns, gradient.flatten(), driver="gelsd").solution
+
+    pair.project_(gradient, first, second)
+
+    torch.testing.assert_close(gradient.flatten(), nearest)
+
+
+def test_a_gradient_where_the_factors_have_no_directions_is_left_whole():
+    gradient = torch.ones(6, 9)
+    FactorPair("A", "B", 1.0).project_(gradient, torch.eye(2, 9), torch.zeros(6, 2))
+    assert torch.equal(gradient, torch.ones(6, 9))
