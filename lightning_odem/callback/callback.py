@@ -19,7 +19,8 @@ from lightning_odem.arguments import (
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.calibration.batch_norm import POLICIES
 from lightning_odem.callback.guards import check_no_spawning
-from lightning_odem.callback.session import Session, Settings
+from lightning_odem.callback.session import Session
+from lightning_odem.callback.settings import Settings
 from lightning_odem.callback.start import FINETUNE_FROM
 from lightning_odem.methods import MergeMethod
 from lightning_odem.metrics import check_weights

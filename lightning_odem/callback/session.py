@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -18,45 +16,26 @@ from lightning_odem.callback.fit import Fit, Phase
 from lightning_odem.callback.guards import FreshStart, check_trainer, finish_averages, release_averages
 from lightning_odem.callback.publication import publish
 from lightning_odem.callback.rescue import rescuing
+from lightning_odem.callback.roster import Roster
+from lightning_odem.callback.settings import Settings
 from lightning_odem.callback.start import StartWeights
-from lightning_odem.flow import operating_time
 from lightning_odem.methods import method_name
 from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.shards import local, reshard
-from lightning_odem.parameters.snapshot import take_snapshot, undisturbed
-from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.parameters.shards import copy_from_first_process
+from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.report import MergeRecord, StreamReport
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
-from lightning_odem.stream.naming import Weights, file_name, next_task_name, next_task_weight
+from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.random_state import RandomContinuation, load_random_state
+from lightning_odem.stream.rehearsal import rehearse
 from lightning_odem.stream.restoration import is_ready, restore_task_parameters
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import encode
 from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import Collection
 
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a session is asked to do.
-
-    Args:
-        weights: Utility weights by task name or in the order of the tasks; None takes the datamodules'.
-        finetune_from: ``"base"``, ``"merged"`` or ``"module"``: the weights that each training starts with.
-        merge_weights: ``"last"`` or ``"best"``: the weights of a training that are merged.
-        evaluate: ``"every"``, ``"last"``, a number n or False: after which merges all tasks are measured.
-        keep_checkpoints: How many checkpoints of merged models stay; None keeps all.
-    """
-
-    weights: Weights
-    finetune_from: str
-    merge_weights: str
-    evaluate: str | int | bool
-    keep_checkpoints: int | None
 
 
 class Session:
@@ -78,8 +57,7 @@ class Session:
         self._start = StartWeights(stream, settings.finetune_from)
         self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
-        self._handed_out: dict[int, tuple[Any, str]] = {}  # names that remaining() gave datamodules
-        self._last_task: Any = None  # the last one of remaining()
+        self._roster = Roster(settings.weights, settings.evaluate)
         self._settled = False  # whether the last fit has merged, so that the module held the merged model
 
     @property
@@ -113,14 +91,11 @@ class Session:
         """Hand out the tasks that are not merged yet, and remember the data of the others."""
         self._take_up_newer()
         self.directory.mend_report(self.report)
-        for number, (task, is_last) in enumerate(_with_last(tasks, self.settings.evaluate), start=1):
+        for name, task in self._roster.call(tasks):
             self._take_up_newer()
-            name = str(getattr(task, "task_name", f"task_{number}"))
             if name in self.report.tasks:
                 self.measurement.remember(name, task)
             else:
-                self._handed_out[id(task)] = (task, name)
-                self._last_task = task if is_last else None
                 yield task
 
     def load_checkpoint(self, state: dict[str, Any], fitting: bool) -> None:
@@ -160,7 +135,7 @@ class Session:
         if self.fit.phase < Phase.PREPARED:
             self._go_on(module)
         if not self.fit.resumed:
-            self._next(trainer)
+            self._roster.next(trainer, self.report)
 
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take the base model on the first fit, go back to it on later ones, and draw the task's samples."""
@@ -183,7 +158,9 @@ class Session:
         self.fit.phase = Phase.MEASURED
         state, measure = self.state, self.measurement.with_weights
         with Processes.current().together():
-            self._check_loss(module)
+            pair = self.fit.sampling.pair() if self.fit.sampling is not None else None
+            if pair is not None:
+                rehearse(self.stream, module, pair)
             if "pretrained" not in state.started:
                 task = state.started["task"]
                 state.started["before_training"] = measure(module, state.merged, task)
@@ -231,7 +208,6 @@ class Session:
 
     def _merge(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
         state, fit = self.state, self.fit
-        is_last = self._last_task is not None and trainer.datamodule is self._last_task  # type: ignore[attr-defined]
         task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
         buffer = fit.sampling.buffer() if fit.sampling is not None else None
         assert fit.collection is not None, "set up when the training started"
@@ -241,7 +217,7 @@ class Session:
             epoch = load_best(trainer)
         else:
             hint_at_best(trainer)
-        _copy_from_main_process(trainer, module)
+        copy_from_first_process(module)
         fine_tuned = self.measurement.current(module, task)
         with (
             rescuing(trainer, self.directory.path, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
@@ -252,15 +228,14 @@ class Session:
         ):
             record = addition.record
             record.epoch = epoch
-            _copy_from_main_process(trainer, module)
-            tasks = (
-                addition.task_parameters if self._is_due(number, is_last) else {task: addition.task_parameters[task]}
-            )
-            scores = self.measurement.every_task(trainer, module, tasks)
+            copy_from_first_process(module)
+            own = addition.task_parameters
+            due = own if self._roster.is_due(trainer, number) else {task: own[task]}
+            scores = self.measurement.every_task(trainer, module, due)
             record.further = {name: score.further for name, score in scores.items() if score.further}
             record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
             state = addition.state(
-                accuracy=[scores[name].value if name in scores else math.nan for name in addition.task_parameters],
+                accuracy=[scores[name].value if name in scores else math.nan for name in own],
                 metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
                 fine_tuned=fine_tuned,
                 pretrained=state.started["pretrained"],
@@ -280,11 +255,6 @@ class Session:
         publish(trainer, self.directory, self.report)
         self.last_merged_path = record.checkpoint
         return record
-
-    def _is_due(self, number: int, is_last: bool) -> bool:
-        """Whether all tasks are measured after a merge; otherwise only its own is."""
-        every = self.settings.evaluate
-        return every == "every" or is_last or (isinstance(every, int) and every > 0 and number % every == 0)
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -313,22 +283,8 @@ class Session:
                 for own in (self.state.fixed, *self.state.task_parameters.values()):
                     restore_task_parameters(module, own)
 
-    def _next(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Name and weight of the task that a Trainer is about to fit.
-
-        Raises:
-            ValueError: If the name is taken, or the weight is missing or no utility.
-        """
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        default = self._handed_out.get(id(datamodule), (None, None))[1]
-        task = next_task_name(datamodule, self.report.tasks, default)
-        removed = [record.task for record in self.report.removed]
-        weight = next_task_weight(self.settings.weights, datamodule, self.report.tasks, task, removed)
-        operating_time([*self.report.weights, weight])  # refuses what is no utility
-        return {"task": task, "weight": weight}
-
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        started = self._next(trainer)
+        started = self._roster.next(trainer, self.report)
         self.stream.check(module)
         if self.directory.lacks_base and self.state.base is None:
             base = take_snapshot(module, self.stream.division.shared(module))
@@ -368,49 +324,3 @@ class Session:
                 given = self.calibration_data.get(task)
                 self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given)
         self.measurement.warn_of_missing(self.report.tasks)
-
-    def _check_loss(self, module: L.LightningModule) -> None:
-        """Run the calibration loss on two samples of this task and of each earlier one.
-
-        So a module without a loss, or one that cannot use what earlier tasks keep any more, is refused before training.
-        """
-        sampling = self.fit.sampling
-        pair = sampling.pair() if sampling is not None else None
-        if pair is not None:
-            encode(pair.state_dict(), "calibration")  # refuses what could not be saved after the merge
-            with undisturbed(module):
-                vector = ParameterVector(module, self.stream.division.patterns(module))
-                calibration = self.stream.measured_on(module, pair)
-                calibration.store_logits(self.state.started["task"])
-                calibration.objective(vector).loss_and_grad(vector.read())
-                counts = self.state.buffer.counts
-                earlier = [next(self.state.buffer.micro_batches_of(name, 2)) for name, held in counts.items() if held]
-                kept = self.stream.measured_on(module, self.state.buffer)
-                kept.objective(vector).losses(vector.read(), earlier)
-
-
-@torch.no_grad()
-def _copy_from_main_process(trainer: L.Trainer, module: nn.Module) -> None:
-    """Give every process the same module to the last bit.
-
-    Each has batch-norm statistics of its own after the last step, and its kernels may round differently.
-    """
-    if trainer.world_size > 1:
-        reshard(module)
-        # Shards are each process's own.
-        whole = [parameter for parameter in module.parameters() if local(parameter) is parameter]
-        for tensor in (*whole, *module.buffers()):
-            # Channels-last weights are not contiguous.
-            tensor.copy_(Processes.current().broadcast_(tensor.contiguous()))
-
-
-def _with_last(tasks: Iterable[_Data], evaluate: str | int | bool) -> Iterator[tuple[_Data, bool]]:
-    """The tasks, each with whether it is the last one; looks one ahead only where that makes a difference."""
-    ahead = iter(tasks)
-    if evaluate == "every" or evaluate is False:
-        yield from ((task, False) for task in ahead)
-    elif (task := next(ahead, None)) is not None:
-        for following in ahead:
-            yield task, False
-            task = following
-        yield task, True

@@ -86,9 +86,10 @@ class PaperODEMerge(MergeMethod):
                 solver, operating_time, minibatches, step_control, search_to, holdout, batch_size, reuse, seed
             )
         self.step_size = step_size
-        self.solver = resolve_solver(solver)
+        resolve_solver(solver), resolve_operating_time(operating_time)
+        self.solver = solver
         self.granularity = granularity
-        self.operating_time = resolve_operating_time(operating_time)
+        self.operating_time = operating_time
         self.minibatches = minibatches
         self.step_control = step_control if isinstance(step_control, StepControl) else None
 
@@ -122,7 +123,7 @@ class PaperODEMerge(MergeMethod):
             )
 
         path = Path(merged, incoming, t, context[Calibration], self.step_size, follow, context.sum_)
-        trajectory = self.operating_time.follow(path)
+        trajectory = resolve_operating_time(self.operating_time).follow(path)
         return MergeResult(trajectory.theta, trajectory, t=trajectory.t[-1])
 
     @property

@@ -138,3 +138,18 @@ def divisors(module: nn.Module) -> dict[Tensor, float]:
         if group.gradient_divide_factor is not None
     ]
     return {held.sharded_param: group.gradient_divide_factor for group in groups for held in group.fsdp_params}
+
+
+@torch.no_grad()
+def copy_from_first_process(module: nn.Module) -> None:
+    """Give every process the same module to the last bit; shards are each process's own.
+
+    Each process has batch-norm statistics of its own after the last step, and its kernels may round differently.
+    """
+    processes = Processes.current()
+    if processes.size > 1:
+        reshard(module)
+        whole = [parameter for parameter in module.parameters() if local(parameter) is parameter]
+        for tensor in (*whole, *module.buffers()):
+            # Channels-last weights are not contiguous.
+            tensor.copy_(processes.broadcast_(tensor.contiguous()))

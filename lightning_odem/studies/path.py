@@ -166,7 +166,9 @@ def check_points(flow: MergeMethod, points: int) -> None:
             f"Only the path of PaperODEMerge can be followed, not that of {type(flow).__name__}. Choose 'ode_paper'."
         )
     if isinstance(flow, PaperODEMerge) and (
-        flow.step_control or isinstance(flow.solver, ReusedGradient) or isinstance(flow.operating_time, FixedTime)
+        flow.step_control
+        or isinstance(flow.solver, ReusedGradient)
+        or isinstance(flow.operating_time, (float, int, FixedTime))
     ):
         raise ValueError(
             "A path goes to t = 1 in steps of one length, each with its gradient; it cannot be followed with "

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from toy import Classifier, Task, accuracy, fit, make_trainer
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.report import StreamReport
+from lightning_odem.report import StreamReport, save
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -47,7 +47,8 @@ def test_what_was_not_measured_is_a_dash_and_the_figures_are_drawn(tmp_path):
     row = next(line for line in merge.table().splitlines() if line.startswith("after task_2"))
     assert row.split()[2] == "—"
     assert StreamReport.load(merge.dirpath / "report.json").accuracy[1][1] == merge.report.accuracy[1][1]
-    assert list(merge.dirpath.rglob("*.png"))
+    save(merge.report, tmp_path)
+    assert {path.name for path in tmp_path.glob("acc*.png")} == {"accuracy_matrix.png", "accuracy_over_stream.png"}
 
 
 @pytest.mark.parametrize("evaluate", [0, -1, True, "never", 1.5])

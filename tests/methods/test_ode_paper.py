@@ -97,15 +97,14 @@ def test_its_defaults_are_the_papers_and_its_arguments_describe_it():
     method = PaperODEMerge()
     assert method_name(method) == "ode_paper"
     described = {
-        "name": "ode_paper", "step_size": 0.05, "solver": "Euler()", "granularity": "vector",
-        "operating_time": "UtilityTime()",
+        "name": "ode_paper", "step_size": 0.05, "solver": "euler", "granularity": "vector", "operating_time": "utility",
         "minibatches": None, "step_control": None,
     }  # fmt: skip
     parameters = inspect.signature(PaperODEMerge).parameters.values()
     settings = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     assert ["name", *settings] == list(described)
     assert describe_method(method) == described
-    changed = {"step_size": 0.1, "solver": "Heun()", "granularity": "row"}
+    changed = {"step_size": 0.1, "solver": "heun", "granularity": "row"}
     assert describe_method(PaperODEMerge(0.1, "heun", "row")) == described | changed
 
 

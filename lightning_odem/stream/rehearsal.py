@@ -1,0 +1,34 @@
+"""A merge's passes on a few samples, before a training whose merge would fail."""
+
+from torch import nn
+
+from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.parameters.snapshot import undisturbed
+from lightning_odem.parameters.vector import ParameterVector
+from lightning_odem.stream.store import encode
+from lightning_odem.stream.stream import Stream
+
+
+def rehearse(stream: Stream, module: nn.Module, pair: CalibrationBuffer) -> None:
+    """Run the calibration loss on two samples of a task and of each earlier one; the module stays as it is.
+
+    A module without a loss is refused so before training, and one that cannot use the parameters of earlier tasks any
+    more. Samples that could not be saved after the merge are refused too.
+
+    Args:
+        stream: The stream; a task is started.
+        module: The module, attached to a Trainer.
+        pair: The two samples.
+
+    Raises:
+        ValueError: If the loss has no gradient, or a sample cannot be kept. Errors of the module's own code pass.
+    """
+    encode(pair.state_dict(), "calibration")
+    with undisturbed(module):
+        vector = ParameterVector(module, stream.division.patterns(module))
+        calibration = stream.measured_on(module, pair)
+        calibration.store_logits(stream.state.started["task"])
+        calibration.objective(vector).loss_and_grad(vector.read())
+        buffer = stream.state.buffer
+        earlier = [next(buffer.micro_batches_of(name, 2)) for name, held in buffer.counts.items() if held]
+        stream.measured_on(module, buffer).objective(vector).losses(vector.read(), earlier)
