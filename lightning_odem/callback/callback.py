@@ -45,33 +45,32 @@ MERGE_WEIGHTS = ("last", "best")
 class ContinualMergeCallback(L.Callback):
     r"""Merges each fine-tuned model into one deployed model: one ``fit`` is one task.
 
-    The module's weights at the first fit are the base model, from which every fit fine-tunes. When a training ends, the
-    callback merges its model, whose share is the operating time :math:`t_k = w_k / (w_1 + \dots + w_k)`. The module
-    then holds the merged model. Every task seen is measured, and the numbers go to the loggers, to :attr:`report` and
-    to ``dirpath``. ``ModelCheckpoint`` writes its files before the merge. The guide (``docs/guide.md``) says what the
-    module and the datamodule may define, how streams last, and what several processes share.
+    Every fit fine-tunes from the base model, the module's weights at the first fit. When a training ends, its model is
+    merged with the share :math:`t_k = w_k / (w_1 + \dots + w_k)`, and the module holds the merged model. All tasks are
+    measured; the numbers go to the loggers, :attr:`report` and ``dirpath``. ``docs/guide.md`` says what module and
+    datamodule may define, how streams last, and what processes share.
 
     Args:
         method: A merge method or its name in :data:`~lightning_odem.methods.METHODS`.
-        weights: Utility weights by task name or in order; by default the datamodule's ``task_weight``, else 1.
+        weights: Utility weights by task name or in order; by default the datamodules' ``task_weight``, else 1.
         calibration_size: Samples kept of all tasks together; 1024 is the paper's.
         finetune_from: Weights that a training starts with: ``"base"``, ``"merged"`` or what the ``"module"`` holds.
         exclude: Patterns of parameters kept per task: globs over dotted names, or names of modules.
-        growing: Patterns of parameters that may have further rows in later tasks: their common rows are merged.
-        dirpath: Directory of the stream; one that is there is continued. By default ``merge_runs/version_N``.
+        growing: Patterns of parameters that may have further rows in later tasks.
+        dirpath: Directory of the stream, continued if it is there; by default ``merge_runs/version_N``.
         batch_norm: What becomes of running statistics: ``"average"``, ``"keep"`` or ``"recalibrate"``.
         calibration: Further settings of the calibration.
-        offload: Where models and samples are between merges: ``"cpu"``, or ``"disk"``, mapped from the state's files.
-        evaluate: All tasks are measured after ``"every"`` merge, every n-th, or the ``"last"`` of :meth:`remaining`;
-            otherwise the merged one is. ``False`` measures nothing.
-        monitor: A value logged in ``validation_step``, as the score; by default ``task_metric(task)``, else accuracy.
-        mode: ``"max"`` if a higher monitored value is better, ``"min"`` if a lower one.
-        merge_weights: ``"last"`` weights of a training, or the ``"best"`` by its ``ModelCheckpoint(monitor=...)``.
+        offload: Where models and samples are between merges, ``"cpu"`` or mapped from ``"disk"``.
+        evaluate: After which merge all tasks are measured, and not only its own: ``"every"``, each n-th, or the
+            ``"last"`` of :meth:`remaining`. ``False`` measures nothing.
+        monitor: Logged value that is the score; by default ``task_metric(task)``, else accuracy.
+        mode: ``"max"`` if a higher monitored value is better, else ``"min"``.
+        merge_weights: ``"last"`` weights of a training, or its ``"best"`` by ``ModelCheckpoint``.
         evaluation_data: By task name, datamodules to measure on, or which of several dataloaders.
-        keep_checkpoints: How many files ``merged-*.ckpt`` of the last merges stay; None keeps all.
+        keep_checkpoints: Number of the last ``merged-*.ckpt`` that stay; None keeps all.
 
     Raises:
-        ValueError: For unknown names, weights that are no utilities, or numbers out of range.
+        ValueError: For an argument out of range.
         StreamStateError: If the state in ``dirpath`` cannot be read.
 
     Example::

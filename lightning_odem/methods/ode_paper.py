@@ -28,8 +28,8 @@ class PaperODEMerge(MergeMethod):
     The flow carries the last merged model towards the incoming one, :math:`\dot\theta = v_t(\theta)`, and stops at the
     operating time :math:`t_k`. The field :math:`v_t` is the transport :math:`(\theta_1 - \theta) / (1 - t)`. Its part
     along the calibration loss's gradient is damped where the loss would rise above the chord between the two models,
-    see :class:`~lightning_odem.flow.RectifiedField`. At t = 1 the path ends in the incoming model. With equal weights
-    and no damping anywhere the merged model is the running average.
+    see :class:`~lightning_odem.flow.RectifiedField`. With equal weights and no damping the merged model is the running
+    average.
 
     One merge costs ceil(t / h) gradients on the whole calibration buffer and two passes without gradient. It holds one
     gradient besides the two models. No state is kept from merge to merge. The defaults are the paper's.

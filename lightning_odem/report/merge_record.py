@@ -13,10 +13,8 @@ class MergeRecord:
         task: Name of the task whose fine-tuned model came in.
         t: Operating time in [0, 1]; 1 for the first task of a stream (eq. 18 of the paper).
         method: Registered name of the merge method.
-        path: Lists for the recorded path by name, as :class:`~lightning_odem.flow.Trajectory` describes them. ``t`` and
-            ``loss`` have an entry per point (n + 1 points), ``alignment``, ``gamma``, ``alignment_ratio``,
-            ``step_norm`` and ``damped_share`` one per step (n steps). All lists are empty for methods that follow no
-            path and for the first task. Some methods add further lists.
+        path: Lists for the recorded path by name, as :class:`~lightning_odem.flow.Trajectory` describes them; empty
+            for methods that follow no path and for the first task. Some methods add further lists.
         steps: Steps of the path.
         loss_before: Calibration loss of the merged model before this merge; NaN if never measured.
         loss_after: Calibration loss of the merged model after it.
@@ -25,16 +23,16 @@ class MergeRecord:
         envelope_excess: By how much the path exceeded the bound of Theorem 3.4; 0 if the bound held.
         estimated: Whether the path's losses between its ends are those of minibatches. Then barrier and envelope excess
             are those of the ends.
-        gradient_evaluations: Gradients taken on the calibration set or a part of it.
-        loss_evaluations: Passes over the calibration set, or a part of it, without a gradient.
+        gradient_evaluations: Gradients taken on calibration samples.
+        loss_evaluations: Passes over calibration samples without a gradient.
         sample_gradients: Samples that went through a pass with gradient, the task's own data included.
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the whole merge, evaluations included, without measuring accuracies.
         calibration: Samples kept per task during this merge.
         checkpoint: Path of the checkpoint with the merged weights; None if none was written, or it was removed because
             only the last few are kept.
-        discarded: What was cut of the updates of low-rank adapters to keep their rank: the distance of what is merged
-            from what the method computed, relative to its norm (NaN without adapters).
+        discarded: Part of the adapters' updates that was cut to keep their rank, relative to the norm of the updates;
+            NaN without adapters.
         further: Further values of the tasks' metrics after the merge, besides their scores, by task and name.
         epoch: Epoch of the training, counted from 0, whose weights were merged; None for its end.
     """

@@ -30,27 +30,24 @@ class StreamState:
         buffer: Calibration samples of the merged tasks.
         base: Parameters and buffers of the base model, except task-specific ones; None before the first fit.
         merged: Parameters and buffers of the merged model, likewise; None before the first merge.
-        task_parameters: The parameters that each task keeps for itself. These are excluded and trainable, and have the
-            values that the task's training gave them.
+        task_parameters: The excluded, trainable parameters of each task, as its training left them.
         fixed: Excluded parameters that are frozen, such as heads that are probes of the base model.
         report: The report of the merges and scores.
         method: State of the merge method.
         dirpath: Directory that the stream writes to; None before the first fit has chosen it.
         started: The task in training, with ``task``, ``weight`` and the accuracies measured before its training. Empty
             between tasks.
-        random: ``state`` is the random state after the last merge. ``began`` is the digest of the random state in which
-            the stream's first process began. ``reseeded`` tells whether random numbers were drawn or seeds set between
-            two tasks. Empty before the first merge.
+        random: ``state`` is the random state after the last merge, ``began`` the digest of that in which the stream's
+            first process began. ``reseeded`` tells whether numbers were drawn between two tasks.
         names: Names of the merged tensors: ``parameters``, frozen ones too, and ``statistics`` of batch norm if they
             are averaged. Empty in states of earlier versions.
         settings: Name and arguments of the method of the last merge, see
             :func:`~lightning_odem.methods.describe.describe_method`. Empty in states of earlier versions.
         fingerprints: Fingerprint of the merged parameters of each task's fine-tuned model, as far as it is known.
         rows: Number of rows of each grown parameter that are merged, see :func:`~lightning_odem.stream.growth.grow`.
-        adapters: Pairs of low-rank factors that are merged by their updates, by the name of the first factor; each as
+        adapters: The pairs of low-rank factors, by the name of the first factor, each as
             :meth:`~lightning_odem.parameters.low_rank.FactorPair.plain`.
-        frozen: Fingerprints of the frozen base of a model with adapters, by name. Neither ``base`` nor ``merged`` has
-            these tensors.
+        frozen: Fingerprints of the frozen base under adapters, which ``base`` and ``merged`` lack.
     """
 
     buffer: CalibrationBuffer
