@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_odem.parameters.heartbeat import SILENCE, Heartbeat, LostProcessError
+
 # Seconds between two looks for errors of other processes, and seconds that a failing process waits for the others.
 _LOOK, _GRACE = 0.2, 60.0
 
@@ -31,6 +33,8 @@ class _Block(NamedTuple):
 # The first block is the whole run; no process waits at its end. An error may bring the numbering of inner blocks out of
 # step, so the numbering ends together with the block.
 _entered = [_Block("run", itertools.count())]
+# Of the group that there is, from its first block on.
+_heart: tuple[dist.Store, Heartbeat] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,14 @@ class Processes:
         of the group. Without errors, only a counter is exchanged at the end.
 
         Raises:
+            LostProcessError: If a process that is waited for has ended without an error, as one that is killed.
             TimeoutError: If a process reaches neither the end nor an error within the group's timeout.
         """
         if self.size == 1:
             yield
             return
         store, block = _store(), f"{_entered[-1].name}/{next(_entered[-1].inner)}"
+        self._beat()
         _entered.append(_Block(block, itertools.count()))
         try:
             yield
@@ -99,7 +105,8 @@ class Processes:
                     store.set(f"{block}/error", _pack(error, self.rank))  # type: ignore[arg-type]
                 if len(_entered) == 2:
                     # The store may end with this process, so wait until all have read it.
-                    _wait(lambda: store.add(f"{block}/failed", 0) == self.size, _GRACE)
+                    lost = error.count if isinstance(error, LostProcessError) else 0
+                    _wait(lambda: store.add(f"{block}/failed", 0) >= self.size - lost, _GRACE)
             raise
         finally:
             _entered.pop()
@@ -131,13 +138,39 @@ class Processes:
             work.wait()
         except RuntimeError as error:  # a connection is lost when a process has ended
             self._raise_errors(_store())
+            if "onnection" in str(error):
+                _wait(lambda: self._raise_errors(_store()), SILENCE + _GRACE / 10)  # until it is known which one
             raise error
 
-    def _raise_errors(self, store: dist.Store) -> None:
-        """Raise an error that another process had in one of the blocks that this process is in."""
-        for block in _entered[1:]:
-            if store.check([f"{block.name}/error"]):
-                raise _unpack(store.get(f"{block.name}/error"), self.size)
+    def _raise_errors(self, store: dist.Store) -> bool:
+        """Raise an error that another process had in one of the blocks that this process is in; False without one."""
+        found = None
+        try:
+            for block in _entered[1:]:
+                if found is None and store.check([f"{block.name}/error"]):
+                    found = store.get(f"{block.name}/error")
+            if found is None and len(_entered) > 1:
+                self._beat().check()
+        except LostProcessError:
+            raise
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"Lost of {self.size} processes, counted from 0: the one that keeps their common store, as a rule "
+                "process 0. Start the job again; the stream goes on from its last merge."
+            ) from error
+        if found is not None:
+            raise _unpack(found, self.size)
+        return False
+
+    def _beat(self) -> Heartbeat:
+        """This process's heartbeat, from now on until the group ends."""
+        global _heart
+        group = _get_default_store()
+        if _heart is None or _heart[0] is not group or not _heart[1].is_mine:
+            if _heart is not None:
+                _heart[1].stop()
+            _heart = group, Heartbeat(_store(), self.rank, self.size)
+        return _heart[1]
 
 
 def _store() -> dist.Store:
