@@ -26,7 +26,7 @@ from lightning_odem.arguments import (
 )
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.flow import Descent, RectifiedField, ReusedGradient, StepControl
-from lightning_odem.methods import METHODS
+from lightning_odem.methods import METHODS, FixedTime, Minibatches, SearchedTime
 from lightning_odem.methods.representation import RepresentationCorrection
 from lightning_odem.tasks import ArrayDataset, DigitsStream, ImageFolderStream, NpzStream, Splits, Task
 
@@ -66,7 +66,10 @@ def parameters(make, without=()):
 
 COMMON = parameters(DigitsStream.__mro__[1], without=("builders",))
 MADE = {
-    **{name: (method, parameters(method)) for name, method in METHODS.items() if name != "ode_paper"},
+    **{name: (method, parameters(method)) for name, method in METHODS.items()},
+    "fixed time": (FixedTime, parameters(FixedTime)),
+    "searched time": (SearchedTime, parameters(SearchedTime)),
+    "minibatches": (Minibatches, parameters(Minibatches)),
     "callback": (ContinualMergeCallback, parameters(ContinualMergeCallback, without=("dirpath",))),
     "calibration": (CalibrationOptions, parameters(CalibrationOptions)),
     "buffer": (CalibrationBuffer, parameters(CalibrationBuffer)),
@@ -76,7 +79,7 @@ MADE = {
         lambda **changed: Descent(torch.zeros(2), **{"length": 0.1, "steps": 2} | changed),
         ["length", "steps"],
     ),
-    "reuse": (lambda times: ReusedGradient(None, times), ["times"]),
+    "reuse": (ReusedGradient, parameters(ReusedGradient)),
     "correction": (lambda **changed: RepresentationCorrection(**{"method": "average"} | changed), ["method", "lr"]),
     "task": (task, parameters(Task, without=("splits", "source", "prepare", "class_names"))),
     "digits": (DigitsStream, [*COMMON, "image_size"]),
@@ -84,7 +87,7 @@ MADE = {
     "folders": (folder_of_tasks(ImageFolderStream), ["root", "image_size"]),
 }
 # What messages call an argument where it is not its name.
-NAMED = {"weights": ["weight"], "blocks": ["locks"], "batch_size": ["batch_size", "batch size"]}
+NAMED = {"rule": ["solver"], "weights": ["weight"], "blocks": ["locks"], "batch_size": ["batch_size", "batch size"]}
 
 
 @pytest.mark.parametrize("name", MADE)

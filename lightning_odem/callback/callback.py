@@ -29,7 +29,7 @@ from lightning_odem.parameters.snapshot import load_snapshot
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Given, Measurement
-from lightning_odem.stream.monitor import Monitor
+from lightning_odem.stream.monitor import MODES, Monitor
 from lightning_odem.stream.random_state import take_random_state
 from lightning_odem.stream.removal import Model, remove_task
 from lightning_odem.stream.restoration import restore_task_parameters
@@ -113,6 +113,12 @@ class ContinualMergeCallback(L.Callback):
             check_instance("weights", weights, (Mapping, list, tuple), "a list, or a dictionary by task name,")
             check_names("weights", list(weights) if isinstance(weights, Mapping) else ())
             check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        if evaluation_data is not None:
+            check_instance("evaluation_data", evaluation_data, Mapping, "a dictionary by task name")
+            check_names("evaluation_data", list(evaluation_data))
+        if monitor is not None:
+            check_instance("monitor", monitor, str, "the name of a logged value")
+        check_choice("mode", mode, MODES)
         if dirpath is not None:
             check_path("dirpath", dirpath)
         self._stream = Stream(

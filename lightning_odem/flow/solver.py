@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightning_odem.arguments import LEAST_STEP, check_range
+from lightning_odem.arguments import LEAST_STEP, check_range, shown
 from lightning_odem.flow.control import ControlledSteps, FixedSteps, StepControl, Steps
 from lightning_odem.flow.field import Field, RectifiedField, Velocity
 from lightning_odem.flow.trajectory import Trajectory
@@ -216,6 +216,10 @@ def resolve_solver(solver: str | Solver) -> Solver:
         ValueError: For an unknown name.
     """
     if not isinstance(solver, str):
+        if not callable(getattr(solver, "step", None)):
+            raise ValueError(
+                f"A solver is one of {', '.join(sorted(SOLVERS))} or has a method step, got {shown(solver)}."
+            )
         return solver
     if solver not in SOLVERS:
         raise ValueError(f"Unknown solver {solver!r}; the solvers are {', '.join(sorted(SOLVERS))}.")

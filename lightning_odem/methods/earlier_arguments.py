@@ -3,8 +3,8 @@
 import warnings
 from typing import TYPE_CHECKING
 
+from lightning_odem.arguments import check_integer, check_range, check_seed
 from lightning_odem.flow import ReusedGradient, Solver, StepControl
-from lightning_odem.methods.arguments import check_range
 from lightning_odem.methods.operating_times import OperatingTime, SearchedTime
 from lightning_odem.methods.sampling import Minibatches
 
@@ -30,10 +30,14 @@ def composed(
     """
     parts = []
     if reuse is not None:
-        check_range("reuse", reuse, 1)
+        check_integer("reuse", reuse, 1)
         if reuse > 1:
             solver = ReusedGradient(solver, reuse)
             parts.append(f"solver={solver!r}")
+    if search_to is not None:
+        check_range("search_to", search_to, 1)
+    if seed is not None:
+        check_seed("seed", seed)
     if search_to is not None or holdout is not None:
         given = {"factor": search_to, "holdout": holdout}
         searched = SearchedTime(**{name: value for name, value in given.items() if value is not None})
@@ -41,6 +45,7 @@ def composed(
             operating_time = searched
             parts.append(f"operating_time={searched!r}")
     if batch_size is not None:
+        check_integer("batch_size", batch_size, 1)
         minibatches = Minibatches(batch_size, seed or 0)
         parts.append(f"minibatches={minibatches!r}")
     if step_control is True:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_odem.arguments import check_choice, check_instance, check_step
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.flow import ReusedGradient, Solver, StepControl, Trajectory, integrate, resolve_solver
-from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.earlier_arguments import composed
 from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
@@ -79,7 +79,7 @@ class PaperODEMerge(MergeMethod):
         reuse: int | None = None,
         seed: int | None = None,
     ) -> None:
-        check_range("step_size", step_size, 0, 1, open_low=True)
+        check_step("step_size", step_size)
         check_choice("granularity", granularity, GRANULARITIES)
         if not all(value is None for value in (search_to, holdout, batch_size, reuse, seed)) or step_control is True:
             solver, operating_time, minibatches, step_control = composed(
@@ -87,6 +87,9 @@ class PaperODEMerge(MergeMethod):
             )
         self.step_size = step_size
         resolve_solver(solver), resolve_operating_time(operating_time)
+        if minibatches is not None:
+            check_instance("minibatches", minibatches, Minibatches, "Minibatches(size), or None,")
+        check_instance("step_control", step_control, (StepControl, bool, type(None)), "StepControl(), or None,")
         self.solver = solver
         self.granularity = granularity
         self.operating_time = operating_time

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.flow import LowestPoint, Trajectory, scaled_time
-from lightning_odem.methods.arguments import check_choice, check_range
 from lightning_odem.methods.became import became_time
 from lightning_odem.methods.sampling import hold_out
 
@@ -77,7 +77,7 @@ class FixedTime(OperatingTime):
     time: float
 
     def __post_init__(self) -> None:
-        check_range("operating_time", self.time, 0, 1)
+        check_range("time", self.time, 0, 1)
 
     def follow(self, path: Path) -> Trajectory:
         """Follow the flow to the fixed time."""
@@ -121,8 +121,7 @@ class SearchedTime(OperatingTime):
 
     def __post_init__(self) -> None:
         check_range("factor", self.factor, 1)
-        if not 0.0 < self.holdout < 1.0:
-            raise ValueError(f"holdout must lie in (0, 1), got holdout={self.holdout}.")
+        check_range("holdout", self.holdout, 0, 1, open_low=True, open_high=True)
 
     def follow(self, path: Path) -> Trajectory:
         """Follow the flow to the last candidate and go back to the best one."""
@@ -160,4 +159,5 @@ def resolve_operating_time(rule: str | float | OperatingTime) -> OperatingTime:
     if isinstance(rule, str):
         check_choice("operating_time, unless a number,", rule, OPERATING_TIMES)
         return OPERATING_TIMES[rule]()
+    check_range("operating_time", rule, 0, 1)
     return FixedTime(rule)

@@ -7,10 +7,10 @@ from itertools import chain, count
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer, check_seed
 from lightning_odem.calibration import CalibrationBuffer, batches
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.calibration.samples import MicroBatch
-from lightning_odem.methods.arguments import check_range
 
 Gradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -95,7 +95,8 @@ class Minibatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("batch_size", self.size, 1)
+        check_integer("size", self.size, 1)
+        check_seed("seed", self.seed)
 
     def per_epoch(self, buffer: CalibrationBuffer) -> int:
         """Number of minibatches in one pass over the samples that count in the loss."""

@@ -129,7 +129,7 @@ def test_the_settings_of_parts_are_checked_by_them():
         (lambda: SearchedTime(factor=0.9), "factor=0.9"),
         (lambda: SearchedTime(holdout=0.0), "holdout=0.0"),
         (lambda: SearchedTime(holdout=1.0), "holdout=1.0"),
-        (lambda: Minibatches(0), "batch_size=0"),
+        (lambda: Minibatches(0), "size=0"),
         (lambda: ReusedGradient(times=0), "times=0"),
         (lambda: ReusedGradient("rk4"), "Unknown solver 'rk4'"),
     ]
