@@ -6,7 +6,7 @@ from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.vector import ParameterVector
 
 peft = pytest.importorskip("peft")
-from adapted import Adapted, updates  # noqa: E402
+from adapted import Adapted, best_approximation, updates  # noqa: E402
 
 KINDS = {
     "lora": {},
@@ -222,3 +222,22 @@ def test_squared_gradients_of_an_update_follow_from_those_of_its_factors():
     found = adapters.squared_gradients(squares)["lora_A"]
 
     torch.testing.assert_close(found, rows[:, None] * columns, rtol=1e-6, atol=0.0)
+
+
+def test_a_module_is_at_the_point_that_its_adapters_can_hold_and_so_is_the_gradient():
+    module = with_moved_adapters(Adapted())
+    adapters = Adapters(module)
+    adapters.expand()
+    vector = ParameterVector(module, adapters=adapters)
+    theta = torch.randn(len(vector), generator=torch.Generator().manual_seed(0))
+    vector.write_(theta)
+    found, wanted = vector.views(vector.read()), vector.views(theta)
+    with vector.collect_gradient() as gradient:
+        module.training_step((torch.randint(20, (8, 6)), torch.arange(8) % 2)).backward()
+
+    for name, at, update, slope in zip(vector.names, found, wanted, vector.views(gradient), strict=True):
+        if name in adapters.pairs:
+            torch.testing.assert_close(at, best_approximation(update, 3), rtol=1e-3, atol=1e-4)
+            left, _, right = torch.linalg.svd(at)
+            # Nothing of it is beyond the directions of both factors.
+            assert (left[:, 3:].T @ slope @ right[3:].T).norm() < 1e-4 * slope.norm()
