@@ -346,6 +346,7 @@ class ContinualMergeCallback(L.Callback):
         self._fit.phase = Phase.TRAINING
         with Processes.current().together():
             self._claim(trainer, pl_module)
+            self._directory.check_room(trainer, pl_module, self._state)
             if self._stream.needs_samples:
                 self.calibration.check(self._state.buffer)
             if not (self._fit.resumed and self._state.started):
