@@ -1,5 +1,6 @@
 """Weights from a file, by name or into a module; no code in the file is run."""
 
+import errno
 import os
 import pickle
 import re
@@ -109,9 +110,10 @@ def read_file(path: str | os.PathLike) -> Any:
                 "Save the model's state_dict() instead, or convert it to .safetensors."
             ) from error
         raise ValueError(f"{path} is corrupt or not a file of weights: it cannot be unpickled safely.") from error
-    except OSError:
-        raise  # an error of the file system, not of the file
     except Exception as error:  # readers raise many types on unexpected bytes
+        # Other errors of the system are not the file's; this one is of a place before its beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
 
 

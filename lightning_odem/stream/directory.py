@@ -1,7 +1,9 @@
 """The directory of a stream."""
 
+import errno
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -218,6 +220,26 @@ class RunDirectory:
             self._keep_evidence(on_disk)
         self.path, state.dirpath = self._directory, str(self._directory)
         return newer
+
+    def check_room(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
+        """Refuse to train a task where the disk has no room for what its merge writes.
+
+        That is the merged model twice, in the state and as a checkpoint, and the base model if it is not there yet.
+
+        Raises:
+            OSError: With what is free and what is needed.
+        """
+        if self.path is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+        needed = size * (2 if state.base is not None else 3)
+        place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if (free := shutil.disk_usage(place).free) < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"The merge of this task writes {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free for "
+                f"{self.path}. Make room, or choose another dirpath.",
+            )
 
     def commit(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
         """Write the stream's state; a task counts as merged once this is done.

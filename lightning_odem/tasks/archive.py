@@ -9,6 +9,10 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+LARGEST_LABEL = 10**6
+"""A head has an output for every class up to the largest label."""
+LARGEST_ARRAY, LARGEST_RATIO = 2**31, 100
+"""An array of more bytes that is compressed by more is taken for one made to fill the memory."""
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -60,6 +64,11 @@ class NpzArchive:
             raise ValueError(
                 f"{self.path}: {split}_labels must be integer [N] or [N, 1], found {labels.dtype} {list(labels.shape)}."
             )
+        if labels.size and (largest := int(labels.max())) > LARGEST_LABEL:
+            raise ValueError(
+                f"{self.path}: {split}_labels goes up to {largest}, which would make {largest + 1} classes; labels up "
+                f"to {LARGEST_LABEL} are read."
+            )
         return labels.reshape(-1).astype(np.int64)
 
     def _check(self, split: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -81,7 +90,11 @@ class NpzArchive:
     @contextmanager
     def _open(self, key: str) -> Iterator[IO[bytes]]:
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
-                yield member
+            with zipfile.ZipFile(self.path) as archive:
+                size, packed = (found := archive.getinfo(f"{key}.npy")).file_size, max(found.compress_size, 1)
+                if size > LARGEST_ARRAY and size > LARGEST_RATIO * packed:
+                    raise ValueError(f"it unpacks from {packed} to {size} bytes, more than images or labels do")
+                with archive.open(found) as member:
+                    yield member
         except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged input
             raise ValueError(f"{self.path}: cannot read {key}: {error!r}.") from error

@@ -328,3 +328,12 @@ def test_a_task_resumed_in_another_process_is_checked_before_its_next_step(step,
         )
     assert incoming.batches <= 1  # the batch whose step was not taken
     assert same(weights(module), torch.load(small_stream / f"step={step}.ckpt")["state_dict"])
+
+
+def test_a_disk_without_room_for_the_merge_is_refused_before_training():
+    module = Classifier()
+    module.register_buffer("table", torch.zeros(1).expand(10**14))  # as large as no disk, without memory
+    before = weights(module)
+    with pytest.raises(OSError, match=r"The merge of this task writes 12\d{8} MB, but \d+ MB are free"):
+        fit(module, Task(0), ContinualMergeCallback("average", dirpath="run"))
+    assert same(weights(module), before)

@@ -42,3 +42,11 @@ def test_a_method_of_the_users_goes_by_its_class_name():
         pass
 
     assert method_name(Overwrite()) == "Overwrite"
+
+
+@pytest.mark.parametrize(
+    "name", ["..x", ".x", "..", "a..b", "\0.x", 3, None, ["ode"], "torch.nn.Linear", "torch.nothing"]
+)
+def test_whatever_is_no_method_is_refused_in_words(name):
+    with pytest.raises(ValueError, match="merge method"):
+        resolve_method(name)

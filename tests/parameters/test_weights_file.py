@@ -183,3 +183,20 @@ def test_a_changed_byte_is_noticed_and_the_file_named(tmp_path):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"weights\.pt is corrupt .*checksum of its entry"):
             read_weights(path)
+
+
+def test_a_directory_of_the_archive_that_lies_before_the_file_is_named(tmp_path):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"w": torch.arange(300.0)}}, path)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 22, len(whole)):  # the record at the end of a zip file
+        for bit in range(8):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            path.write_bytes(content)
+            refusal = str(path)
+            try:
+                assert torch.equal(read_weights(path)["w"], torch.arange(300.0))
+            except ValueError as error:
+                refusal = str(error)
+            assert str(path) in refusal

@@ -1,4 +1,5 @@
 import io
+import time
 import zipfile
 
 import numpy as np
@@ -140,3 +141,29 @@ class TestDamage:
             data[position] ^= 1 << rng.integers(8)
             outcomes.append(self.read_or_refuse(path, bytes(data)))
         assert outcomes.count(False) > 100
+
+
+def test_labels_that_would_make_a_head_of_any_size_are_refused(path):
+    np.savez(path, **contents(test_labels=np.full(3, 10**12)))
+    with pytest.raises(
+        ValueError, match=r"test_labels goes up to 1000000000000, which would make 1000000000001 classes"
+    ):
+        NpzArchive(path)
+
+
+def test_an_array_made_to_fill_the_memory_is_refused_unread(path):
+    """Zeros of 4 GB that take 4 MB in the file, written piece by piece."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in contents().items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                if name != "train_labels":
+                    np.lib.format.write_array(member, np.asarray(array))
+                    continue
+                header = {"descr": "|u1", "fortran_order": False, "shape": (2**31 + 2**20,)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for _ in range(2**7 + 1):
+                    member.write(bytes(2**24))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"cannot read train_labels: .*unpacks from \d+ to \d+ bytes"):
+        NpzArchive(path)
+    assert time.monotonic() - started < 5.0
