@@ -32,7 +32,7 @@ def without_figures(monkeypatch):
     def save(report, directory, first_path=0):
         return [report.save(directory / "report.json")]
 
-    monkeypatch.setattr("lightning_odem.stream.directory.save", save)
+    monkeypatch.setattr("lightning_odem.stream.report_files.save", save)
 
 
 @pytest.fixture

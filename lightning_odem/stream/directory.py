@@ -1,8 +1,6 @@
 """The directory of a stream."""
 
 import errno
-import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +10,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lightning_odem.parameters.files import remove_drafts
-from lightning_odem.parameters.frozen_base import FROZEN, Digests, without_frozen
+from lightning_odem.parameters.frozen_base import Digests
 from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.shards import weights_checkpoint
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
-from lightning_odem.report import StreamReport, save
-from lightning_odem.report.plain import plain
-from lightning_odem.stream.naming import file_name
+from lightning_odem.report import StreamReport
+from lightning_odem.stream.merged_files import remove_unnamed, save_merged
+from lightning_odem.stream.report_files import ReportFiles
 from lightning_odem.stream.sections import check_sections
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStateError, StreamStore, differences
@@ -157,7 +154,7 @@ class RunDirectory:
         self._number = self._store.number
         if self._mapped:
             state.map(self._store.map)
-        self._save_report(state.report, self.at(""), first_path=len(state.report.merges))
+        ReportFiles(self.at("")).write(state.report, first_path=len(state.report.merges))
 
     def release(self) -> None:
         """Let other processes use the stream."""
@@ -217,7 +214,7 @@ class RunDirectory:
             newer = newer if further and not same else None
             self._number = number
         if number is not None and trainer.is_global_zero:
-            self._keep_evidence(on_disk)
+            ReportFiles(self.at("")).keep_evidence(on_disk)
         self.path, state.dirpath = self._directory, str(self._directory)
         return newer
 
@@ -274,32 +271,15 @@ class RunDirectory:
         return resolve(reference, *([] if self._store is None else [self._store.directory]))
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests | None = None) -> str | None:
-        """Save the module's weights as ``merged-<number>-<task>.ckpt``, without the optimizer's state.
-
-        Of a model with adapters, the file has all but the frozen base, and the fingerprints of the base.
-        """
+        """Save the module's weights, see :func:`~lightning_odem.stream.merged_files.save_merged`."""
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return None
-        path = self.path / f"merged-{number:02d}-{file_name(task)}.ckpt"
-        checkpoint = weights_checkpoint(trainer)
-        if frozen:
-            checkpoint["state_dict"] = without_frozen(trainer.lightning_module, checkpoint["state_dict"], frozen)
-            checkpoint[FROZEN] = dict(frozen)
-        with Processes.current().together():
-            if trainer.is_global_zero:
-                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
-        return str(path)
+        return str(save_merged(trainer, self.path, number, task, frozen))
 
     def remove_checkpoints(self, trainer: L.Trainer, named: StreamReport, kept: StreamReport) -> None:
         """Remove checkpoints that a report has named and does not name any more."""
-        if self.path is None or not trainer.is_global_zero:
-            return
-        before, now = ({record.checkpoint for record in report.merges} for report in (named, kept))
-        for name in {Path(path).name for path in before - now if path} - {Path(path).name for path in now if path}:
-            try:
-                (self.path / name).unlink(missing_ok=True)
-            except OSError as error:
-                rank_zero_warn(f"An old checkpoint could not be removed: {error}.")
+        if self.path is not None and trainer.is_global_zero:
+            remove_unnamed(self.path, named, kept)
 
     def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
         """Write ``report.json``, ``table.txt`` and the figures in the main process.
@@ -307,48 +287,22 @@ class RunDirectory:
         If that fails there is only a warning, since they can be written again from the state.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save_report(report, self.path, first_path=-1)
+            ReportFiles(self.path).write(report, first_path=-1)
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:
         """Write the report again if it is behind the state, because a process died between writing the two."""
         if self._directory is None or not report.tasks:
             return
-        if self._is_written(report):
+        files = ReportFiles(self._directory)
+        if files.hold(report):
             return
         try:
             with self.locked():
-                if self._store is not None and self._store.number == self._number and not self._is_written(report):
-                    self._keep_evidence(report)
-                    rank_zero_info(f"The report in {self._directory} is not that of the stream and written again.")
-                    save(report, self._directory)
+                if self._store is not None and self._store.number == self._number and not files.hold(report):
+                    files.mend(report)
         except StreamInUseError:
             return  # who has the stream writes its report
-
-    def _is_written(self, report: StreamReport) -> bool:
-        """Whether the report in the directory is that of the state."""
-        try:
-            written = _report_in(self.at(""))
-        except ValueError:
-            return False
-        return written.tasks == report.tasks and len(written.removed) == len(report.removed)
-
-    def _keep_evidence(self, report: StreamReport) -> None:
-        """Put a report aside that tells of more tasks than the state on disk, whose report is given."""
-        try:
-            written = _report_in(self.at(""))
-        except ValueError:
-            return
-        gone = {record.task for record in report.removed}
-        if lost := [task for task in written.tasks if task not in report.tasks and task not in gone]:
-            kept = _free(self.at("report.json.ahead"))
-            os.replace(self.at("report.json"), kept)
-            rank_zero_warn(
-                f"{self.at('report.json')} tells of tasks that the state of the stream does not hold: "
-                f"{', '.join(map(plain, lost))}. The newest files of the state have been lost or put back; the stream "
-                f"goes on without these tasks. That report is kept as {kept.name}. If there is a copy of the folder "
-                "'stream', put it back before going on."
-            )
 
     def _open(self, directory: Path) -> None:
         directory = directory.absolute()  # wherever the process goes from here
@@ -357,15 +311,6 @@ class RunDirectory:
         self._directory = directory
         self._store = StreamStore(directory / "stream")
         self._lock = StreamLock(directory / "stream" / "lock")
-
-    def _save_report(self, report: StreamReport, directory: Path, first_path: int) -> None:
-        try:
-            save(report, directory, first_path=first_path)
-        except OSError as error:
-            rank_zero_warn(
-                f"The stream is written and kept, but its report could not be written: {error}. The next merge, or "
-                "remaining() of the callback, writes it."
-            )
 
     def _load(self) -> tuple[dict[str, Any] | None, int | None]:
         """The state on disk and the number of its generation."""
@@ -376,7 +321,7 @@ class RunDirectory:
     def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None, int | None]:
         """Report of the stream that the directory holds, its state and number."""
         if number is None:
-            return _report_in(self.at("")), None, None
+            return ReportFiles(self.at("")).read(), None, None
         state, number = self._load()
         assert state is not None, "it has a number"
         return StreamReport.from_dict(state["report"]), state, number
@@ -401,15 +346,13 @@ def _make_next_version(root: Path) -> Path:
         return path
 
 
-def _free(path: Path) -> Path:
-    """A path that names nothing yet: this one, or with the first number that is free."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
-
-
 def _is_same_stream(stored: dict[str, Any], state: StreamState) -> bool:
     """Whether a stream that was read is the one in memory, or that one taken further."""
-    known, found = (state.base or {}) if state.report.tasks else {}, stored["base"] or {}
+    rows = {**state.rows, **stored.get("rows", {})}  # further rows change with every merge
+    known, found = (
+        {name: tensor[: rows[name]] if name in rows else tensor for name, tensor in (base or {}).items()}
+        for base in (state.base if state.report.tasks else {}, stored["base"])
+    )
     # Shards, which processes hold instead of whole tensors, are not compared.
     known = {name: tensor for name, tensor in known.items() if name not in found or tensor.shape == found[name].shape}
     same_base = not differences(known, {name: found[name] for name in known if name in found})
@@ -421,9 +364,3 @@ def _goes_on(newer: StreamReport, older: StreamReport) -> bool:
     removed = {record.task for record in newer.removed}
     known, found = ([task for task in report.tasks if task not in removed] for report in (older, newer))
     return len(newer.removed) >= len(older.removed) and found[: len(known)] == known
-
-
-def _report_in(path: Path) -> StreamReport:
-    """The report in a directory, with or without a state; an empty report if there is none."""
-    report = path / "report.json"
-    return StreamReport.load(report) if report.exists() else StreamReport()
