@@ -197,6 +197,7 @@ class Session:
             self.merge(trainer, module)
             module.cpu()  # where Lightning leaves a module after fit
             return
+        self._start.take_back(module)
         rank_zero_warn(
             "trainer.fit trained nothing, so nothing was merged. Check max_epochs, max_steps and limit_train_batches; "
             "a resumed checkpoint may have been at the end of its training already."

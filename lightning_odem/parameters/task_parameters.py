@@ -66,6 +66,29 @@ def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> AbstractContextMana
     return _Swap(module, own).made()
 
 
+@contextmanager
+def explaining_shapes(module: nn.Module, task: str, own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Explain an error of a module with a task's own parameters in place if these have other shapes than its own have.
+
+    Raises:
+        ValueError: From any error in the block, then.
+    """
+    now = {name: _get(*found[0]).shape for name, found in find_places(module, own).items()}
+    other = [
+        f"{name} {list(own[name].shape)} (now {list(shape)})" for name, shape in now.items() if own[name].shape != shape
+    ]
+    try:
+        yield
+    except Exception as error:
+        if not other:
+            raise
+        raise ValueError(
+            f"{type(module).__name__} cannot run as task {task!r}, which keeps {', '.join(other[:3])} for itself: "
+            f"{error} Let the module read such sizes from its parameters instead of a configuration, or share them: "
+            "growing= merges the common rows of embeddings and heads that have become longer."
+        ) from error
+
+
 def put_task_parameters(module: nn.Module, own: Snapshot) -> None:
     """Give a module a task's own parameters for good: written in place if shapes agree, else as new tensors.
 

@@ -14,7 +14,7 @@ from lightning_odem.metrics import TaskMetric, find_metric
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
-from lightning_odem.parameters.task_parameters import as_task
+from lightning_odem.parameters.task_parameters import as_task, explaining_shapes
 from lightning_odem.report.progress import progress
 from lightning_odem.stream.evaluation import Score, check_score, score
 from lightning_odem.stream.evaluation_data import STAGES, EvaluationData, Stage, Which, data_of, evaluation_data
@@ -125,7 +125,7 @@ class Measurement:
                     )
                 own = task_parameters.get(task, {})
                 if own or self._checked.get(task) is not data.batches:
-                    with as_task(module, own):
+                    with explaining_shapes(module, task, own), as_task(module, own):
                         if self._monitor is not None:
                             self._monitor.measure(module, data, batches=1)
                         else:

@@ -4,6 +4,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.parameters.snapshot import undisturbed
+from lightning_odem.parameters.task_parameters import explaining_shapes
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.stream.store import encode
 from lightning_odem.stream.stream import Stream
@@ -30,5 +31,7 @@ def rehearse(stream: Stream, module: nn.Module, pair: CalibrationBuffer) -> None
         calibration.store_logits(stream.state.started["task"])
         calibration.objective(vector).loss_and_grad(vector.read())
         buffer = stream.state.buffer
-        earlier = [next(buffer.micro_batches_of(name, 2)) for name, held in buffer.counts.items() if held]
-        stream.measured_on(module, buffer).objective(vector).losses(vector.read(), earlier)
+        objective = stream.measured_on(module, buffer).objective(vector)
+        for name in [name for name, held in buffer.counts.items() if held]:
+            with explaining_shapes(module, name, stream.state.task_parameters.get(name, {})):
+                objective.losses(vector.read(), [next(buffer.micro_batches_of(name, 2))])

@@ -191,7 +191,7 @@ def test_what_callbacks_remember_of_a_fit_is_forgotten():
     assert (stopping.wait_count, stopping.stopped_epoch) == (0, 0)
     assert (swa.n_averaged, swa._initialized, swa._latest_update_epoch) == (None, False, -1)
     assert average._latest_update_step == checkpoint._last_global_step_saved == 0
-    assert checkpoint.best_model_path == path
+    assert (checkpoint.best_model_path, checkpoint.best_k_models, checkpoint.last_model_path) == ("", {}, "")
     assert Path(path).exists()
 
 
@@ -204,15 +204,19 @@ def test_settings_of_callbacks_stay_as_the_user_changes_them():
     assert stopping.patience == 9
 
 
-def test_only_a_monitoring_model_checkpoint_with_a_score_warns(recwarn):
-    plain, monitoring = ModelCheckpoint("a"), ModelCheckpoint("b", monitor="val_loss")
-    fresh, trainer = FreshStart(), make_trainer(plain, monitoring, enable_checkpointing=True)
+def test_a_model_checkpoint_ranks_the_epochs_of_the_next_task_by_themselves(recwarn):
+    monitoring = ModelCheckpoint("b", monitor="val_loss")
+    fresh, trainer = FreshStart(), make_trainer(monitoring, enable_checkpointing=True)
     fresh.prepare(trainer)
     trainer.fit(Classifier(), datamodule=Task(0))
+    path = monitoring.best_model_path
     recwarn.clear()
     fresh.prepare(trainer)
-    (warning,) = [str(found.message) for found in recwarn]
-    assert "ModelCheckpoint(monitor='val_loss') still ranks by the scores of the task before" in warning
+    assert not recwarn
+    assert (monitoring.best_model_score, monitoring.current_score, monitoring.best_k_models) == (None, None, {})
+    trainer.fit(Classifier(), datamodule=Task(1))
+    assert monitoring.best_model_path != path
+    assert Path(path).exists()
 
 
 def test_trainers_and_callbacks_are_not_kept_alive():

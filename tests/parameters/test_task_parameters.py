@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_odem.parameters.task_parameters import as_task, put_task_parameters
+from lightning_odem.parameters.task_parameters import as_task, explaining_shapes, put_task_parameters
 
 
 class Net(nn.Module):
@@ -88,3 +88,15 @@ def test_parameters_of_another_size_are_copies_that_can_be_trained():
     with torch.no_grad():
         net.head.weight.zero_()
     assert own["head.weight"].sum() == 20
+
+
+def test_an_error_with_parameters_of_another_size_names_them_and_what_to_do():
+    net = Net()
+    with (
+        pytest.raises(ValueError, match=r"Net cannot run as task 'a', which keeps head.weight \[3, 4\]"),
+        explaining_shapes(net, "a", kept(3)),
+        as_task(net, kept(3)),
+    ):
+        net(torch.ones(1, 3)).view(1, 2)
+    with pytest.raises(RuntimeError, match="invalid for input"), explaining_shapes(net, "a", kept(2)):
+        net(torch.ones(1, 3)).view(1, 3)
