@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.containers import CannotBeKeptError
 from lightning_odem.calibration.keeping import are_alike, as_rows, join, keep, keep_items
+from lightning_odem.calibration.pool import trained_on
 from lightning_odem.calibration.quota import balanced_order
 from lightning_odem.calibration.rows import Rows
 
@@ -214,7 +215,8 @@ def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
         )
     if isinstance(loader.dataset, IterableDataset):
         return "", None
-    return "the training dataset (training transforms apply; calibration_dataset() changes that)", loader.dataset
+    training = "the training dataset (training transforms apply; calibration_dataset() changes that)"
+    return training, loader.dataset if loader.batch_sampler is None else trained_on(trainer, loader)
 
 
 def _take(loader: Any, count: int) -> Any:

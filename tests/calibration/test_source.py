@@ -60,11 +60,14 @@ class AtTheStart(L.Callback):
         self.offer = draw(trainer, self.given, self.count, torch.Generator().manual_seed(0))
 
 
-def draw_in_fit(train=None, given=None, count=4, datamodule=None):
+def draw_in_fit(train=None, given=None, count=4, datamodule=None, **WHOLE):
     callback = AtTheStart(given, count)
     trainer = L.Trainer(accelerator="cpu", fast_dev_run=1, enable_progress_bar=False, callbacks=[callback])
     trainer.fit(Module(), train_dataloaders=train, datamodule=datamodule)
     return callback.offer
+
+
+WHOLE = {"num_training_batches": float("inf")}
 
 
 def draw_from(dataset, count=12, seed=0, **loader):
