@@ -246,7 +246,7 @@ def test_a_forward_with_other_arguments_than_inputs_needs_a_prediction_step_too(
             return super().forward(inputs)
 
         def training_step(self, batch, batch_idx):
-            return cross_entropy(self(*batch), batch[1])
+            return torch.nn.functional.cross_entropy(self(*batch), batch[1])
 
     expected = r"Two gives no predictions for the inputs of task 'digits' alone: .*targets.*Give Two a method"
     with pytest.raises(ValueError, match=expected) as refusal:
