@@ -16,6 +16,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("own_module.py", "after task_3"),
         ("lora.py", "after rot13"),
         ("utility_shares.py", "w of inverted"),
+        ("causal_language_model.py", "after language 2"),
+        ("regression.py", "after pressure"),
+        ("segmentation.py", "after noisy"),
+        ("detection.py", "after blue"),
+        ("calibration_cost.py", "pass / step"),
     ],
 )
 def test_an_example_runs_as_it_stands(script, expected, tmp_path):

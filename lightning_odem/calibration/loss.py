@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
 from lightning_odem.calibration.batches import LABEL_KEYS, each
@@ -31,6 +35,9 @@ class ModuleLoss:
     precision. While ``training_step`` runs, the module's ``log`` and ``log_dict`` and the Trainer's loggers do nothing.
     Afterwards the module's attributes, such as lists of losses, counters and metrics, are what they were.
 
+    The module is in eval mode. If its ``training_step`` gives a loss in training mode only, as torchvision's detectors
+    do, it is called in that mode, with norm and dropout layers in eval mode and the same random numbers each time.
+
     Args:
         module: The module, attached to its Trainer.
 
@@ -48,6 +55,7 @@ class ModuleLoss:
         self._module = module
         self._step = getattr(module, "calibration_step", None)
         self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
+        self._in_training: bool | None = None  # found out on the first batch
 
     def __call__(self, batch: MicroBatch) -> Tensor | Counted:
         """Mean loss of the batch, a scalar; with its count if the module gives one.
@@ -72,9 +80,24 @@ class ModuleLoss:
     def _loss(self, samples: Any, task: str) -> Tensor | Counted:
         with self._module.trainer.precision_plugin.forward_context():
             if self._step is not None:
-                result: Any = self._step(samples, task)
-            else:
-                result = _without_trace(self._module, self._metrics, training_step_on, self._module, samples)
+                return self._read(self._step(samples, task), task)
+            first: Exception | None = None
+            for in_training in (False, True) if self._in_training is None else (self._in_training,):
+                try:
+                    with _training(self._module) if in_training else nullcontext():
+                        result = _without_trace(self._module, self._metrics, training_step_on, self._module, samples)
+                        found = self._read(result, task)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    first = first or error
+                else:
+                    self._in_training = in_training
+                    return found
+            assert first is not None, "there is no other way out of the loop"
+            raise first
+
+    def _read(self, result: Any, task: str) -> Tensor | Counted:
         number = None
         if type(result) in (tuple, list) and len(result) == 2 and self._step is not None:
             result, number = result
@@ -92,6 +115,24 @@ class ModuleLoss:
                 "the count is 0 or a positive number."
             )
         return Counted(loss.reshape(()), number)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    """Put a module in training mode, except for layers whose outputs would be random or depend on the batch.
+
+    Random numbers are the same each time, since a loss should depend on the point alone.
+    """
+    others = [each for each in module.modules() if not (each.training or isinstance(each, (_NormBase, _DropoutNd)))]
+    with isolate_rng():
+        torch.manual_seed(0)
+        for submodule in others:
+            submodule.training = True
+        try:
+            yield
+        finally:
+            for submodule in others:
+                submodule.training = False
 
 
 def _mean(losses: Sequence[Tensor | Counted], sizes: Sequence[int]) -> Tensor | Counted:

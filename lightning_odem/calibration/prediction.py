@@ -14,7 +14,8 @@ def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, T
     batch is ``(inputs, targets)`` and predictions are ``module(inputs)``.
 
     Raises:
-        ValueError: If the module has no ``prediction_step`` and the batch is no such pair.
+        ValueError: If the module has no ``prediction_step``, and the batch is no such pair or ``forward`` takes other
+            arguments than inputs.
     """
     with module.trainer.precision_plugin.forward_context():
         step: Callable[..., tuple[Tensor, Tensor | None]] | None = getattr(module, "prediction_step", None)
@@ -25,7 +26,14 @@ def predict(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, T
                 f"A prediction on task {task!r} needs batches (inputs, targets), got {type(batch).__name__}. Give "
                 f"{type(module).__name__} a method prediction_step(batch, task) -> (predictions, targets)."
             )
-        return module(batch[0]), batch[1]
+        try:
+            return module(batch[0]), batch[1]
+        except TypeError as error:  # other arguments than inputs alone
+            kind = type(module).__name__
+            raise ValueError(
+                f"{kind} gives no predictions for the inputs of task {task!r} alone: {error}. "
+                f"Give {kind} a method prediction_step(batch, task) -> (predictions, targets)."
+            ) from error
 
 
 def predict_with_targets(module: L.LightningModule, batch: Any, task: str) -> tuple[Tensor, Tensor]:

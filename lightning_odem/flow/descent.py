@@ -44,7 +44,7 @@ class Descent:
         try:
             self._length, self._steps = check_range("length", length, 0), check_integer("steps", steps, 1)
         except ValueError as error:
-            raise ValueError(f"A descent has a length >= 0 and a step at least: {error}") from error
+            raise ValueError(f"A descent needs a length >= 0 and at least one step: {error}") from error
         for decay in betas:
             check_range("betas", decay, 0, 1, open_high=True)
         self.taken, self._theta = 0, theta

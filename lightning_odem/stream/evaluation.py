@@ -19,6 +19,11 @@ from lightning_odem.metrics import ACCURACY, ClassAccuracy, TaskMetric, find_met
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.stream.evaluation_data import EvaluationData, is_in_order
 
+_OTHERWISE = (
+    "ContinualMergeCallback(monitor=...) takes a value that validation_step logs as the score, "
+    "ContinualMergeCallback(evaluate=False) measures nothing."
+)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -107,7 +112,7 @@ class _Meter:
 
     def update(self, batch: Any, counts: bool = True) -> None:
         with torch.no_grad():
-            found = predict_with_targets(self.module, move_to_device(self.module, batch), self.task)
+            found = self._predict(move_to_device(self.module, batch))
             if not counts:
                 return
             predictions, targets = _fitted(*found, self.metric)
@@ -159,6 +164,14 @@ class _Meter:
         value = numbers.pop(str(first))
         return Score(value, self.kind, numbers)
 
+    def _predict(self, batch: Any) -> tuple[Any, Any]:
+        try:
+            return predict_with_targets(self.module, batch, self.task)
+        except ValueError as error:
+            if hasattr(self.module, "prediction_step"):
+                raise
+            raise ValueError(f"{error} {_OTHERWISE}") from error
+
     def _unsuited(self, predictions: Any, targets: Any, error: Exception) -> ValueError:
         what = f"Predictions of {type(self.module).__name__} on task {self.task!r}"
         got = f"got {_describe(predictions)} and targets {_describe(targets)}"
@@ -167,7 +180,7 @@ class _Meter:
                 f"{what} must be {ClassAccuracy.EXPECTED}, {got}. A method prediction_step(batch, task) -> "
                 "(predictions, targets) decides what they are; for a single logit it can give `logits.flatten() > 0`. "
                 "A method task_metric(task) of the module or the datamodule gives another metric than accuracy, a "
-                "torchmetrics.Metric such as R2Score(). ContinualMergeCallback(evaluate=False) measures nothing."
+                f"torchmetrics.Metric such as R2Score(). {_OTHERWISE}"
             )
         return ValueError(
             f"{what} cannot be measured by {self.kind.name}, {got}: {error} A method prediction_step(batch, task) -> "

@@ -317,3 +317,73 @@ def test_a_step_that_takes_the_loaders_iterator_gets_one():
 
     module = Iterating()
     assert torch.equal(in_fit(module, lambda module: ModuleLoss(module)(BATCH)), by_hand(module))
+
+
+class InTraining(Classifier):
+    """Its forward gives losses in training mode and scores in eval mode, as torchvision's detectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(3), nn.Dropout(0.5)
+
+    def forward(self, inputs, labels):
+        inputs = self.drop(self.norm(inputs))
+        return {"class": cross_entropy(self.net(inputs + torch.rand(3)), labels)} if self.training else self.net(inputs)
+
+    def training_step(self, batch, batch_idx):
+        return sum(self(*batch).values())
+
+
+def test_a_loss_that_is_given_in_training_mode_only_is_taken_there_with_norm_and_dropout_in_eval_mode():
+    def losses(module):
+        module.eval()
+        loss = ModuleLoss(module)
+        modes = [each.training for each in module.modules()]
+        state = torch.get_rng_state()
+        found = [loss(BATCH) for _ in range(2)]
+        assert modes == [each.training for each in module.modules()]
+        assert torch.equal(torch.get_rng_state(), state)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = cross_entropy(module.net(module.norm(INPUTS) + torch.rand(3)), LABELS)
+        return found, expected
+
+    (first, second), expected = in_fit(InTraining(), losses)
+    assert torch.equal(first, second)
+    assert torch.equal(first, expected)
+    assert first.requires_grad
+
+
+def test_the_mode_of_a_loss_is_found_on_the_first_batch_alone():
+    class Once(InTraining):
+        def training_step(self, batch, batch_idx):
+            modes.append(self.training)
+            return super().training_step(batch, batch_idx)
+
+    def losses(module):
+        module.eval()
+        modes.clear()
+        loss = ModuleLoss(module)
+        for _ in range(3):
+            loss(BATCH)
+
+    modes = []
+    in_fit(Once(), losses)
+    assert modes == [False, True, True, True]
+
+
+def test_a_step_that_fails_in_both_modes_raises_the_error_of_eval_mode():
+    class Broken(Classifier):
+        def training_step(self, batch, batch_idx):
+            if self.broken:
+                raise RuntimeError(f"training is {self.training}")
+            return super().training_step(batch, batch_idx)
+
+        broken = False
+
+    def loss(module):
+        module.broken = True
+        ModuleLoss(module.eval())(BATCH)
+
+    with pytest.raises(RuntimeError, match="training is False"):
+        in_fit(Broken(), loss)

@@ -60,7 +60,7 @@ class AtTheStart(L.Callback):
         self.offer = draw(trainer, self.given, self.count, torch.Generator().manual_seed(0))
 
 
-def draw_in_fit(train=None, given=None, count=4, datamodule=None, **WHOLE):
+def draw_in_fit(train=None, given=None, count=4, datamodule=None):
     callback = AtTheStart(given, count)
     trainer = L.Trainer(accelerator="cpu", fast_dev_run=1, enable_progress_bar=False, callbacks=[callback])
     trainer.fit(Module(), train_dataloaders=train, datamodule=datamodule)
@@ -72,7 +72,7 @@ WHOLE = {"num_training_batches": float("inf")}
 
 def draw_from(dataset, count=12, seed=0, **loader):
     """Draw from training data without a fit: ``draw`` asks a Trainer for nothing but its data."""
-    trainer = SimpleNamespace(train_dataloader=DataLoader(dataset, **loader), datamodule=None)
+    trainer = SimpleNamespace(train_dataloader=DataLoader(dataset, **loader), datamodule=None, **WHOLE)
     return draw(trainer, None, count, torch.Generator().manual_seed(seed))
 
 
@@ -120,7 +120,7 @@ def test_a_choice_that_is_not_balanced_reads_no_target():
         def targets(self):
             raise AssertionError("read")
 
-    plain = SimpleNamespace(train_dataloader=DataLoader(Unlabelled(targets=False)), datamodule=None)
+    plain = SimpleNamespace(train_dataloader=DataLoader(Unlabelled(targets=False)), datamodule=None, **WHOLE)
     drawn = draw(plain, None, 6, torch.Generator().manual_seed(0), balanced=False).samples[0][:, 0]
     by_index = draw_by_index(numbered(0, 40), 6, torch.Generator().manual_seed(0), balanced=False)[0].flatten()
     assert (

@@ -240,6 +240,20 @@ def test_batches_that_are_no_pairs_need_a_prediction_step():
         measure([torch.zeros(2, 4)])
 
 
+def test_a_forward_with_other_arguments_than_inputs_needs_a_prediction_step_too():
+    class Two(Classifier):
+        def forward(self, inputs, targets):
+            return super().forward(inputs)
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self(*batch), batch[1])
+
+    expected = r"Two gives no predictions for the inputs of task 'digits' alone: .*targets.*Give Two a method"
+    with pytest.raises(ValueError, match=expected) as refusal:
+        measure(loader(), Two())
+    assert all(way in str(refusal.value) for way in ("prediction_step(batch, task)", "monitor=", "evaluate=False"))
+
+
 @pytest.mark.parametrize(
     ("predictions", "targets"),
     [((5,), (4,)), ((5, 3), (4,)), ((5, 3, 2), (5,)), ((5, 3), (5, 3)), ((), (1,))],
