@@ -27,7 +27,7 @@ class MergeRecord:
         loss_evaluations: Passes over calibration samples without a gradient.
         sample_gradients: Samples that went through a pass with gradient, the task's own data included.
         gradient_seconds: Wall time inside those evaluations.
-        merge_seconds: Wall time of the whole merge, without measuring accuracies.
+        merge_seconds: Wall time of the merge, without measuring accuracies.
         calibration: Samples kept per task during this merge.
         checkpoint: Path of the checkpoint with the merged weights; None if none was written, or it was removed because
             only the last few are kept.
