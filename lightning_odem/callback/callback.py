@@ -319,9 +319,15 @@ class ContinualMergeCallback(L.Callback):
         """Merge the module's weights into the stream, evaluate every task seen, and write the results.
 
         Called at the end of training. If anything fails the module holds the fine-tuned weights, which are saved, and
-        the stream is what it was, in memory and on disk. An error in one of several processes is raised in all.
+        the stream is what it was, in memory and on disk. An error in one of several processes is raised in all. After
+        the fit, it merges a training whose merge has failed or was interrupted.
+
+        Raises:
+            RuntimeError: If there is no training to merge.
         """
-        return self._session.merge(trainer, pl_module)
+        if self._stage == "fit":
+            return self._session.merge(trainer, pl_module)
+        return self._session.merge_late(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let other processes go on with the stream."""

@@ -208,6 +208,22 @@ class Session:
         with Processes.current().together():
             return self._merge(trainer, module)
 
+    def merge_late(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
+        """Merge after the fit, where the merge at its end has failed.
+
+        Raises:
+            RuntimeError: If there is no training to merge.
+        """
+        if self.fit.collection is None:
+            raise RuntimeError("There is no training to merge: the last one is merged, or none has begun.")
+        self.directory.lock(trainer)
+        module.to(trainer.strategy.root_device)
+        try:
+            return self.merge(trainer, module)
+        finally:
+            module.cpu()  # where Lightning leaves a module after fit
+            self.directory.release()
+
     def _merge(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
         state, fit = self.state, self.fit
         task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1

@@ -112,6 +112,30 @@ def test_a_keyboard_interrupt_in_a_merge_saves_the_fine_tuned_model_and_leaves_i
     assert merge.report.tasks == ["task_1"]
 
 
+def test_an_interrupted_merge_can_be_made_up_for_after_the_fit():
+    module, merge, calls = Fragile(), ContinualMergeCallback("ode_paper", dirpath="stream"), []
+
+    def interrupt_once(loss, task):
+        calls.append(task)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return loss
+
+    fit(module, Task(0), merge)
+    trainer = make_trainer(Accident(interrupt_once), merge)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=Task(1))
+    record = merge.merge(trainer, module)
+    other, reference = Fragile(), ContinualMergeCallback("ode_paper", dirpath="reference")
+    for number in range(2):
+        fit(other, Task(number), reference)
+    assert same(weights(module), weights(other))
+    assert merge.report.accuracy == reference.report.accuracy
+    assert ContinualMergeCallback(dirpath="stream").report.tasks == ["task_1", record.task]
+    with pytest.raises(RuntimeError, match="There is no training to merge"):
+        merge.merge(trainer, module)
+
+
 def test_a_merge_method_with_a_memory_forgets_a_merge_that_failed():
     class Listing(AverageMerge):
         """Makes its list of merges longer in place."""
