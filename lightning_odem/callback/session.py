@@ -230,40 +230,36 @@ class Session:
         buffer = fit.sampling.buffer() if fit.sampling is not None else None
         assert fit.collection is not None, "set up when the training started"
         trace = fit.collection.trace()
-        epoch = None
-        if self.settings.merge_weights == "best":
-            epoch = load_best(trainer)
-        else:
-            hint_at_best(trainer)
-        copy_from_first_process(module)
-        fine_tuned = self.measurement.current(module, task)
-        with (
-            rescuing(trainer, self.directory.path, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"),
-            progress(trainer, f"merging {task}") as on_step,
-            self.stream.merging(
-                module, task, weight, buffer=buffer, trace=trace, on_step=on_step, fingerprint=True
-            ) as addition,
-        ):
-            record = addition.record
-            record.epoch = epoch
+        with rescuing(trainer, self.directory.path, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"):
+            epoch = self._choose_weights(trainer)
             copy_from_first_process(module)
-            own = addition.task_parameters
-            due = own if self._roster.is_due(trainer, number) else {task: own[task]}
-            scores = self.measurement.every_task(trainer, module, due)
-            record.further = {name: score.further for name, score in scores.items() if score.further}
-            record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
-            state = addition.state(
-                accuracy=[scores[name].value if name in scores else math.nan for name in own],
-                metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
-                fine_tuned=fine_tuned,
-                pretrained=state.started["pretrained"],
-                before_training=state.started["before_training"],
-            )
-            state.random = self._random.after_merge(state.random)
-            named = state.report
-            if self.settings.keep_checkpoints is not None:
-                state.report = named.keeping_checkpoints(self.settings.keep_checkpoints)
-            self.directory.commit(trainer, module, state)
+            fine_tuned = self.measurement.current(module, task)
+            with (
+                progress(trainer, f"merging {task}") as on_step,
+                self.stream.merging(
+                    module, task, weight, buffer=buffer, trace=trace, on_step=on_step, fingerprint=True
+                ) as addition,
+            ):
+                record = addition.record
+                record.epoch = epoch
+                copy_from_first_process(module)
+                own = addition.task_parameters
+                due = own if self._roster.is_due(trainer, number) else {task: own[task]}
+                scores = self.measurement.every_task(trainer, module, due)
+                record.further = {name: score.further for name, score in scores.items() if score.further}
+                record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
+                state = addition.state(
+                    accuracy=[scores[name].value if name in scores else math.nan for name in own],
+                    metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
+                    fine_tuned=fine_tuned,
+                    pretrained=state.started["pretrained"],
+                    before_training=state.started["before_training"],
+                )
+                state.random = self._random.after_merge(state.random)
+                named = state.report
+                if self.settings.keep_checkpoints is not None:
+                    state.report = named.keeping_checkpoints(self.settings.keep_checkpoints)
+                self.directory.commit(trainer, module, state)
         # From here on the stream has one task more.
         self.stream.state = state
         self.directory.remove_checkpoints(trainer, named, state.report)
@@ -273,6 +269,13 @@ class Session:
         publish(trainer, self.directory, self.report)
         self.last_merged_path = record.checkpoint
         return record
+
+    def _choose_weights(self, trainer: L.Trainer) -> int | None:
+        """Put the weights in the module that are to be merged; returns their epoch unless they are the last ones."""
+        if self.settings.merge_weights == "best":
+            return load_best(trainer)
+        hint_at_best(trainer)
+        return None
 
     # -------------------------------------------------------------------------------------------------------- details
 
