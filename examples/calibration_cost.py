@@ -78,21 +78,17 @@ def main() -> None:
     torch.set_num_threads(1)
     images, labels = torch.randn(SAMPLES, 3, 32, 32), torch.arange(SAMPLES) % 10
     ids = torch.randint(1, 1000, (SAMPLES, 32))
+    bert = BertForSequenceClassification(BertConfig(**SHAPE, num_labels=10))
     cases = {
         "ViT": (timm.create_model("test_vit", img_size=32, num_classes=10), (images, labels)),
         "ResNet": (timm.create_model("test_resnet", num_classes=10), (images, labels)),
-        "BERT": (
-            BertForSequenceClassification(BertConfig(**SHAPE, num_labels=10)),
-            {"input_ids": ids, "labels": labels},
-        ),
+        "BERT": (bert, {"input_ids": ids, "labels": labels}),
         "GPT-2": (GPT2LMHeadModel(GPT2Config(**SHAPE)), {"input_ids": ids, "labels": ids}),
     }
     table = Table("ms", "training step", "without optimizer", "calibration pass", "without gradient", "pass / step")
     for name, (model, samples) in cases.items():
         timing = Timing(samples)
-        trainer = L.Trainer(
-            max_steps=0, accelerator="cpu", callbacks=[timing], logger=False, enable_model_summary=False
-        )
+        trainer = L.Trainer(max_steps=0, accelerator="cpu", callbacks=[timing], logger=False)
         trainer.fit(Classifier(model), DataLoader(TensorDataset(images, labels)))
         table.add_row(name, *(f"{value:.3f}" for value in timing.ms), f"{timing.ms[2] / timing.ms[0]:.2f}")
     Console().print(table)

@@ -1,10 +1,8 @@
 """Text classification with transformers: batches are what a tokenizer gives, the score is the module's own F1.
 
-A tokenizer collates texts into a ``BatchEncoding``, padded to the longest of the batch: nothing to do, the calibration
-makes such batches again. Tasks have different numbers of classes: each keeps its own classifier
-(``exclude=["model.classifier"]``), and a new one is put in before its training. ``monitor="val/f1"`` takes the score
-from the validation of the module, so nothing else has to say what its predictions are.
-
+A tokenizer collates texts into a ``BatchEncoding``, padded to the longest of the batch; the calibration makes such
+batches again. Tasks have different numbers of classes: each keeps its own classifier (``exclude``), and a new one is
+put in before its training. ``monitor="val/f1"`` takes the score from the validation of the module.
 The encoder is a small BERT from a config; ``text_classification.py`` has a pretrained one, files, and the command line.
 Run it with ``python examples/sentence_classification.py``; it needs transformers and half a minute, and no download.
 """
@@ -36,12 +34,12 @@ tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
 
 def sentences(task: str, count: int, seed: int) -> list[tuple[str, int]]:
     """Texts in which two words tell the class and one word, in every third text, another class."""
-    draw, classes, made = random.Random(seed), [words.split() for words in TASKS[task]], []
+    draw, classes, made = random.Random(seed), list(map(str.split, TASKS[task])), []
     for number in range(count):
         label = number % len(classes)
         others = draw.choices(classes[label - 1], k=number % 3 == 0) + draw.choices(FILLERS, k=3 + number % 8)
-        words = draw.choices(classes[label], k=2) + others
-        made.append((" ".join(draw.sample(words, len(words))), label))
+        draw.shuffle(words := draw.choices(classes[label], k=2) + others)
+        made.append((" ".join(words), label))
     return made
 
 
@@ -92,7 +90,8 @@ def main() -> None:
     merge = ContinualMergeCallback(calibration_size=150, exclude=["model.classifier"], monitor="val/f1")
     for task, classes in TASKS.items():
         model.model.classifier = nn.Linear(48, len(classes))
-        L.Trainer(max_epochs=6, callbacks=[merge], logger=False).fit(model, datamodule=Texts(task))
+        trainer = L.Trainer(max_epochs=6, callbacks=[merge], logger=False, enable_checkpointing=False)
+        trainer.fit(model, datamodule=Texts(task))
     print(merge.table())
 
 
