@@ -44,9 +44,7 @@ class Classifier(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.0)
 
 
-class Timing(L.Callback):
-    """Before a training that has no steps: steps and passes belong to modules that a Trainer runs."""
-
+class Timing(L.Callback):  # steps and passes belong to modules that a Trainer runs
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
@@ -80,22 +78,17 @@ def main() -> None:
     torch.set_num_threads(1)
     images, labels = torch.randn(SAMPLES, 3, 32, 32), torch.arange(SAMPLES) % 10
     ids = torch.randint(1, 1000, (SAMPLES, 32))
-    gpt2 = GPT2Config(vocab_size=1000, n_positions=32, n_embd=96, n_layer=4, n_head=4)
+    bert = BertForSequenceClassification(BertConfig(**SHAPE, num_labels=10))
     cases = {
         "ViT": (timm.create_model("test_vit", img_size=32, num_classes=10), (images, labels)),
         "ResNet": (timm.create_model("test_resnet", num_classes=10), (images, labels)),
-        "BERT": (
-            BertForSequenceClassification(BertConfig(**SHAPE, num_labels=10)),
-            {"input_ids": ids, "labels": labels},
-        ),
-        "GPT-2": (GPT2LMHeadModel(gpt2), {"input_ids": ids, "labels": ids}),
+        "BERT": (bert, {"input_ids": ids, "labels": labels}),
+        "GPT-2": (GPT2LMHeadModel(GPT2Config(**SHAPE)), {"input_ids": ids, "labels": ids}),
     }
     table = Table("ms", "training step", "without optimizer", "calibration pass", "without gradient", "pass / step")
     for name, (model, samples) in cases.items():
         timing = Timing(samples)
-        trainer = L.Trainer(
-            max_steps=0, accelerator="cpu", callbacks=[timing], logger=False, enable_checkpointing=False
-        )
+        trainer = L.Trainer(max_steps=0, accelerator="cpu", callbacks=[timing], logger=False)
         trainer.fit(Classifier(model), DataLoader(TensorDataset(images, labels)))
         table.add_row(name, *(f"{value:.3f}" for value in timing.ms), f"{timing.ms[2] / timing.ms[0]:.2f}")
     Console().print(table)

@@ -1,4 +1,6 @@
-r"""Sentence classification: a stream of text tasks, and a sentence encoder as the backbone of ``TaskClassifier``.
+r"""Text classification from the command line: a pretrained encoder of sentences is the backbone of ``TaskClassifier``.
+
+A module of one's own, with batches as a tokenizer makes them, is in ``sentence_classification.py``.
 
 The tasks are the files ``<task>.tsv`` of a folder, one sentence a line: ``split<TAB>label<TAB>text``, where split is
 train, val or test and labels count from 0. The encoder is any folder with a BertModel and its tokenizer as

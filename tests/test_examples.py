@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("own_module.py", "after task_3"),
         ("lora.py", "after rot13"),
         ("utility_shares.py", "w of inverted"),
+        ("sentence_classification.py", "after size"),
         ("causal_language_model.py", "after language 2"),
         ("regression.py", "after pressure"),
         ("segmentation.py", "after noisy"),
