@@ -1,6 +1,8 @@
 """Where a task's calibration samples come from."""
 
 import random
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from lightning_odem.calibration.keeping import are_alike, as_rows, join, keep, k
 from lightning_odem.calibration.pool import trained_on
 from lightning_odem.calibration.quota import balanced_order
 from lightning_odem.calibration.rows import Rows
+
+TRAINING = "the training dataset (training transforms apply; calibration_dataset() changes that)"
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ def draw(
                 index = torch.randperm(len(loader.dataset), generator=generator).tolist()
                 samples = _take((collate(source[item]) for item in index), count)
             else:
-                samples = draw_by_index(source, count, generator, collate, balanced, batch_size)
+                own = loader if origin == TRAINING else None
+                samples = draw_by_index(source, count, generator, collate, balanced, batch_size, own)
         except CannotBeKeptError as error:
             raise CannotBeKeptError(f"from {origin}, cannot be kept for later tasks: {error}") from error
     if samples is None:
@@ -154,6 +159,7 @@ def draw_by_index(
     collate: Any = default_collate,
     balanced: bool = True,
     batch_size: int | None = None,
+    loader: DataLoader | None = None,
 ) -> Any:
     """Up to ``count`` samples of a map-style dataset; None if it is empty.
 
@@ -165,6 +171,7 @@ def draw_by_index(
         balanced: Whether the choice is class-balanced if the dataset has integer ``targets``. Without it no label is
             read.
         batch_size: The dataloader's batch size, if it is known.
+        loader: The dataloader whose worker processes load the samples; by default this process does.
 
     Raises:
         CannotBeKeptError: If the samples cannot be collated or kept.
@@ -172,7 +179,31 @@ def draw_by_index(
     if len(dataset) == 0:
         return None
     index = balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)[:count]
-    return keep_items([dataset[int(item)] for item in index], collate, batch_size)
+    chosen = [int(item) for item in index]
+    if loader is None or loader.num_workers == 0:
+        items = [dataset[item] for item in chosen]
+    else:
+        items = list(load_items(Subset(dataset, chosen), loader))
+    return keep_items(items, collate, batch_size)
+
+
+def load_items(dataset: Any, loader: DataLoader) -> Iterator[Any]:
+    """Yield the items of a dataset in order, loaded by as many worker processes as a dataloader has.
+
+    Worker processes are seeded from the global random state.
+    """
+    workers = DataLoader(
+        dataset,
+        batch_size=min(loader.batch_size or 1, max(len(dataset) // loader.num_workers, 1)),
+        collate_fn=list,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
+        prefetch_factor=loader.prefetch_factor,
+    )
+    for items in workers:
+        yield from map(deepcopy, items)  # not in shared memory, which takes an open file for each tensor
 
 
 def collation(trainer: L.Trainer) -> tuple[Any, int | None]:
@@ -215,8 +246,7 @@ def _source(trainer: L.Trainer, given: Any) -> tuple[str, Any]:
         )
     if isinstance(loader.dataset, IterableDataset):
         return "", None
-    training = "the training dataset (training transforms apply; calibration_dataset() changes that)"
-    return training, loader.dataset if loader.batch_sampler is None else trained_on(trainer, loader)
+    return TRAINING, loader.dataset if loader.batch_sampler is None else trained_on(trainer, loader)
 
 
 def _take(loader: Any, count: int) -> Any:

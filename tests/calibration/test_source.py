@@ -285,3 +285,23 @@ def test_the_reservoir_holds_copies():
 
 def test_the_reservoir_is_empty_before_the_first_batch():
     assert Reservoir(4, torch.Generator()).samples is None
+
+
+class OfWorkers(torch.utils.data.Dataset):
+    """Samples that tell which process has loaded them."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        worker = torch.utils.data.get_worker_info()
+        return torch.tensor([index, -1 if worker is None else worker.id]), torch.rand(())
+
+
+def test_samples_are_loaded_by_the_workers_of_the_loader():
+    first, again = (draw_from(OfWorkers(), 12, num_workers=2, batch_size=4).samples for _ in range(2))
+    by_hand = draw_from(OfWorkers(), 12, batch_size=4).samples
+    assert set(first[0][:, 1].tolist()) == {0, 1}
+    assert set(by_hand[0][:, 1].tolist()) == {-1}
+    assert torch.equal(first[0][:, 0], by_hand[0][:, 0])
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
