@@ -1,7 +1,7 @@
 """Checkpoints of one architecture, read under one set of names."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class ModelFiles:
         exclude: Patterns of tensors that are not merged and may differ between models.
         own: Tensors of the module that the models are for. Their names are then used; by default those of the first
             model.
+        read: Reads a model's tensors; by default :func:`~lightning_odem.parameters.read_checkpoint`.
 
     Attributes:
         like: A tensor per name to be merged. Floating tensors have no memory and the widest dtype of the models. Other
@@ -62,7 +63,9 @@ class ModelFiles:
         base: str | os.PathLike | None = None,
         exclude: Sequence[str] = (),
         own: Mapping[str, Tensor] | None = None,
+        read: Callable[[str | os.PathLike], dict[str, Tensor]] | None = None,
     ) -> None:
+        self._read = read
         self._exclude = exclude
         self._origin = str(checkpoints[0]) if own is None else "module's"
         self.excluded: set[str] = set()
@@ -99,7 +102,7 @@ class ModelFiles:
     def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot]:
         shared: Snapshot = {}
         excluded: Snapshot = {}
-        for name, tensor in read_checkpoint(path).items():
+        for name, tensor in (self._read or read_checkpoint)(path).items():
             name = canonical_name(name)
             (excluded if is_excluded(name, self._exclude) else shared)[name] = tensor
         return shared, excluded

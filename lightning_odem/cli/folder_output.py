@@ -1,0 +1,123 @@
+"""The model folder that an offline merge writes."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from lightning_odem.cli.model_card import CARD, model_card
+from lightning_odem.cli.output import save_weights
+from lightning_odem.parameters.adapter_folders import AdapterFolders
+from lightning_odem.parameters.files import replacing_folder
+from lightning_odem.parameters.model_files import match_names
+from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
+from lightning_odem.parameters.vector import canonical_name, is_excluded
+
+_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json")
+
+
+class FolderOutput:
+    """Writes merged weights as a folder like that of the first model, which gets its name when it is complete.
+
+    All files that are not weights come from the first folder; a README becomes a model card. The result has exactly
+    the tensors of the first, so that its configuration fits; those that were excluded are the first one's.
+
+    Args:
+        path: The output folder.
+        inputs: The checkpoints that are merged, and the base model. They are never overwritten.
+        overwrite: Whether an existing folder is replaced.
+        exclude: Patterns of tensors that were not merged.
+        adapters: The inputs as adapters; by default they are whole models.
+
+    Raises:
+        ValueError: If an input is in the way, the first one is no folder with a configuration, or an existing folder
+            holds more than a merge would write.
+        FileExistsError: If the output exists and ``overwrite`` is off.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        inputs: Sequence[str | os.PathLike],
+        overwrite: bool = False,
+        exclude: Sequence[str] = (),
+        adapters: AdapterFolders | None = None,
+    ) -> None:
+        self._path = Path(path)
+        self._exclude = exclude
+        self._adapters = adapters
+        if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
+            raise ValueError(
+                f"The output {path} does not end in .safetensors, so it is a folder, for which the first "
+                f"checkpoint has to be a folder with a config.json; there is none in {inputs[0]}."
+            )
+        self._first = ModelFolder(inputs[0])
+        self._others = list(self._first.others())
+        weights = "adapter_model.safetensors" if adapters is not None else "model.safetensors"
+        self._weights = {place: Path(place, "model.safetensors" if place else weights) for place in self._first.weights}
+        self.paths = [self._path / name for name in [*self._weights.values(), *self._others]]
+        target = self._path.resolve()
+        if any(target == entry or target in entry.parents for entry in (Path(entry).resolve() for entry in inputs)):
+            raise ValueError(f"The output {path} would overwrite one of the checkpoints; choose another name.")
+        if target.exists() and not target.is_dir():
+            raise FileExistsError(f"{path} exists already and is no folder. Choose another output.")
+        found = [file for file in target.rglob("*") if not file.is_dir()] if target.exists() else []
+        if found and not overwrite:
+            raise FileExistsError(f"{path} exists already, with files in it. Choose another output, or overwrite it.")
+        names = {*self._weights.values(), *self._others}
+        if more := [str(file.relative_to(target)) for file in found if file.relative_to(target) not in names]:
+            raise FileExistsError(
+                f"{path} has files that a merge would not write: {', '.join(sorted(more)[:5])}. Overwriting "
+                "would lose them; choose another output."
+            )
+
+    def prepare(self) -> None:
+        """Try to make a folder there, so that an output that cannot be written is found before the work."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=self._path.parent, prefix=".trial").cleanup()
+
+    def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
+        """Write the folder.
+
+        Args:
+            state: Tensors on the CPU by name, without shared memory.
+            metadata: Metadata for the headers of the weights and for the model card.
+            hyper_parameters: Not used: a folder has its configuration.
+        """
+        whole = self._complete(state)
+        with replacing_folder(self._path) as draft:
+            for name in self._others:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                if name == Path(CARD):
+                    (draft / name).write_text(model_card(self._first.path / name, metadata), encoding="utf-8")
+                elif name == Path(ADAPTER_CONFIG) and self._adapters is not None:
+                    (draft / name).write_text(json.dumps(self._adapters.config, indent=2) + "\n", encoding="utf-8")
+                else:
+                    shutil.copyfile(self._first.path / name, draft / name)
+            for place, file in self._weights.items():
+                # A module in a sub-folder has its tensors under the name of the folder.
+                others = tuple(f"{other}." for other in self._weights if other)
+                mine = {
+                    name.removeprefix(f"{place}.") if place else name: tensor
+                    for name, tensor in whole.items()
+                    if (name.startswith(f"{place}.") if place else not name.startswith(others))
+                }
+                (draft / file).parent.mkdir(parents=True, exist_ok=True)
+                save_weights(mine, draft / file, metadata)
+
+    def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""
+        own = {canonical_name(name): tensor for name, tensor in self._first.read().items()}
+        names = match_names(own, state)
+        merged = {
+            name: state[there]
+            for name, there in names.items()
+            if there in state and not is_excluded(there, self._exclude)
+        }
+        more = {name: tensor for name, tensor in state.items() if self._adapters is not None and name not in own}
+        return {**own, **merged, **more}
