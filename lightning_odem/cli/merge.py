@@ -24,6 +24,7 @@ from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
+from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
 from lightning_odem.stream.merging import check_needs
@@ -119,6 +120,7 @@ def merge_checkpoints(
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = _adapters(inputs, output, model)
+    notes = compare_folders(inputs) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
@@ -144,7 +146,7 @@ def merge_checkpoints(
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
     place.write(folded.state(), _metadata(method, incoming, base), folded.hyper_parameters)
-    return Merged(incoming, records, place.paths, folded.notes)
+    return Merged(incoming, records, place.paths, [*notes, *folded.notes])
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
