@@ -50,8 +50,8 @@ def explain_difference(first: str | os.PathLike, path: str | os.PathLike) -> str
     own, other = ModelFolder(first).config(), ModelFolder(path).config()
     if own.get("tie_word_embeddings") is True and other.get("tie_word_embeddings") is False:
         return (
-            f"\n{first} ties its output weights to its embedding (tie_word_embeddings), {path} has weights of their own. "
-            f"Give {path} first: the merged model then has weights of their own too."
+            f"\n{first} ties its output weights to its embedding (tie_word_embeddings), {path} has weights "
+            f"of their own. Give {path} first: the merged model then has weights of their own too."
         )
     sizes = [config.get("vocab_size") for config in (own, other)]
     if None not in sizes and sizes[0] != sizes[1]:
