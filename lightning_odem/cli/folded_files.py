@@ -92,10 +92,14 @@ class FoldedFiles:
 
     def state(self) -> Snapshot:
         """The merged model, and the tensors of all checkpoints that were not merged."""
+        return {**self.merged(), **self._excluded}
+
+    def merged(self) -> Snapshot:
+        """The tensors that were merged; of adapters the factors of the merged updates."""
         merged = self._stream.state.merged or {}
         state = {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
         if self._adapters is None:
-            return {**state, **self._excluded}
+            return state
         state, cut = self._adapters.factors(state)
         if cut > 1e-5:
             self.notes.append(

@@ -123,6 +123,10 @@ class FoldedStream:
         """The merged model with the parameters of every task."""
         return {name: tensor.clone() for name, tensor in _canonical(self._model.state_dict().items()).items()}
 
+    def merged(self) -> Snapshot:
+        """The tensors that were merged."""
+        return {name: tensor for name, tensor in self.state().items() if name in self._files.like}
+
     def load_task_specific(self, path: str) -> None:
         """Write the parameters of a checkpoint's task into the module.
 

@@ -16,9 +16,9 @@ from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.files import replacing_folder
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
-from lightning_odem.parameters.vector import canonical_name, is_excluded
+from lightning_odem.parameters.vector import canonical_name
 
-_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json")
+_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json")
 
 
 class FolderOutput:
@@ -31,7 +31,6 @@ class FolderOutput:
         path: The output folder.
         inputs: The checkpoints that are merged, and the base model. They are never overwritten.
         overwrite: Whether an existing folder is replaced.
-        exclude: Patterns of tensors that were not merged.
         adapters: The inputs as adapters; by default they are whole models.
 
     Raises:
@@ -45,11 +44,9 @@ class FolderOutput:
         path: str | os.PathLike,
         inputs: Sequence[str | os.PathLike],
         overwrite: bool = False,
-        exclude: Sequence[str] = (),
         adapters: AdapterFolders | None = None,
     ) -> None:
         self._path = Path(path)
-        self._exclude = exclude
         self._adapters = adapters
         if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
             raise ValueError(
@@ -58,8 +55,7 @@ class FolderOutput:
             )
         self._first = ModelFolder(inputs[0])
         self._others = list(self._first.others())
-        weights = "adapter_model.safetensors" if adapters is not None else "model.safetensors"
-        self._weights = {place: Path(place, "model.safetensors" if place else weights) for place in self._first.weights}
+        self._weights = {place: Path(place, _safe_name(file)) for place, file in self._first.weights.items()}
         self.paths = [self._path / name for name in [*self._weights.values(), *self._others]]
         target = self._path.resolve()
         if any(target == entry or target in entry.parents for entry in (Path(entry).resolve() for entry in inputs)):
@@ -85,7 +81,7 @@ class FolderOutput:
         """Write the folder.
 
         Args:
-            state: Tensors on the CPU by name, without shared memory.
+            state: The merged tensors on the CPU by name, without shared memory.
             metadata: Metadata for the headers of the weights and for the model card.
             hyper_parameters: Not used: a folder has its configuration.
         """
@@ -113,11 +109,20 @@ class FolderOutput:
     def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""
         own = {canonical_name(name): tensor for name, tensor in self._first.read().items()}
-        names = match_names(own, state)
-        merged = {
-            name: state[there]
-            for name, there in names.items()
-            if there in state and not is_excluded(there, self._exclude)
-        }
-        more = {name: tensor for name, tensor in state.items() if self._adapters is not None and name not in own}
-        return {**own, **merged, **more}
+        if self._adapters is not None:
+            return {**own, **state}
+        merged = {name: state[there] for name, there in match_names(own, state).items() if there in state}
+        if len(merged) < sum(tensor.is_floating_point() for tensor in state.values()):
+            raise ValueError(
+                f"The merged tensors do not have the names of those in {self._first.path}: {', '.join(state)}. Write a "
+                ".safetensors file instead of a folder."
+            )
+        # Tied tensors of the first may share their memory.
+        return {**{name: tensor.clone() for name, tensor in own.items() if name not in merged}, **merged}
+
+
+def _safe_name(file: Path) -> str:
+    """The name of a file of weights in safetensors, and in one piece."""
+    if file.suffix == ".safetensors":
+        return file.name
+    return "adapter_model.safetensors" if file.name.startswith("adapter_model") else "model.safetensors"

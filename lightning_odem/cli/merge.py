@@ -120,14 +120,14 @@ def merge_checkpoints(
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = _adapters(inputs, output, model)
-    notes = compare_folders(inputs) if adapters is None else []
+    notes = compare_folders(inputs, exclude) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
     if Path(output).suffix == ".safetensors":
         place = MergeOutput(output, inputs, overwrite)
     else:
-        place = FolderOutput(output, inputs, overwrite, exclude, adapters)
+        place = FolderOutput(output, inputs, overwrite, adapters)
     folded: FoldedFiles | FoldedStream
     if model is not None and data is not None:
         chosen = choose_tasks(data, names, by_name=tasks is not None)
@@ -145,7 +145,8 @@ def merge_checkpoints(
     with _progress(len(incoming)) as advance:
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
-    place.write(folded.state(), _metadata(method, incoming, base), folded.hyper_parameters)
+    state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
+    place.write(state, _metadata(method, incoming, base), folded.hyper_parameters)
     return Merged(incoming, records, place.paths, [*notes, *folded.notes])
 
 

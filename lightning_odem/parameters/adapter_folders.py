@@ -87,9 +87,9 @@ class AdapterFolders:
         self._pairs = {path: _pairs(path, configs[path], folder.read()) for path, folder in self._folders.items()}
         self._like: dict[str, Tensor] = {}
         for path, folder in self._folders.items():
-            for name, update in with_updates(folder.read(), self._pairs[path]).items():
-                if name in self._pairs[path]:
-                    self._like.setdefault(name, update.to("meta"))
+            shapes = {name: tensor.to("meta") for name, tensor in folder.read().items()}
+            updates = with_updates(shapes, self._pairs[path])
+            self._like = {**{name: updates[name] for name in self._pairs[path]}, **self._like}
         self._merged = dict(self._pairs[self.first])
         if more := [name for name in self._like if name not in self._merged]:
             every = sorted({*self._merged, *more})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_odem.parameters.model_folder import ModelFolder
+from lightning_odem.parameters.vector import canonical_name, is_excluded
 
 # Settings that say nothing about what the weights mean.
 _NOTES = {
@@ -23,11 +24,12 @@ _NOTES = {
 }
 
 
-def compare_folders(paths: Sequence[str | os.PathLike]) -> list[str]:
+def compare_folders(paths: Sequence[str | os.PathLike], exclude: Sequence[str] = ()) -> list[str]:
     """Compare vocabularies and settings of model folders with those of the first.
 
     Args:
         paths: Models; those that are no folders say nothing.
+        exclude: Patterns of tensors that are not merged. If an embedding is one of them, the tokenizers may differ.
 
     Returns:
         The settings in which the models differ, a line for each model.
@@ -38,7 +40,8 @@ def compare_folders(paths: Sequence[str | os.PathLike]) -> list[str]:
     folders = [ModelFolder(path) for path in paths if Path(path).is_dir()]
     notes: list[str] = []
     for folder in folders[1:]:
-        _check_vocabulary(folders[0], folder)
+        if not _excludes_embedding(folders[0], exclude):
+            _check_vocabulary(folders[0], folder)
         notes += _settings(folders[0], folder)
     return notes
 
@@ -66,6 +69,14 @@ def explain_difference(first: str | os.PathLike, path: str | os.PathLike) -> str
 def is_tied(path: str | os.PathLike) -> bool:
     """Whether a folder's configuration says that output weights are those of the embedding."""
     return Path(path).is_dir() and ModelFolder(path).config().get("tie_word_embeddings") is True
+
+
+def _excludes_embedding(first: ModelFolder, exclude: Sequence[str]) -> bool:
+    rows = first.config().get("vocab_size")
+    return bool(exclude) and any(
+        tensor.shape[:1] == (rows,) and is_excluded(canonical_name(name), exclude)
+        for name, tensor in first.read().items()
+    )
 
 
 def _check_vocabulary(first: ModelFolder, folder: ModelFolder) -> None:
@@ -129,4 +140,7 @@ def _flat(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return content if isinstance(content, dict) else {"modules": content}
+    if isinstance(content, list):  # their classes have moved between packages
+        kinds = [str(entry.get("type")).rpartition(".")[2] for entry in content if isinstance(entry, dict)]
+        return {"modules": kinds}
+    return content if isinstance(content, dict) else {}

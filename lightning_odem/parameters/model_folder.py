@@ -16,6 +16,8 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
 )
 """Files that may hold the weights in a folder; the first one found is read, as in transformers."""
 
@@ -27,7 +29,7 @@ _INDEX = (".safetensors.index.json", ".bin.index.json", ".h5.index.json")
 
 
 class ModelFolder:
-    """A folder that a library of Hugging Face can load: transformers, sentence-transformers, peft, timm.
+    """A folder that a library of Hugging Face can load: transformers, sentence-transformers, peft, timm and others.
 
     A model of sentence-transformers has modules in sub-folders, listed in ``modules.json``. Their weights go by the
     name of the sub-folder and their own: ``2_Dense.linear.weight``.
@@ -36,6 +38,7 @@ class ModelFolder:
         path: The folder.
 
     Attributes:
+        is_adapter: Whether it holds an adapter of peft, by itself.
         weights: Files of weights by the sub-folder of their module (the folder itself is the empty string); a file may
             be an index of shards.
 
@@ -100,7 +103,8 @@ class ModelFolder:
             inner[:] = sorted(name for name in inner if not name.startswith((".", "checkpoint-", "__pycache__")))
             inner[:] = [name for name in inner if name not in ("onnx", "openvino", "runs")]
             for name in sorted(files):
-                if not name.startswith(".") and not name.lower().endswith((*_WEIGHTS, *_INDEX)):
+                is_file = (self.path / here / name).is_file()  # a link may lead nowhere
+                if is_file and not name.startswith(".") and not name.lower().endswith((*_WEIGHTS, *_INDEX)):
                     yield here / name
 
     def config(self, name: str = "config.json") -> dict[str, Any]:

@@ -125,7 +125,45 @@ def test_vocabularies_of_other_sizes_are_refused_with_the_way_out():
 def test_the_same_rows_for_other_tokens_are_refused():
     with pytest.raises(ValueError, match=r"differ in 2 rows.*row 1 is 'b' in the one, 'c' in the other"):
         merge_checkpoints([save("a", gpt(0), "abc"), save("b", gpt(1), "acb")], "merged")
-    merge_checkpoints(["a", save("c", gpt(1), "abcd")], "merged")
+    merge_checkpoints(["a", save("c", gpt(1), "abcd")], "more")
+    merge_checkpoints(["a", "b"], "merged", exclude=["transformer.wte"])
+    assert same({"wte": load("merged").transformer.wte.weight}, {"wte": gpt(0).transformer.wte.weight})
+
+
+def test_a_model_in_a_sub_folder_is_written_there():
+    for seed, name in enumerate("ab"):
+        gpt(seed).save_pretrained(f"{name}/0_Transformer")
+        pathlib.Path(name, "modules.json").write_text('[{"idx": 0, "path": "0_Transformer", "type": "x.Transformer"}]')
+    merge_checkpoints(["a", "b"], "merged")
+    assert files("merged") == files("a")
+    torch.testing.assert_close(dict(load("merged/0_Transformer").state_dict()), mean(gpt(0), gpt(1)))
+    merge_checkpoints(["a", save("c", gpt(1))], "mixed")
+    assert same(*(load_file(f"{name}/0_Transformer/model.safetensors") for name in ("mixed", "merged")))
+
+
+def test_excluded_tied_tensors_of_an_old_file_are_written():
+    for seed, name in enumerate("ab"):
+        gpt(seed).config.save_pretrained(name)
+        torch.save(gpt(seed).state_dict(), f"{name}/pytorch_model.bin")
+    merge_checkpoints(["a", "b"], "merged", exclude=["transformer.wte", "lm_head"])
+    assert same({"wte": load("merged").transformer.wte.weight}, {"wte": gpt(0).transformer.wte.weight})
+
+
+def test_the_file_of_another_library_keeps_its_name():
+    for seed, name in enumerate("ab"):
+        pathlib.Path(name).mkdir()
+        pathlib.Path(name, "open_clip_config.json").write_text("{}")
+        save_file({"w": torch.full((2,), float(seed))}, f"{name}/open_clip_model.safetensors")
+    merge_checkpoints(["a", "b"], "merged")
+    assert files("merged") == files("a")
+    assert load_file("merged/open_clip_model.safetensors")["w"].tolist() == [0.5, 0.5]
+
+
+def test_a_link_that_leads_nowhere_is_left_out():
+    save("a", gpt(0))
+    pathlib.Path("a/lost.json").symlink_to("nowhere")
+    merge_checkpoints(["a", save("b", gpt(1))], "merged")
+    assert files("merged") == files("b")
 
 
 def test_settings_that_differ_are_said(capsys):

@@ -125,3 +125,38 @@ def test_the_common_dtype_is_the_widest_of_the_models_merged(save):
     double = save("double", model(torch.float64))
     assert ModelFiles([half, half]).like["body.bias"].dtype == torch.float16
     assert ModelFiles([half, brain], double).like["body.bias"].dtype == torch.float32
+
+
+def tied(seed, prefix="", stored=True):
+    found = state(seed, prefix)
+    return found | ({f"{prefix}zz.head": found[f"{prefix}body.weight"].clone()} if stored else {})
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_copies_of_tied_tensors_are_stored_as_in_the_first_model(save, stored):
+    paths = [save("a", tied(0, "model.", stored)), save("b", tied(1, "", not stored)), save("c", tied(2, "", stored))]
+    files = ModelFiles(paths)
+    for seed, path in enumerate(paths):
+        found = files.read(path)
+        assert found.keys() == tied(seed, "model.", stored).keys()
+        assert all(torch.equal(found[name], value) for name, value in tied(seed, "model.", stored).items())
+
+
+def test_a_tied_tensor_with_values_of_its_own_elsewhere_is_refused(save):
+    first, second = save("a", tied(0)), save("b", tied(1) | {"zz.head": torch.randn(3, 2)})
+    with pytest.raises(ValueError, match=r"zz\.head is a copy of body\.weight.* and none in .*b\. Give .*b first"):
+        ModelFiles([first, second])
+    assert torch.equal(ModelFiles([second, first]).read(first)["zz.head"], state(0)["body.weight"])
+
+
+def test_tied_tensors_are_excluded_together(save):
+    paths = [save("a", tied(0)), save("b", tied(1))]
+    with pytest.raises(ValueError, match=r"only zz\.head is excluded.*Exclude both or none"):
+        ModelFiles(paths, exclude=["zz.head"])
+    assert ModelFiles(paths, exclude=["zz.head", "body.weight"]).excluded == {"zz.head", "body.weight"}
+
+
+def test_constants_are_no_copies_of_each_other(save):
+    paths = [save("a", state(0, scale=torch.ones(3))), save("b", state(1, scale=torch.ones(3), more=torch.ones(3)))]
+    with pytest.raises(ValueError, match="more: in the"):
+        ModelFiles(paths)
