@@ -184,7 +184,7 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
-    print(*(f"{note}\n" for note in merged.notes), sep="", end="")
+    print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")
     print(f"Merged weights: {' and '.join(map(str, merged.paths))}")
 
 

@@ -48,8 +48,8 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Write a folder that gets its name in one step, when it is complete and on the disk.
 
     Yields:
-        An empty folder to write to. It takes the place of ``path`` at the end of the block, also of an older folder
-        there, and is removed if the block fails.
+        An empty folder to write to. It takes the place of ``path`` at the end of the block and is removed if the block
+        fails. An older folder there is moved aside first and put back if the new one cannot get its name.
 
     Example:
         >>> import tempfile

@@ -26,6 +26,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 _MODULES = "modules.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf")
 _INDEX = (".safetensors.index.json", ".bin.index.json", ".h5.index.json")
+# Folders of the same weights for other runtimes, logs of the training, compiled code.
+_ASIDE = ("onnx", "openvino", "runs", "__pycache__")
 
 
 class ModelFolder:
@@ -44,7 +46,8 @@ class ModelFolder:
 
     Raises:
         FileNotFoundError: If it holds no weights.
-        ValueError: If it holds shards that can only be read by running code, or a broken ``modules.json``.
+        ValueError: If it holds shards that can only be read by running code, a broken ``modules.json``, or weights
+            that this does not list.
 
     Example:
         >>> import tempfile, torch
@@ -69,6 +72,11 @@ class ModelFolder:
                 f"The folder {self.path} holds no weights: none of {', '.join(FOLDER_FILES)} is in it. Give the folder "
                 "of a model as save_pretrained writes it, or a single file."
             )
+        if (self.path / _MODULES).is_file() and (unlisted := self._unlisted()):
+            raise ValueError(
+                f"{self.path} holds weights in {', '.join(unlisted)}, which {_MODULES} does not list (a Router of "
+                "sentence-transformers?). Merge these folders one by one and put the results in their places."
+            )
 
     def _places(self) -> list[str]:
         """The folder itself, and the sub-folders of its modules."""
@@ -84,6 +92,19 @@ class ModelFolder:
             raise ValueError(f"{listing} names modules outside its folder: {', '.join(outside)}.")
         return list(dict.fromkeys(["", *places]))
 
+    def _unlisted(self) -> list[str]:
+        """Sub-folders that hold weights and are no modules."""
+        found = {file.relative_to(self.path) for here in self._walk() if (file := _first(here, FOLDER_FILES))}
+        return sorted(str(file.parent) for file in found if file.parent.as_posix() not in (".", *self.weights))
+
+    def _walk(self) -> Iterator[Path]:
+        """The folder and those in it that belong to the model."""
+        for directory, inner, _ in os.walk(self.path):
+            inner[:] = sorted(
+                name for name in inner if not name.startswith((".", "checkpoint-")) and name not in _ASIDE
+            )
+            yield Path(directory)
+
     def read(self) -> dict[str, Tensor]:
         """The tensors by name, on the CPU; no code is run. Do not write to them."""
         state: dict[str, Tensor] = {}
@@ -98,14 +119,11 @@ class ModelFolder:
         Files of other formats of the same weights (ONNX, TensorFlow), checkpoints of a training, and hidden files are
         not among them.
         """
-        for directory, inner, files in os.walk(self.path):
-            here = Path(directory).relative_to(self.path)
-            inner[:] = sorted(name for name in inner if not name.startswith((".", "checkpoint-", "__pycache__")))
-            inner[:] = [name for name in inner if name not in ("onnx", "openvino", "runs")]
-            for name in sorted(files):
-                is_file = (self.path / here / name).is_file()  # a link may lead nowhere
-                if is_file and not name.startswith(".") and not name.lower().endswith((*_WEIGHTS, *_INDEX)):
-                    yield here / name
+        for here in self._walk():
+            for file in sorted(here.iterdir()):
+                is_file = file.is_file()  # a link may lead nowhere
+                if is_file and not file.name.startswith(".") and not file.name.lower().endswith((*_WEIGHTS, *_INDEX)):
+                    yield file.relative_to(self.path)
 
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """The content of a JSON file in the folder; empty if there is none.

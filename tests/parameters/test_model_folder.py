@@ -36,6 +36,15 @@ def test_modules_outside_the_folder_are_refused(folder, place):
         ModelFolder(folder)
 
 
+def test_weights_of_no_listed_module_are_refused(folder):
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}]))
+    for place in ("query_0", "checkpoint-3", "onnx", ".cache"):
+        (folder / place).mkdir()
+        save_file({"w": torch.zeros(1)}, folder / place / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weights in query_0, which modules\.json does not list"):
+        ModelFolder(folder)
+
+
 def test_only_an_adapter_with_weights_is_one(folder):
     (folder / "adapter_config.json").write_text("{}")
     assert not ModelFolder(folder).is_adapter
