@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_odem.parameters.low_rank import FactorPair, with_factors, with_updates
+from lightning_odem.parameters.low_rank import FactorPair, with_updates
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -121,17 +121,36 @@ class AdapterFolders:
     def factors(self, updates: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         """Tensors for the file of the merged adapter, and the share of the updates that its rank cannot hold."""
         own = self._folders[self.first].read()
-        like, dtype = dict(own), next(own[name].dtype for name in self._pairs[self.first])
-        for name in self._merged.keys() - own.keys():
-            rank = _rank_and_scale(self.config, name)[0]
-            like[name] = torch.empty(rank, *updates[name].shape[1:], device="meta")
-        kept, cut = with_factors(updates, self._merged, like)
+        dtype = next(own[name].dtype for name in self._pairs[self.first])
+        others = self._merged.keys() - own.keys()
+        # What is excluded is the first adapter's: nothing, where it adapts no module.
+        updates = {**{name: torch.zeros(self._like[name].shape) for name in others}, **updates}
+        kept, cut, whole = dict(updates), 0.0, 0.0
         for name, pair in self._merged.items():
             if name in updates:
-                kept |= {factor: kept[factor].to(dtype) for factor in (pair.first, pair.second)}
+                rank = _rank_and_scale(self.config, name)[0]
+                first, second = self._factors(pair, updates[name], rank)
+                kept |= {pair.first: first.to(dtype), pair.second: second.to(dtype)}
+                cut += float(torch.linalg.vector_norm(updates[name] - pair.product(first, second))) ** 2
+                whole += float(torch.linalg.vector_norm(updates[name])) ** 2
             if (bias := _bias(pair)) in kept:
                 kept[bias] = (kept[bias] / pair.scale).to(dtype)
-        return kept, cut
+        return kept, (cut / whole) ** 0.5 if whole else 0.0
+
+    def _factors(self, pair: FactorPair, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The best factors of an update, found among the rows of all adapters' A if these are few and hold it."""
+        tensors = [folder.read() for path, folder in self._folders.items() if pair.first in self._pairs[path]]
+        rows = torch.cat([found[pair.first].flatten(1).double() for found in tensors])
+        matrix = update.flatten(1).double()
+        if rank <= len(rows) <= min(matrix.shape) / 2:
+            basis = torch.linalg.qr(rows.T)[0]
+            core = matrix @ basis
+            beyond = torch.linalg.vector_norm(matrix - core @ basis.T)
+            if beyond <= 1e-5 * torch.linalg.vector_norm(matrix):
+                first, second = pair.factors(core, rank)
+                first = (first @ basis.T).view(rank, *update.shape[1:])
+                return first.to(update), second.view(*second.shape, *(1,) * (update.dim() - 2)).to(update)
+        return pair.factors(update, rank)
 
 
 def is_adapter_folder(path: str | os.PathLike) -> bool:

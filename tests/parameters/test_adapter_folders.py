@@ -124,6 +124,61 @@ def test_other_weights_of_adapters_are_averaged():
         merge_checkpoints(paths, "other", "task_arithmetic")
 
 
+def test_updates_beyond_the_rows_of_all_adapters_are_cut_to_their_best():
+    adapters = AdapterFolders([save("a"), save("b", 2)])
+    torch.manual_seed(0)
+    updates = {name: torch.randn_like(update) for name, update in adapters.read("a").items()}
+    factors, cut = adapters.factors(updates)
+    expected = {name: best(update, 2) for name, update in updates.items()}
+    for name, update in expected.items():
+        found = factors[name.replace("lora_A", "lora_B")] @ factors[name] * 4
+        torch.testing.assert_close(found, update, rtol=1e-4, atol=1e-4)
+    whole, left = torch.cat([*updates.values()]), torch.cat([*expected.values()])
+    assert cut == pytest.approx(float((whole - left).norm() / whole.norm()), rel=1e-4)
+
+
+def test_a_base_adapter_is_where_its_tasks_began():
+    options = {"modules_to_save": ["output.dense"]}
+    paths = [save("a", **options), save("b", 2, **options)]
+    merge_checkpoints(paths, "merged", "task_arithmetic", base=save("base", 3, **options))
+    merged, base, *tasks = (load_file(f"{name}/adapter_model.safetensors") for name in ("merged", "base", "a", "b"))
+    name = next(name for name in merged if "dense.weight" in name)
+    direction = sum(task[name] - base[name] for task in tasks)
+    moved = merged[name] - base[name]
+    assert torch.cosine_similarity(moved.flatten(), direction.flatten(), dim=0) > 0.9999
+
+
+def test_convolutions_are_merged():
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3), torch.nn.Conv1d(5, 7, 3))
+
+    for seed, name in enumerate("ab"):
+        adapted = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+        torch.manual_seed(seed)
+        for parameter in adapted.parameters():
+            parameter.data = torch.randn_like(parameter)
+        adapted.save_pretrained(name)
+    merge_checkpoints(["a", "b"], "merged")
+    found, a, b = (
+        [
+            layer.get_delta_weight("default").detach()
+            for layer in peft.PeftModel.from_pretrained(model(), name).base_model.model
+        ]
+        for name in ("merged", "a", "b")
+    )
+    for update, first, second in zip(found, a, b, strict=True):
+        expected = best(((first + second) / 2).flatten(1), 2)
+        torch.testing.assert_close(update.flatten(1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_excluded_update_that_the_first_has_not_is_zero():
+    merge_checkpoints([save("a"), save("b", 2, target_modules=["key", "query"])], "merged", exclude=["*.key.*"])
+    found = updates("merged")
+    assert not found[QUERY.replace("query", "key")].any()
+    assert found[QUERY].any()
+
+
 def test_excluded_updates_are_the_first_adapters():
     merge_checkpoints([save("a"), save("b", 2)], "merged", exclude=["*.query.*"])
     found, own = updates("merged"), updates("a")
