@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import save_weights
-from lightning_odem.parameters.adapter_folders import AdapterFolders
+from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
 from lightning_odem.parameters.files import replacing_folder
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
@@ -119,6 +119,33 @@ class FolderOutput:
             )
         # Tied tensors of the first may share their memory.
         return {**{name: tensor.clone() for name, tensor in own.items() if name not in merged}, **merged}
+
+
+def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterFolders | None:
+    """The inputs of a merge as adapters; None of whole models.
+
+    Raises:
+        ValueError: If only some are adapters, or adapters are to be merged with a module or into a file.
+    """
+    found = [path for path in inputs if is_adapter_folder(path)]
+    if not found:
+        return None
+    if others := [path for path in inputs if path not in found]:
+        raise ValueError(
+            f"{found[0]} is an adapter, {others[0]} is none. Give folders of adapters only (they need no base), or "
+            "fold each adapter into its base (in peft: merge_and_unload(), then save_pretrained) and merge these."
+        )
+    if model is not None:
+        raise ValueError(
+            f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
+            "in the callback, which trains the adapters."
+        )
+    if Path(output).suffix == ".safetensors":
+        raise ValueError(
+            f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
+            f"{Path(output).with_suffix('')}."
+        )
+    return AdapterFolders(inputs)
 
 
 def _safe_name(file: Path) -> str:

@@ -17,13 +17,12 @@ from lightning_odem import version
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths
 from lightning_odem.cli.folded_files import FoldedFiles, Incoming
 from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
-from lightning_odem.cli.folder_output import FolderOutput
+from lightning_odem.cli.folder_output import FolderOutput, find_adapters
 from lightning_odem.cli.output import MergeOutput
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
-from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
@@ -119,7 +118,7 @@ def merge_checkpoints(
     names = task_names(checkpoints) if tasks is None else tasks
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
-    adapters = _adapters(inputs, output, model)
+    adapters = find_adapters(inputs, output, model)
     notes = compare_folders(inputs, exclude) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
@@ -200,29 +199,6 @@ def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[f
         raise ValueError(f"Two tasks cannot have the same name, got {', '.join(names)}.")
     if weights is not None:
         check_weights(weights)
-
-
-def _adapters(inputs: Sequence[str], output: str, model: object) -> AdapterFolders | None:
-    """The inputs as adapters, if they are some."""
-    found = [path for path in inputs if is_adapter_folder(path)]
-    if not found:
-        return None
-    if others := [path for path in inputs if path not in found]:
-        raise ValueError(
-            f"{found[0]} is an adapter, {others[0]} is none. Give folders of adapters only (they need no base), or "
-            "fold each adapter into its base (in peft: merge_and_unload(), then save_pretrained) and merge these."
-        )
-    if model is not None:
-        raise ValueError(
-            f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
-            "in the callback, which trains the adapters."
-        )
-    if Path(output).suffix == ".safetensors":
-        raise ValueError(
-            f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
-            f"{Path(output).with_suffix('')}."
-        )
-    return AdapterFolders(inputs)
 
 
 def _check_needs(method: MergeMethod, has_base: bool, batch_norm: str, model: object, data: object) -> None:
