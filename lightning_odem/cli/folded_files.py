@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_odem.cli.state_module import StateModule
+from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.checkpoint import read_hyper_parameters
 from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot
@@ -36,19 +37,29 @@ class FoldedFiles:
         base: Path of the base model, or None.
         device: Where merges are computed.
         exclude: Patterns of tensors that are not merged.
+        adapters: The checkpoints as adapters, which are merged by their updates; by default whole models.
         **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
         hyper_parameters: Entries for ``load_from_checkpoint``, from the first checkpoint.
+        notes: What a user should know about the result, a line each.
 
     Raises:
         ValueError: If the models differ, or a pattern matches nothing.
     """
 
     def __init__(
-        self, incoming: Sequence[Incoming], base: str | None, device: str, exclude: Sequence[str], **options: Any
+        self,
+        incoming: Sequence[Incoming],
+        base: str | None,
+        device: str,
+        exclude: Sequence[str],
+        adapters: AdapterFolders | None = None,
+        **options: Any,
     ) -> None:
-        self._files = ModelFiles([entry.path for entry in incoming], base, exclude)
+        self._adapters = adapters
+        read = None if adapters is None else adapters.read
+        self._files = ModelFiles([entry.path for entry in incoming], base, exclude, read=read)
         excluded = self._files.excluded
         if idle := [pattern for pattern in exclude if not any(is_excluded(name, [pattern]) for name in excluded)]:
             raise ValueError(
@@ -63,10 +74,13 @@ class FoldedFiles:
             for name, like in self._files.like.items()
         }
         found = self._files.read(base) if base is not None else None
+        if base is None and adapters is not None:
+            found = adapters.no_update()
         self._module = StateModule(state).to(device)
         self._stream = Stream(base=found, **options)
         self._stream.division.check(self._module)
         self._excluded: Snapshot = {}
+        self.notes: list[str] = []
         self.hyper_parameters = read_hyper_parameters(incoming[0].path)
 
     def fold(self, incoming: Incoming, on_step: Callable[[int, int], None]) -> MergeRecord:
@@ -78,5 +92,18 @@ class FoldedFiles:
 
     def state(self) -> Snapshot:
         """The merged model, and the tensors of all checkpoints that were not merged."""
+        return {**self.merged(), **self._excluded}
+
+    def merged(self) -> Snapshot:
+        """The tensors that were merged; of adapters the factors of the merged updates."""
         merged = self._stream.state.merged or {}
-        return {**{name: merged[name].to(like.dtype) for name, like in self._files.like.items()}, **self._excluded}
+        state = {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
+        if self._adapters is None:
+            return state
+        state, cut = self._adapters.factors(state)
+        if cut > 1e-5:
+            self.notes.append(
+                f"The rank of {self._adapters.first} holds all of the merged updates but {cut:.2%} (by norm), which is "
+                "discarded."
+            )
+        return state

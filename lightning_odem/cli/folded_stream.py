@@ -61,6 +61,7 @@ class FoldedStream:
 
     Attributes:
         hyper_parameters: Entries for ``load_from_checkpoint``, from the module.
+        notes: What a user should know about the result, a line each.
 
     Raises:
         ValueError: If the models differ, or a pattern matches nothing.
@@ -95,6 +96,7 @@ class FoldedStream:
             "accelerator": chosen.type,
             "devices": 1 if chosen.index is None else [chosen.index],
         }
+        self.notes: list[str] = []
         self.hyper_parameters: dict[str, Any] = {}
         if model.hparams:
             self.hyper_parameters = {"hparams_name": model._hparams_name, "hyper_parameters": dict(model.hparams)}
@@ -120,6 +122,10 @@ class FoldedStream:
     def state(self) -> Snapshot:
         """The merged model with the parameters of every task."""
         return {name: tensor.clone() for name, tensor in _canonical(self._model.state_dict().items()).items()}
+
+    def merged(self) -> Snapshot:
+        """The tensors that were merged."""
+        return {name: tensor for name, tensor in self.state().items() if name in self._files.like}
 
     def load_task_specific(self, path: str) -> None:
         """Write the parameters of a checkpoint's task into the module.

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +17,13 @@ from lightning_odem import version
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths
 from lightning_odem.cli.folded_files import FoldedFiles, Incoming
 from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
+from lightning_odem.cli.folder_output import FolderOutput, find_adapters
 from lightning_odem.cli.output import MergeOutput
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
 from lightning_odem.stream.merging import check_needs
@@ -36,11 +38,13 @@ class Merged:
         incoming: The checkpoints in order.
         records: The record of each merge.
         paths: The files written.
+        notes: What a user should know about the result, a line each.
     """
 
     incoming: list[Incoming]
     records: list[MergeRecord]
     paths: list[Path]
+    notes: list[str] = field(default_factory=list)
 
     def table(self) -> str:
         """Task, utility weight, operating time and seconds of each merge, as text."""
@@ -75,15 +79,15 @@ def merge_checkpoints(
 
     Args:
         checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints or folders of
-            save_pretrained.
+            transformers, sentence-transformers or peft.
         output: A .safetensors file, beside which a Lightning checkpoint (.ckpt) is written; or a folder, if the first
-            checkpoint is one.
+            checkpoint is one. All that is not a weight then comes from the first.
         method: Merge method, or its name; the default needs nothing but the checkpoints.
         base: The base model, if the method needs it, in any of these formats.
         weights: Utility weights; by default those of the tasks in data, else 1.
         tasks: Names of the tasks; by default those of the files.
-        exclude: Patterns of tensors that are kept from all checkpoints instead of merged (the last one of each name):
-            globs over dotted names, or names of modules.
+        exclude: Patterns of tensors that are kept from all checkpoints instead of merged (the last one of each name;
+            in a folder the first one's alone): globs over dotted names, or names of modules.
         batch_norm: Running statistics: average, keep (the first checkpoint's) or recalibrate.
         model: Module that computes the calibration loss; its weights do not matter.
         data: Stream with the checkpoints' tasks, found by name, or in order if it has none of the names.
@@ -113,8 +117,16 @@ def merge_checkpoints(
     method = resolve_method(method)
     names = task_names(checkpoints) if tasks is None else tasks
     _check(checkpoints, names, weights, exclude)
-    _check_needs(method, base, batch_norm, model, data)
-    place = MergeOutput(output, [*checkpoints, *([] if base is None else [base])], overwrite)
+    inputs = [*checkpoints, *([] if base is None else [base])]
+    adapters = find_adapters(inputs, output, model)
+    notes = compare_folders(inputs, exclude) if adapters is None else []
+    has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
+    _check_needs(method, has_base, batch_norm, model, data)
+    place: MergeOutput | FolderOutput
+    if Path(output).suffix == ".safetensors":
+        place = MergeOutput(output, inputs, overwrite)
+    else:
+        place = FolderOutput(output, inputs, overwrite, adapters)
     folded: FoldedFiles | FoldedStream
     if model is not None and data is not None:
         chosen = choose_tasks(data, names, by_name=tasks is not None)
@@ -126,14 +138,15 @@ def merge_checkpoints(
         )
     else:
         incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
-        folded = FoldedFiles(incoming, base, device, exclude, method=method, batch_norm=batch_norm)
+        folded = FoldedFiles(incoming, base, device, exclude, adapters, method=method, batch_norm=batch_norm)
     place.prepare()
     records = []
     with _progress(len(incoming)) as advance:
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
-    place.write(folded.state(), _metadata(method, incoming, base), folded.hyper_parameters)
-    return Merged(incoming, records, place.paths)
+    state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
+    place.write(state, _metadata(method, incoming, base), folded.hyper_parameters)
+    return Merged(incoming, records, place.paths, [*notes, *folded.notes])
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
@@ -170,6 +183,7 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
+    print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")
     print(f"Merged weights: {' and '.join(map(str, merged.paths))}")
 
 
@@ -187,13 +201,13 @@ def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[f
         check_weights(weights)
 
 
-def _check_needs(method: MergeMethod, base: str | None, batch_norm: str, model: object, data: object) -> None:
+def _check_needs(method: MergeMethod, has_base: bool, batch_norm: str, model: object, data: object) -> None:
     if (model is None) != (data is None):
         raise ValueError("model and data go together: the one computes losses on the samples of the other.")
     if batch_norm == "recalibrate" and data is None:
         raise ValueError("batch_norm='recalibrate' runs samples through the model: give model and data.")
     try:
-        check_needs(method, Offer(base=base is not None, calibration=data is not None, batches=data is not None))
+        check_needs(method, Offer(base=has_base, calibration=data is not None, batches=data is not None))
     except ValueError as error:
         raise ValueError(
             f"{error} For finished checkpoints, base names the base model, and model and data bring samples and a loss."

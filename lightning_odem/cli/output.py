@@ -1,7 +1,6 @@
 """The files that an offline merge writes."""
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,47 +8,32 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_odem.parameters.files import replacing
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class MergeOutput:
     """Writes merged weights in one step: a reader sees the old files or the new ones.
 
-    A path that ends in ``.safetensors`` means that file and, beside it, a Lightning checkpoint ``.ckpt`` with the same
-    weights. Any other path is a folder with ``model.safetensors`` and ``config.json`` as ``from_pretrained`` of
-    transformers reads it.
+    The path means a ``.safetensors`` file and, beside it, a Lightning checkpoint ``.ckpt`` with the same weights.
 
     Args:
         path: The output path, as described above.
-        inputs: The checkpoints that are merged, and the base model. They are never overwritten. For a folder, the first
-            input is a folder too, and its configuration is copied.
+        inputs: The checkpoints that are merged, and the base model. They are never overwritten.
         overwrite: Whether existing files are replaced.
 
     Raises:
-        ValueError: If an input is in the way, or the first one has no configuration for a folder.
+        ValueError: If an input is in the way.
         FileExistsError: If the output exists and ``overwrite`` is off.
     """
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool = False) -> None:
         path = Path(path)
-        self._config = None
-        if path.suffix == ".safetensors":
-            self.paths = [path, path.with_suffix(".ckpt")]
-        else:
-            self._config = Path(inputs[0]) / CONFIG
-            self.paths = [path / WEIGHTS, path / CONFIG]
-            if not self._config.is_file():
-                raise ValueError(
-                    f"The output {path} does not end in .safetensors, so it is a folder, for which the first "
-                    f"checkpoint has to be a folder with a {CONFIG}; there is none in {inputs[0]}."
-                )
+        self.paths = [path, path.with_suffix(".ckpt")]
         occupied = {Path(entry).resolve() for entry in inputs}
-        if path.resolve() in occupied or any(found.resolve() in occupied for found in self.paths):
+        if any(found.resolve() in occupied for found in self.paths):
             raise ValueError(f"The output {path} would overwrite one of the checkpoints; choose another name.")
         if not overwrite and (found := [str(found) for found in self.paths if found.exists()]):
             raise FileExistsError(f"{' and '.join(found)} exists already. Choose another output, or overwrite it.")
@@ -70,10 +54,25 @@ class MergeOutput:
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         with ExitStack() as stack:
             weights, beside = [stack.enter_context(replacing(path)) for path in self.paths]
-            save_file(state, weights, {"format": "pt", **metadata})
-            if self._config is not None:
-                shutil.copyfile(self._config, beside)
-            else:
-                # Required by load_from_checkpoint and trainer.test(ckpt_path=...); there is no training to resume.
-                kept = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
-                torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": metadata}, beside)
+            save_weights(state, weights, metadata)
+            # Required by load_from_checkpoint and trainer.test(ckpt_path=...); there is no training to resume.
+            kept = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
+            torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": metadata}, beside)
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a ``.safetensors`` file, read it back and compare it with what was to be written.
+
+    Raises:
+        OSError: If they differ.
+    """
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, {"format": "pt", **metadata})
+    found = load_file(path)
+    if wrong := [name for name, tensor in state.items() if name not in found or not _is_same(tensor, found[name])]:
+        raise OSError(f"{', '.join(wrong)} did not come back from {path.parent} as written. Check the disk.")
+
+
+def _is_same(tensor: Tensor, found: Tensor) -> bool:
+    # By their bytes, since NaN is not equal to itself.
+    first, second = (each.contiguous().flatten().view(torch.uint8) for each in (tensor, found))
+    return tensor.dtype == found.dtype and tensor.shape == found.shape and torch.equal(first, second)

@@ -127,7 +127,7 @@ def _scale(owner: nn.Module, adapter: str, name: str, part: str) -> float:
         raise ValueError(
             f"{name} is a factor of an adapter whose scale is not known: {type(owner).__name__} has no attribute "
             "scaling that is a fixed number other than 0. Give it one, the factor on B A (1.0 if there is none). "
-            f"Files of adapters do not say it: merge their modules. {_remedy(part)}"
+            f"Files of adapters do not say it: merge their folders, with adapter_config.json. {_remedy(part)}"
         )
     return scale
 

@@ -1,10 +1,11 @@
-"""Files that are written completely or not at all, and numbers that JSON can hold."""
+"""Files and folders that are written completely or not at all, and numbers that JSON can hold."""
 
 import errno
 import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,47 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a folder that gets its name in one step, when it is complete and on the disk.
+
+    Yields:
+        An empty folder to write to. It takes the place of ``path`` at the end of the block and is removed if the block
+        fails. An older folder there is moved aside first and put back if the new one cannot get its name.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing_folder(f"{folder}/new") as draft:
+        ...         _ = Path(draft, "a.txt").write_text("complete")
+        ...     Path(folder, "new", "a.txt").read_text()
+        'complete'
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (path.with_name(f".{path.name}{kind}.{os.getpid()}") for kind in ("", ".old"))
+    shutil.rmtree(draft, ignore_errors=True)  # of a killed process with this number
+    draft.mkdir()
+    try:
+        yield draft
+        for directory, _, files in os.walk(draft):
+            for file in files:
+                sync(Path(directory, file))
+            sync(directory)
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(draft, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 class NotRegularError(OSError):

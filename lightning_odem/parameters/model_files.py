@@ -1,13 +1,15 @@
 """Checkpoints of one architecture, read under one set of names."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_odem.parameters.checkpoint import read_checkpoint
+from lightning_odem.parameters.folder_comparison import explain_difference, is_tied
 from lightning_odem.parameters.snapshot import Snapshot
+from lightning_odem.parameters.tied_tensors import copies, fill_head, fill_tied
 from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
 
 _COUNTER = "num_batches_tracked"
@@ -36,7 +38,8 @@ class ModelFiles:
 
     All models must have the same floating tensors in the same shapes. A leading name that one model gives all its
     tensors is ignored. Other tensors, such as position indices, must be equal if a model has them. Counters of
-    batch-norm layers may differ. The base model may have more tensors, such as a CLIP with its text tower.
+    batch-norm layers may differ. Copies of tied tensors may be stored or not; if the first model has a head of its own,
+    others may tie it to the embedding. The base model may have more tensors, such as a CLIP with its text tower.
 
     Args:
         checkpoints: Paths of the models to merge, in any form that :func:`~lightning_odem.parameters.read_checkpoint`
@@ -45,6 +48,7 @@ class ModelFiles:
         exclude: Patterns of tensors that are not merged and may differ between models.
         own: Tensors of the module that the models are for. Their names are then used; by default those of the first
             model.
+        read: Reads a model's tensors; by default :func:`~lightning_odem.parameters.read_checkpoint`.
 
     Attributes:
         like: A tensor per name to be merged. Floating tensors have no memory and the widest dtype of the models. Other
@@ -62,7 +66,12 @@ class ModelFiles:
         base: str | os.PathLike | None = None,
         exclude: Sequence[str] = (),
         own: Mapping[str, Tensor] | None = None,
+        read: Callable[[str | os.PathLike], dict[str, Tensor]] | None = None,
     ) -> None:
+        self._read = read
+        self._tied: dict[str, str] = {}
+        self._of_module = own is not None
+        self.like: Snapshot = {}
         self._exclude = exclude
         self._origin = str(checkpoints[0]) if own is None else "module's"
         self.excluded: set[str] = set()
@@ -70,6 +79,8 @@ class ModelFiles:
             name: _without_memory(tensor)
             for name, tensor in (self._divide(checkpoints[0])[0] if own is None else own).items()
         }
+        if own is None and len(checkpoints) + (base is not None) > 1:
+            self._tied = self._find_tied(checkpoints[0])
         problems = [problem for path in checkpoints if (problem := self._problem(path))]
         if base is not None and (problem := self._problem(base, is_base=True)):
             problems.append(problem)
@@ -99,10 +110,35 @@ class ModelFiles:
     def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot]:
         shared: Snapshot = {}
         excluded: Snapshot = {}
-        for name, tensor in read_checkpoint(path).items():
+        for name, tensor in (self._read or read_checkpoint)(path).items():
             name = canonical_name(name)
             (excluded if is_excluded(name, self._exclude) else shared)[name] = tensor
-        return shared, excluded
+        return self._as_tied(path, shared), excluded
+
+    def _find_tied(self, first: str | os.PathLike) -> dict[str, str]:
+        shared, excluded = self._divide(first)
+        tied = copies({**shared, **excluded})
+        # Elsewhere, equal tensors may be two that began as one.
+        for pair in tied.items() if is_tied(first) else ():
+            apart = [name for name in pair if name in excluded]
+            if len(apart) == 1:
+                raise ValueError(
+                    f"{pair[0]} is a copy of {pair[1]} in {first} (tied weights), but only {apart[0]} is excluded from "
+                    "the merge. Exclude both or none."
+                )
+        return {name: other for name, other in tied.items() if name in shared}
+
+    def _as_tied(self, path: str | os.PathLike, shared: Snapshot) -> Snapshot:
+        """A model with those copies of tied tensors that the first one has, and no others."""
+        if self._of_module or not self.like:
+            return shared
+        names = match_names(self.like, shared)
+        shapes = {name: own.shape for name, own in self.like.items() if own.is_meta}
+        shared = fill_tied(shared, names, shapes, self._tied)
+        missing = [name for name in shapes if names[name] not in shared]
+        if missing and is_tied(path) and not is_tied(self._origin):
+            shared = fill_head(shared, names, shapes, missing)
+        return shared
 
     def _names(self, shared: Snapshot) -> dict[str, str]:
         return {name: there for name, there in match_names(self.like, shared).items() if there in shared}
@@ -121,7 +157,13 @@ class ModelFiles:
         try:
             check_same_shapes(expected, shapes, self._origin, str(path))
         except ValueError as error:
-            return str(error)
+            return f"{error}{explain_difference(self._origin, path)}"
+        for name, other in self._tied.items() if not is_base and is_tied(self._origin) else ():
+            if name in names and other in names and not torch.equal(shared[names[name]], shared[names[other]]):
+                return (
+                    f"{name} is a copy of {other} in {self._origin} (tied weights) and none in {path}. "
+                    f"Give {path} first: the merged model then has both too."
+                )
         fixed = [name for name, there in names.items() if not _may_differ(name, shared[there], self.like[name])]
         if fixed:
             kinds = ", ".join(f"{name} ({shared[names[name]].dtype})" for name in fixed)

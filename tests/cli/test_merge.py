@@ -431,6 +431,22 @@ def test_heads_that_no_checkpoint_has_are_fitted_on_the_base_model(stream):
 
 
 @pytest.mark.slow
+def test_a_merge_with_samples_writes_a_folder_with_the_names_of_the_first(stream):
+    folder, expected = stream
+    names = []
+    for name in ("rotated", "inverted"):
+        content = torch.load(folder / f"{name}.ckpt", weights_only=True)["state_dict"]
+        bare = {name.removeprefix("backbone."): value for name, value in content.items() if "heads" not in name}
+        names.append(save(f"{name}_folder", bare))
+    paths = [pathlib.Path(name).resolve() for name in names]
+    calibrated(folder, "merged", paths)
+    found = load_file("merged/model.safetensors")
+    assert found.keys() == load_file("rotated_folder/model.safetensors").keys()
+    backbone = {name.removeprefix("backbone."): expected[name] for name in expected if "heads" not in name}
+    assert close(found, backbone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_module_that_trains_its_heads_needs_them_in_the_checkpoint(stream):
     folder, _ = stream
     model = TaskClassifier(**SMALL, head="train")

@@ -12,6 +12,7 @@ from lightning_odem.parameters.files import (
     read_regular,
     remove_drafts,
     replacing,
+    replacing_folder,
 )
 
 
@@ -38,6 +39,33 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError, match="in the block"):
         fail()
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole_when_the_block_ends(tmp_path):
+    path = tmp_path / "made" / "folder"
+    for text in ("old", "new"):
+        with replacing_folder(path) as draft:
+            (draft / "inner").mkdir()
+            (draft / "inner" / f"{text}.txt").write_text(text)
+            assert not (path / "inner" / f"{text}.txt").exists()
+    assert [str(file.relative_to(path.parent)) for file in path.parent.rglob("*.txt")] == ["folder/inner/new.txt"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old.txt").touch()
+
+    def fail():
+        with replacing_folder(path) as draft:
+            (draft / "half.txt").touch()
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fail()
+    assert [file.name for file in path.iterdir()] == ["old.txt"]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightning_odem.parameters.model_files import ModelFiles, match_names
 
@@ -125,3 +126,55 @@ def test_the_common_dtype_is_the_widest_of_the_models_merged(save):
     double = save("double", model(torch.float64))
     assert ModelFiles([half, half]).like["body.bias"].dtype == torch.float16
     assert ModelFiles([half, brain], double).like["body.bias"].dtype == torch.float32
+
+
+def tied(seed, prefix="", stored=True):
+    found = state(seed, prefix)
+    return found | ({f"{prefix}zz.head": found[f"{prefix}body.weight"].clone()} if stored else {})
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_copies_of_tied_tensors_are_stored_as_in_the_first_model(save, stored):
+    paths = [save("a", tied(0, "model.", stored)), save("b", tied(1, "", not stored)), save("c", tied(2, "", stored))]
+    files = ModelFiles(paths)
+    for seed, path in enumerate(paths):
+        found = files.read(path)
+        assert found.keys() == tied(seed, "model.", stored).keys()
+        assert all(torch.equal(found[name], value) for name, value in tied(seed, "model.", stored).items())
+
+
+@pytest.fixture
+def save_folder(tmp_path):
+    def save(name, content):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"tie_word_embeddings": true}')
+        save_file(content, tmp_path / name / "model.safetensors")
+        return str(tmp_path / name)
+
+    return save
+
+
+def test_a_tied_tensor_with_values_of_its_own_elsewhere_is_refused(save, save_folder):
+    first, second = save_folder("a", tied(0)), save("b", tied(1) | {"zz.head": torch.randn(3, 2)})
+    with pytest.raises(ValueError, match=r"zz\.head is a copy of body\.weight.* and none in .*b\. Give .*b first"):
+        ModelFiles([first, second])
+    assert torch.equal(ModelFiles([second, first]).read(first)["zz.head"], state(0)["body.weight"])
+
+
+def test_tied_tensors_are_excluded_together(save_folder):
+    paths = [save_folder("a", tied(0)), save_folder("b", tied(1))]
+    with pytest.raises(ValueError, match=r"only zz\.head is excluded.*Exclude both or none"):
+        ModelFiles(paths, exclude=["zz.head"])
+    assert ModelFiles(paths, exclude=["zz.head", "body.weight"]).excluded == {"zz.head", "body.weight"}
+
+
+def test_tensors_that_are_equal_in_the_first_model_may_differ_in_others(save):
+    paths = [save("a", tied(0)), save("b", tied(1) | {"zz.head": torch.randn(3, 2)})]
+    assert ModelFiles(paths).read(paths[0]).keys() == tied(0).keys()
+    assert ModelFiles(paths, exclude=["zz.head"]).excluded == {"zz.head"}
+
+
+def test_constants_are_no_copies_of_each_other(save):
+    paths = [save("a", state(0, scale=torch.ones(3))), save("b", state(1, scale=torch.ones(3), more=torch.ones(3)))]
+    with pytest.raises(ValueError, match="more: in the"):
+        ModelFiles(paths)

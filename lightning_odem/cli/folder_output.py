@@ -1,0 +1,155 @@
+"""The model folder that an offline merge writes."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from lightning_odem.cli.model_card import CARD, model_card
+from lightning_odem.cli.output import save_weights
+from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
+from lightning_odem.parameters.files import replacing_folder
+from lightning_odem.parameters.model_files import match_names
+from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
+from lightning_odem.parameters.vector import canonical_name
+
+_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json")
+
+
+class FolderOutput:
+    """Writes merged weights as a folder like that of the first model, which gets its name when it is complete.
+
+    All files that are not weights come from the first folder; a README becomes a model card. The result has exactly
+    the tensors of the first, so that its configuration fits; those that were excluded are the first one's.
+
+    Args:
+        path: The output folder.
+        inputs: The checkpoints that are merged, and the base model. They are never overwritten.
+        overwrite: Whether an existing folder is replaced.
+        adapters: The inputs as adapters; by default they are whole models.
+
+    Raises:
+        ValueError: If an input is in the way, the first one is no folder with a configuration, or an existing folder
+            holds more than a merge would write.
+        FileExistsError: If the output exists and ``overwrite`` is off.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        inputs: Sequence[str | os.PathLike],
+        overwrite: bool = False,
+        adapters: AdapterFolders | None = None,
+    ) -> None:
+        self._path = Path(path)
+        self._adapters = adapters
+        if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
+            raise ValueError(
+                f"The output {path} does not end in .safetensors, so it is a folder, for which the first "
+                f"checkpoint has to be a folder with a config.json; there is none in {inputs[0]}."
+            )
+        self._first = ModelFolder(inputs[0])
+        self._others = list(self._first.others())
+        self._weights = {place: Path(place, _safe_name(file)) for place, file in self._first.weights.items()}
+        self.paths = [self._path / name for name in [*self._weights.values(), *self._others]]
+        target = self._path.resolve()
+        if any(target == entry or target in entry.parents for entry in (Path(entry).resolve() for entry in inputs)):
+            raise ValueError(f"The output {path} would overwrite one of the checkpoints; choose another name.")
+        if target.exists() and not target.is_dir():
+            raise FileExistsError(f"{path} exists already and is no folder. Choose another output.")
+        found = [file for file in target.rglob("*") if not file.is_dir()] if target.exists() else []
+        if found and not overwrite:
+            raise FileExistsError(f"{path} exists already, with files in it. Choose another output, or overwrite it.")
+        names = {*self._weights.values(), *self._others}
+        if more := [str(file.relative_to(target)) for file in found if file.relative_to(target) not in names]:
+            raise FileExistsError(
+                f"{path} has files that a merge would not write: {', '.join(sorted(more)[:5])}. Overwriting "
+                "would lose them; choose another output."
+            )
+
+    def prepare(self) -> None:
+        """Try to make a folder there, so that an output that cannot be written is found before the work."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=self._path.parent, prefix=".trial").cleanup()
+
+    def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
+        """Write the folder.
+
+        Args:
+            state: The merged tensors on the CPU by name, without shared memory.
+            metadata: Metadata for the headers of the weights and for the model card.
+            hyper_parameters: Not used: a folder has its configuration.
+        """
+        whole = self._complete(state)
+        with replacing_folder(self._path) as draft:
+            for name in self._others:
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                if name == Path(CARD):
+                    (draft / name).write_text(model_card(self._first.path / name, metadata), encoding="utf-8")
+                elif name == Path(ADAPTER_CONFIG) and self._adapters is not None:
+                    (draft / name).write_text(json.dumps(self._adapters.config, indent=2) + "\n", encoding="utf-8")
+                else:
+                    shutil.copyfile(self._first.path / name, draft / name)
+            for place, file in self._weights.items():
+                # A module in a sub-folder has its tensors under the name of the folder.
+                others = tuple(f"{other}." for other in self._weights if other)
+                mine = {
+                    name.removeprefix(f"{place}.") if place else name: tensor
+                    for name, tensor in whole.items()
+                    if (name.startswith(f"{place}.") if place else not name.startswith(others))
+                }
+                (draft / file).parent.mkdir(parents=True, exist_ok=True)
+                save_weights(mine, draft / file, metadata)
+
+    def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""
+        own = {canonical_name(name): tensor for name, tensor in self._first.read().items()}
+        if self._adapters is not None:
+            return {**own, **state}
+        merged = {name: state[there] for name, there in match_names(own, state).items() if there in state}
+        if len(merged) < sum(tensor.is_floating_point() for tensor in state.values()):
+            raise ValueError(
+                f"The merged tensors do not have the names of those in {self._first.path}: {', '.join(state)}. Write a "
+                ".safetensors file instead of a folder."
+            )
+        # Tied tensors of the first may share their memory.
+        return {**{name: tensor.clone() for name, tensor in own.items() if name not in merged}, **merged}
+
+
+def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterFolders | None:
+    """The inputs of a merge as adapters; None of whole models.
+
+    Raises:
+        ValueError: If only some are adapters, or adapters are to be merged with a module or into a file.
+    """
+    found = [path for path in inputs if is_adapter_folder(path)]
+    if not found:
+        return None
+    if others := [path for path in inputs if path not in found]:
+        raise ValueError(
+            f"{found[0]} is an adapter, {others[0]} is none. Give folders of adapters only (they need no base), or "
+            "fold each adapter into its base (in peft: merge_and_unload(), then save_pretrained) and merge these."
+        )
+    if model is not None:
+        raise ValueError(
+            f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
+            "in the callback, which trains the adapters."
+        )
+    if Path(output).suffix == ".safetensors":
+        raise ValueError(
+            f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
+            f"{Path(output).with_suffix('')}."
+        )
+    return AdapterFolders(inputs)
+
+
+def _safe_name(file: Path) -> str:
+    """The name of a file of weights in safetensors, and in one piece."""
+    if file.suffix == ".safetensors":
+        return file.name
+    return "adapter_model.safetensors" if file.name.startswith("adapter_model") else "model.safetensors"
