@@ -58,7 +58,8 @@ def load_snapshot(module: nn.Module, snapshot: Mapping[str, Tensor], select: Cal
     shards = find_shards(tensors)
     derived = {canonical_name(name) for name in derived_buffers(module)}
     snapshot = {name: tensor for name, tensor in snapshot.items() if name not in derived}  # of earlier versions
-    check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored")
+    remedy = "exclude= leaves parameters out, growing= merges the common rows of those that have further ones"
+    check_same_shapes(whole_shapes(tensors, None), whole_shapes(snapshot, shards), "module's", "stored", remedy)
     for name, tensor in tensors.items():
         local(tensor).copy_(shards.part(name, snapshot[name]) if shards else snapshot[name])
 

@@ -232,7 +232,11 @@ def whole_shapes(tensors: Mapping[str, Tensor], shards: Shards | None) -> dict[s
 
 
 def check_same_shapes(
-    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], expected_in: str, found_in: str
+    expected: Mapping[str, torch.Size],
+    found: Mapping[str, torch.Size],
+    expected_in: str,
+    found_in: str,
+    remedy: str = "exclude= leaves parameters out",
 ) -> None:
     """Raise a ValueError that lists all names and shapes in which two models differ."""
     problems = [f"{name}: in the {expected_in} model only" for name in expected if name not in found]
@@ -245,8 +249,7 @@ def check_same_shapes(
     if problems:
         raise ValueError(
             f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
-            "architecture can be merged (exclude= leaves parameters out, growing= merges the common rows of those that "
-            "have further ones):\n  " + "\n  ".join(problems)
+            f"architecture can be merged ({remedy}):\n  " + "\n  ".join(problems)
         )
 
 
