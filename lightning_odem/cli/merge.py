@@ -184,7 +184,8 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
         parser.error(str(error))
     print(merged.table())
     print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")
-    print(f"Merged weights: {' and '.join(map(str, merged.paths))}")
+    is_file = Path(given.output).suffix == ".safetensors"
+    print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 
 
 def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object) -> None:

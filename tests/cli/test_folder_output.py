@@ -173,7 +173,9 @@ def test_settings_that_differ_are_said(capsys):
     assert "config.json of b differs from that of a" in merged.notes[0]
     assert "layer_norm_epsilon (1e-05, 0.1)" in merged.notes[0]
     main(["merge", *paths, "--output", "again"])
-    assert merged.notes[0] in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert merged.notes[0] in shown
+    assert shown.endswith("Merged weights: again\n")
 
 
 def test_a_folder_with_other_files_is_never_replaced():
