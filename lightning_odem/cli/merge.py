@@ -82,12 +82,11 @@ def merge_checkpoints(
             transformers, sentence-transformers or peft.
         output: A .safetensors file, beside which a Lightning checkpoint (.ckpt) is written; or a folder, if the first
             checkpoint is one. All that is not a weight then comes from the first.
-        method: Merge method, or its name; the default needs nothing but the checkpoints.
+        method: Merge method, or its name.
         base: The base model, if the method needs it, in any of these formats.
         weights: Utility weights; by default those of the tasks in data, else 1.
         tasks: Names of the tasks; by default those of the files.
-        exclude: Patterns of tensors that are kept from all checkpoints instead of merged (the last one of each name;
-            in a folder the first one's alone): globs over dotted names, or names of modules.
+        exclude: Patterns of tensors that are not merged: the last checkpoint's are kept, in a folder the first one's.
         batch_norm: Running statistics: average, keep (the first checkpoint's) or recalibrate.
         model: Module that computes the calibration loss; its weights do not matter.
         data: Stream with the checkpoints' tasks, found by name, or in order if it has none of the names.
