@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.containers import CannotBeKeptError
+from lightning_odem.calibration.item_loading import OnItem
 from lightning_odem.calibration.source import DrawnSamples, Reservoir, collation, draw
 
 _DEV_SAMPLES = 8
@@ -21,13 +22,22 @@ class SampleCollector:
         weight: Its utility weight.
         buffer: The buffer of the tasks before; it is not changed.
         given: Calibration data from the user, or None.
+        on_item: Called with the number of samples that are loaded and that of all.
 
     Raises:
         ValueError: If the buffer has no place for the task, or nothing to draw samples from is found.
         CannotBeKeptError: If the samples cannot be kept from one task to the next.
     """
 
-    def __init__(self, trainer: L.Trainer, task: str, weight: float, buffer: CalibrationBuffer, given: Any) -> None:
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        task: str,
+        weight: float,
+        buffer: CalibrationBuffer,
+        given: Any,
+        on_item: OnItem | None = None,
+    ) -> None:
         self._task, self._weight, self._buffer = task, weight, buffer
         # A task without a place in the buffer shows one sample too, so that its loss can be checked.
         room = max(buffer.room_for_next(weight), 1)
@@ -35,7 +45,7 @@ class SampleCollector:
             room = min(room, _DEV_SAMPLES)  # enough to run every line
         self._collate = collation(trainer)
         try:
-            self._drawn = draw(trainer, given, room, buffer.generator(), buffer.balanced)
+            self._drawn = draw(trainer, given, room, buffer.generator(), buffer.balanced, on_item)
         except CannotBeKeptError as error:
             raise self._refusal(str(error)) from error
         self._reservoir = None

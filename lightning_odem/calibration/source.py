@@ -1,8 +1,6 @@
 """Where a task's calibration samples come from."""
 
 import random
-from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 
 from lightning_odem.calibration import batches
 from lightning_odem.calibration.containers import CannotBeKeptError
+from lightning_odem.calibration.item_loading import OnItem, load_items
 from lightning_odem.calibration.keeping import are_alike, as_rows, join, keep, keep_items
 from lightning_odem.calibration.pool import trained_on
 from lightning_odem.calibration.quota import balanced_order
@@ -105,7 +104,12 @@ class Reservoir:
 
 
 def draw(
-    trainer: L.Trainer, given: Any, count: int, generator: torch.Generator, balanced: bool = True
+    trainer: L.Trainer,
+    given: Any,
+    count: int,
+    generator: torch.Generator,
+    balanced: bool = True,
+    on_item: OnItem | None = None,
 ) -> DrawnSamples | None:
     """Draw up to ``count`` samples of the task that a Trainer fits; the global random state stays as it is.
 
@@ -119,6 +123,7 @@ def draw(
         count: The most samples.
         generator: Source of randomness, on the CPU.
         balanced: Whether the choice is class-balanced if the dataset has integer ``targets``.
+        on_item: Called with the number of samples that are loaded and that of all, if they are drawn by index.
 
     Returns:
         The samples; None if the training data is an ``IterableDataset``, whose samples are collected during training.
@@ -144,7 +149,7 @@ def draw(
                 samples = _take((collate(source[item]) for item in index), count)
             else:
                 own = loader if origin == TRAINING else None
-                samples = draw_by_index(source, count, generator, collate, balanced, batch_size, own)
+                samples = draw_by_index(source, count, generator, collate, balanced, batch_size, own, on_item)
         except CannotBeKeptError as error:
             raise CannotBeKeptError(f"from {origin}, cannot be kept for later tasks: {error}") from error
     if samples is None:
@@ -160,6 +165,7 @@ def draw_by_index(
     balanced: bool = True,
     batch_size: int | None = None,
     loader: DataLoader | None = None,
+    on_item: OnItem | None = None,
 ) -> Any:
     """Up to ``count`` samples of a map-style dataset; None if it is empty.
 
@@ -172,6 +178,7 @@ def draw_by_index(
             read.
         batch_size: The dataloader's batch size, if it is known.
         loader: The dataloader whose worker processes load the samples; by default this process does.
+        on_item: Called with the number of samples that are loaded and that of all.
 
     Raises:
         CannotBeKeptError: If the samples cannot be collated or kept.
@@ -179,31 +186,8 @@ def draw_by_index(
     if len(dataset) == 0:
         return None
     index = balanced_order(targets_of(dataset) if balanced else None, len(dataset), generator)[:count]
-    chosen = [int(item) for item in index]
-    if loader is None or loader.num_workers == 0:
-        items = [dataset[item] for item in chosen]
-    else:
-        items = list(load_items(Subset(dataset, chosen), loader))
+    items = load_items(Subset(dataset, [int(item) for item in index]), loader, on_item)
     return keep_items(items, collate, batch_size)
-
-
-def load_items(dataset: Any, loader: DataLoader) -> Iterator[Any]:
-    """Yield the items of a dataset in order, loaded by as many worker processes as a dataloader has.
-
-    Worker processes are seeded from the global random state.
-    """
-    workers = DataLoader(
-        dataset,
-        batch_size=min(loader.batch_size or 1, max(len(dataset) // loader.num_workers, 1)),
-        collate_fn=list,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        timeout=loader.timeout,
-        prefetch_factor=loader.prefetch_factor,
-    )
-    for items in workers:
-        yield from map(deepcopy, items)  # not in shared memory, which takes an open file for each tensor
 
 
 def collation(trainer: L.Trainer) -> tuple[Any, int | None]:

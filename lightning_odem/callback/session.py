@@ -343,5 +343,6 @@ class Session:
             self.fit.sampling = None
             if self.stream.needs_samples:
                 given = self.calibration_data.get(task)
-                self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given)
+                with progress(trainer, f"samples of {task}") as on_item:
+                    self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given, on_item)
         self.measurement.warn_of_missing(self.report.tasks)
