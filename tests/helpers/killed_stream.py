@@ -20,7 +20,8 @@ from identical import identical
 from toy import Classifier, Task, everything, fit
 
 import lightning_odem
-from lightning_odem import ContinualMergeCallback, rundir
+from lightning_odem import ContinualMergeCallback
+from lightning_odem.stream import report_files
 from lightning_odem.stream.store import StreamStore
 
 PACKAGE = str(Path(lightning_odem.__file__).parent)
@@ -83,17 +84,17 @@ def count_points(dies_at: int | None) -> list[str]:
 
 
 def outcome(directory: Path) -> dict:
-    """All that a stream leaves but the seconds it took."""
+    """All that a stream leaves but the seconds it took, and where it lies."""
     here = Path.cwd()
     os.chdir(directory)
     try:
         state = StreamStore(Path("stream/stream")).load()
         assert state is not None
-        for record in state["report"]["merges"]:
-            record["merge_seconds"] = record["gradient_seconds"] = 0.0
         report = json.loads(Path("stream/report.json").read_text())
-        for record in report["merges"]:
+        state["dirpath"] = Path(state["dirpath"]).name
+        for record in (*state["report"]["merges"], *report["merges"]):
             record["merge_seconds"] = record["gradient_seconds"] = 0.0
+            record["checkpoint"] = record["checkpoint"] and Path(record["checkpoint"]).name
         weights = [torch.load(path)["state_dict"] for path in sorted(Path("stream").glob("*.ckpt"))]
         files = sorted(path.name for path in Path("stream").iterdir())
         return {"state": state, "report": report, "weights": weights, "files": files}
@@ -103,7 +104,7 @@ def outcome(directory: Path) -> dict:
 
 def main(calls: int, every: int = 1) -> None:
     # Drawing takes longer than all the rest, and a figure is written like the table.
-    rundir.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
+    report_files.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
     root = Path(tempfile.mkdtemp())
     assert forked(root / "whole", log=True)
     expected = outcome(root / "whole")
