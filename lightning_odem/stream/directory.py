@@ -229,7 +229,7 @@ class RunDirectory:
         if self.path is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
-        needed = size * (2 if state.base is not None else 3)
+        needed = size * (2 if state.report.tasks else 3)
         place = next(path for path in (self.path, *self.path.parents) if path.exists())
         if (free := shutil.disk_usage(place).free) < needed:
             raise OSError(
