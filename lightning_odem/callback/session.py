@@ -142,11 +142,11 @@ class Session:
         self.fit.phase = Phase.TRAINING
         with Processes.current().together():
             self._claim(trainer, module)
+            self.directory.check_room(trainer, module, self.state)
             if self.stream.needs_samples:
                 self.stream.calibration.check(self.state.buffer)
             if not (self.fit.resumed and self.state.started):
                 self._begin(trainer, module)
-            self.directory.check_room(trainer, module, self.state)
             self._collect(trainer, module)
             self._find_data(trainer)
         self._settled = False

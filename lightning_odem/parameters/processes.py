@@ -94,7 +94,8 @@ class Processes:
             yield
             return
         store, block = _store(), f"{_entered[-1].name}/{next(_entered[-1].inner)}"
-        self._beat()
+        with self._expecting_the_store():
+            self._beat()
         _entered.append(_Block(block, itertools.count()))
         try:
             yield
@@ -113,11 +114,13 @@ class Processes:
 
     def _meet(self, store: dist.Store, block: str) -> None:
         """Wait for all processes at the end of a block."""
-        store.add(f"{block}/done", 1)
+        with self._expecting_the_store():
+            store.add(f"{block}/done", 1)
 
         def is_complete() -> bool:
             self._raise_errors(store)
-            return store.add(f"{block}/done", 0) == self.size
+            with self._expecting_the_store():
+                return store.add(f"{block}/done", 0) == self.size
 
         limit: timedelta = store.timeout  # type: ignore[attr-defined]
         if not _wait(is_complete, limit.total_seconds()):
@@ -154,13 +157,24 @@ class Processes:
         except LostProcessError:
             raise
         except RuntimeError as error:
-            raise LostProcessError(
-                f"Lost of {self.size} processes, counted from 0: the one that keeps their common store, as a rule "
-                "process 0. Start the job again; the stream goes on from its last merge."
-            ) from error
+            raise self._without_store() from error
         if found is not None:
             raise _unpack(found, self.size)
         return False
+
+    @contextmanager
+    def _expecting_the_store(self) -> Iterator[None]:
+        """Tell of a lost process if the store is gone with it."""
+        try:
+            yield
+        except dist.DistError as error:
+            raise self._without_store() from error
+
+    def _without_store(self) -> LostProcessError:
+        return LostProcessError(
+            f"Lost of {self.size} processes, counted from 0: the one that keeps their common store, as a rule "
+            "process 0. Start the job again; the stream continues from its last merge."
+        )
 
     def _beat(self) -> Heartbeat:
         """This process's heartbeat, from now on until the group ends."""

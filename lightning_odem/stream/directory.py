@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_odem.parameters.files import remove_drafts
 from lightning_odem.parameters.frozen_base import Digests
@@ -228,7 +229,8 @@ class RunDirectory:
         """
         if self.path is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         needed = size * (2 if state.report.tasks else 3)
         place = next(path for path in (self.path, *self.path.parents) if path.exists())
         if (free := shutil.disk_usage(place).free) < needed:
