@@ -115,7 +115,8 @@ class Processes:
     def _meet(self, store: dist.Store, block: str) -> None:
         """Wait for all processes at the end of a block."""
         with self._expecting_the_store():
-            store.add(f"{block}/done", 1)
+            if store.add(f"{block}/done", 1) == self.size:
+                return  # the last one does not look again: the one that keeps the store may be gone by then
 
         def is_complete() -> bool:
             self._raise_errors(store)
