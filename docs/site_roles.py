@@ -33,5 +33,6 @@ class Roles(griffe.Extension):
     """Rewrites every docstring as it is collected."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Rewrite the docstring of a module, class or function."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(inspect.cleandoc(obj.docstring.value))
