@@ -1,4 +1,4 @@
-"""Modules under the paths they had until version 0.5 or 0.6; to be removed with version 0.8."""
+"""Modules under the paths they had until version 0.5 or 0.6; to be removed with version 1.0."""
 
 import sys
 import warnings
@@ -20,7 +20,6 @@ MOVED = {
     "durable": "stream.store",
     "evaluation": "stream.evaluation",
     "files": "parameters.files",
-    "folding": "stream.folding",
     "measurement": "stream.measurement",
     "merging": "stream.merging",
     "offline": "cli",
@@ -57,7 +56,7 @@ class _Finder(MetaPathFinder, Loader):
         new = _new(module.__name__)
         assert new is not None, "found by find_spec"
         warnings.warn(
-            f"{module.__name__} is now {new}; the old path goes with version 0.8.", DeprecationWarning, stacklevel=2
+            f"{module.__name__} is now {new}; the old path goes with version 1.0.", DeprecationWarning, stacklevel=2
         )
         sys.modules[module.__name__] = import_module(new)
 

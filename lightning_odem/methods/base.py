@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_odem.flow import Trajectory
 from lightning_odem.methods.needs import Need
-from lightning_odem.methods.needs.words import EarlierFields, accepts_words
 
 if TYPE_CHECKING:
     from lightning_odem.parameters.shards import Shards
@@ -17,9 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@accepts_words
 @dataclass(frozen=True)
-class MergeContext(EarlierFields):
+class MergeContext:
     """What a method may use besides the two models.
 
     A method reads what it declares in ``needs`` by the need's class, as ``context[BaseModel]``. The rest is always

@@ -10,7 +10,6 @@ from lightning_odem.arguments import check_choice, check_instance, check_step
 from lightning_odem.calibration import CalibrationObjective
 from lightning_odem.flow import ReusedGradient, Solver, StepControl, Trajectory, integrate, resolve_solver
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.earlier_arguments import composed
 from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.operating_times import OperatingTime, Path, resolve_operating_time
@@ -47,11 +46,6 @@ class PaperODEMerge(MergeMethod):
             same cost, see :class:`~lightning_odem.methods.Minibatches`.
         step_control: Lets the loss decide on the lengths of the steps after the first, see
             :class:`~lightning_odem.flow.StepControl`.
-        search_to: Deprecated: ``SearchedTime(factor=...)``.
-        holdout: Deprecated: ``SearchedTime(holdout=...)``.
-        batch_size: Deprecated: ``Minibatches(...)``.
-        reuse: Deprecated: ``ReusedGradient("euler", ...)``.
-        seed: Deprecated: ``Minibatches(..., seed=...)``.
 
     Raises:
         ValueError: For a step size outside (0, 1], or an unknown solver, granularity or operating time.
@@ -71,30 +65,21 @@ class PaperODEMerge(MergeMethod):
         granularity: str = "vector",
         operating_time: str | float | OperatingTime = "utility",
         minibatches: Minibatches | None = None,
-        step_control: StepControl | bool | None = None,
-        *,
-        search_to: float | None = None,
-        holdout: float | None = None,
-        batch_size: int | None = None,
-        reuse: int | None = None,
-        seed: int | None = None,
+        step_control: StepControl | None = None,
     ) -> None:
         check_step("step_size", step_size)
         check_choice("granularity", granularity, GRANULARITIES)
-        if not all(value is None for value in (search_to, holdout, batch_size, reuse, seed)) or step_control is True:
-            solver, operating_time, minibatches, step_control = composed(
-                solver, operating_time, minibatches, step_control, search_to, holdout, batch_size, reuse, seed
-            )
         self.step_size = step_size
         resolve_solver(solver), resolve_operating_time(operating_time)
         if minibatches is not None:
             check_instance("minibatches", minibatches, Minibatches, "Minibatches(size), or None,")
-        check_instance("step_control", step_control, (StepControl, bool, type(None)), "StepControl(), or None,")
+        if step_control is not None:
+            check_instance("step_control", step_control, StepControl, "StepControl(), or None,")
         self.solver = solver
         self.granularity = granularity
         self.operating_time = operating_time
         self.minibatches = minibatches
-        self.step_control = step_control if isinstance(step_control, StepControl) else None
+        self.step_control = step_control
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Integrate towards ``incoming`` up to the operating time, in the memory of ``merged``."""

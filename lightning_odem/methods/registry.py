@@ -15,7 +15,7 @@ from lightning_odem.methods.interpolation import LinearInterpolation
 from lightning_odem.methods.isotropic import IsotropicMerge
 from lightning_odem.methods.magmax import MagMaxMerge
 from lightning_odem.methods.needs import BaseModel, Need
-from lightning_odem.methods.needs.words import resolve_needs
+from lightning_odem.methods.needs.need import resolve_needs
 from lightning_odem.methods.nufilt import NUFILTMerge
 from lightning_odem.methods.ode import ODEMerge
 from lightning_odem.methods.ode_paper import PaperODEMerge

@@ -37,9 +37,7 @@ def test_every_method_describes_itself_as_plain_data(name):
 def test_every_argument_is_in_the_description(name):
     method = resolve_method(name)
     parameters = inspect.signature(type(method)).parameters.values()
-    earlier = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    assert name == "ode_paper" or not earlier
-    assert describe_method(method).keys() == {"name", *(one.name for one in parameters)} - {*earlier}
+    assert describe_method(method).keys() == {"name", *(one.name for one in parameters)}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import inspect
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -136,30 +135,6 @@ def test_the_settings_of_parts_are_checked_by_them():
     for make, message in refused:
         with pytest.raises(ValueError, match=message):
             make()
-
-
-@pytest.mark.parametrize(
-    ("earlier", "parts", "spelling"),
-    [
-        (
-            {"operating_time": "search", "search_to": 3.0, "holdout": 0.5},
-            {"operating_time": SearchedTime(3.0, 0.5)},
-            "operating_time=SearchedTime(factor=3.0, holdout=0.5)",
-        ),
-        ({"batch_size": 8, "seed": 3}, {"minibatches": Minibatches(8, 3)}, "minibatches=Minibatches(size=8, seed=3)"),
-        (
-            {"solver": "heun", "reuse": 3},
-            {"solver": ReusedGradient("heun", 3)},
-            "solver=ReusedGradient(Heun(), times=3)",
-        ),
-        ({"step_control": True}, {"step_control": StepControl()}, "step_control=StepControl()"),
-    ],
-)
-def test_flat_arguments_of_earlier_versions_work_and_say_what_to_write(earlier, parts, spelling):
-    with pytest.warns(DeprecationWarning, match=re.escape(f"write: PaperODEMerge({spelling})")):
-        method = PaperODEMerge(**earlier)
-    assert describe_method(method) == describe_method(PaperODEMerge(**parts))
-    assert torch.equal(merge(method)[0].theta, merge(PaperODEMerge(**parts))[0].theta)
 
 
 def test_parts_are_made_from_a_configuration():

@@ -2,7 +2,6 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 from toy import Classifier, Incoming, Task, close, fit, same, weights
 
@@ -11,7 +10,6 @@ from lightning_odem.methods import METHODS, AverageMerge, resolve_method
 from lightning_odem.methods.needs import BaseModel, Calibration, SecondMoments
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.attach import attached
-from lightning_odem.stream.folding import Folding
 from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import TrainingTrace
 
@@ -180,13 +178,3 @@ def test_a_method_used_before_starts_anew():
             stream.merge(module, model, str(shift))
         results.append(stream.state.merged)
     assert same(*results)
-
-
-def test_folding_gives_what_the_stream_gives_for_a_while():
-    module = nn.Linear(1, 1, bias=False)
-    with pytest.warns(DeprecationWarning, match=r"use lightning_odem\.Stream"):
-        folding = Folding(module, "average")
-    for task, value in {"a": 0.0, "b": 3.0, "c": 6.0}.items():
-        folding.fold({"weight": torch.tensor([[value]])}, task)
-    assert folding.merged["weight"].item() == 3.0
-    assert folding.weights == [1.0, 1.0, 1.0]

@@ -102,3 +102,28 @@ def combine(needs: Iterable[Need[Any]]) -> tuple[Need[Any], ...]:
         kind = type(need)
         found[kind] = found[kind].join(need) if kind in found else need
     return tuple(found.values())
+
+
+def resolve_needs(rule: Any) -> None:
+    """Make the ``needs`` of a method or function a tuple of objects, one of each class.
+
+    One need without a tuple, and classes of needs without arguments, are accepted.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    given = getattr(rule, "needs", ())
+    given = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    if unknown := [need for need in given if not _is_need(need)]:
+        raise ValueError(
+            f"{rule!r} needs {', '.join(sorted(map(str, unknown)))}; a method can need objects such as "
+            "BaseModel(), Calibration(), InputMoments(), SecondMoments(), Snapshots(), TrainingData(), or another "
+            "subclass of Need."
+        )
+    needs = combine(need() if isinstance(need, type) else need for need in given)
+    if needs != getattr(rule, "needs", ()):
+        rule.needs = needs
+
+
+def _is_need(value: object) -> bool:
+    return issubclass(value, Need) if isinstance(value, type) else isinstance(value, Need)

@@ -8,8 +8,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import Classifier, Task, Watching, fit, weights
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.methods import BaseModel, MergeContext, MergeResult, Need, RepresentationCorrection, Snapshots
-from lightning_odem.methods.needs import combine
+from lightning_odem.methods import (
+    BaseModel,
+    MergeContext,
+    MergeMethod,
+    MergeResult,
+    Need,
+    RepresentationCorrection,
+    Snapshots,
+    resolve_method,
+)
+from lightning_odem.methods.needs import SecondMoments, combine
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import TrainingTrace
@@ -144,3 +153,24 @@ def test_of_one_class_there_is_one_need_that_serves_all():
 def test_what_is_not_declared_is_refused_when_it_is_read():
     with pytest.raises(LookupError, match=r"reads context\[Drift\], but does not declare it.* Declared are: BaseModel"):
         MergeContext([], [], {BaseModel: torch.zeros(1)})[Drift]
+
+
+class Idle(MergeMethod):
+    def merge(self, merged, incoming, t, context):
+        return MergeResult(incoming)
+
+
+def test_a_class_stands_for_a_need_without_arguments_and_one_needs_no_tuple():
+    method = Idle()
+    method.needs = (BaseModel, SecondMoments())
+    assert resolve_method(method).needs == (BaseModel(), SecondMoments())
+    method.needs = Snapshots(3)
+    assert resolve_method(method).needs == (Snapshots(3),)
+
+
+@pytest.mark.parametrize("needs", [("bases",), (3,), (int,), "base", {"base"}])
+def test_what_is_no_need_is_refused(needs):
+    method = Idle()
+    method.needs = needs
+    with pytest.raises(ValueError, match=r"a method can need objects such as BaseModel\(\), Calibration\(\)"):
+        resolve_method(method)
