@@ -16,6 +16,7 @@ REMARKS = (
 """Beginnings of messages that tell what is always so here: ``fit_tasks`` fits again and again with one Trainer."""
 
 WARNINGS = (
+    r"LightningCLI's args parameter is intended to run from within Python",  # as main() does for quickstart
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     r"The '\w+' does not have many workers",  # the tasks of this package are arrays in memory by default
     r"The number of training batches \(\d+\) is smaller than the logging interval",
