@@ -25,7 +25,7 @@ from lightning_odem.report.tables import number
 from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
 from lightning_odem.studies.study import prepare
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
 class SharesTrainer(ContinualTrainer):
@@ -111,7 +111,7 @@ def main() -> None:
         trainer_class=SharesTrainer,
         save_config_callback=None,
         seed_everything_default=0,
-        args=["utility_shares", *(sys.argv[1:] or ["--config", str(QUICKSTART)])],
+        args=["utility_shares", *(sys.argv[1:] or ["--config", str(DIGITS)])],
     )
 
 

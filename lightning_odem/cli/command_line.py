@@ -1,8 +1,9 @@
-"""The command line: LightningCLI with ``fit_tasks``, ``compare`` and others; ``merge`` and ``remove`` beside it."""
+"""The command line: LightningCLI with ``fit_tasks`` and studies; ``quickstart``, ``merge`` and ``remove`` beside it."""
 
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,8 +14,22 @@ from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.cli import merge as merge_command
 from lightning_odem.cli import remove as removal_command
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths, take_trusted
+from lightning_odem.cli.quiet import quieten
 from lightning_odem.studies.trainer import ContinualTrainer
 from lightning_odem.tasks import TaskStream
+
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
+"""The configuration that ``lightning-odem quickstart`` gives to ``fit_tasks``."""
+
+NEXT_STEPS = f"""
+Next:
+  plain averaging of the same fine-tuned models, which forgets more:
+    lightning-odem quickstart --trainer.callbacks.method average
+  several methods and orders side by side:
+    lightning-odem compare --config {QUICKSTART} --methods '[average, isotropic, ode]' --orders 3
+  your own model and data: one fit per task, with one more callback:
+    L.Trainer(max_epochs=3, callbacks=[lightning_odem.ContinualMergeCallback()]).fit(model, datamodule=task)"""
+"""What the quickstart says at its end."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -72,6 +87,8 @@ class ContinualCLI(LightningCLI):
 def main(args: list[str] | None = None) -> ContinualCLI | None:
     """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` describe the options.
 
+    ``quickstart`` is ``fit_tasks --config`` with :data:`QUICKSTART`, and takes its options.
+
     Classes in the current directory can be named in a YAML by their path, as with ``python -m``.
 
     Args:
@@ -86,7 +103,10 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
     if given[:1] == ["remove"]:
         removal_command.main(given[1:])
         return None
-    return ContinualCLI(
+    quieten()
+    if is_quickstart := given[:1] == ["quickstart"]:
+        given = ["fit_tasks", "--config", str(QUICKSTART), *given[1:]]
+    cli = ContinualCLI(
         L.LightningModule,
         TaskStream,
         subclass_mode_model=True,
@@ -96,13 +116,17 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_kwargs={
-            "epilog": "To fold checkpoints that exist already into one: lightning-odem merge --help. To take a task "
-            "out of a stream: lightning-odem remove --help. A function of your own that a configuration names in an "
-            "argument of lightning-odem, such as train_transform: --trust MODULE, on the command line only"
+            "epilog": "To see it work: lightning-odem quickstart, which takes the options of fit_tasks. To fold "
+            "checkpoints that exist already into one: lightning-odem merge --help. To take a task out of a stream: "
+            "lightning-odem remove --help. A function of your own that a configuration names in an argument of "
+            "lightning-odem, such as train_transform: --trust MODULE, on the command line only"
         },
-        args=args if args is None and not trusted else given,
+        args=args if args is None and not (trusted or is_quickstart) else given,
         trusted=trusted,
     )
+    if is_quickstart and cli.trainer.is_global_zero:
+        print(NEXT_STEPS)
+    return cli
 
 
 def run() -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_odem.classifiers.classifier import TaskClassifier
+from lightning_odem.classifiers.pixels import PixelClassifier
 from lightning_odem.classifiers.pretraining import pretrain
 from lightning_odem.methods.needs import Need
 from lightning_odem.studies.workbench import Workbench
@@ -91,19 +92,20 @@ def prepare(trainer: L.Trainer, model: L.LightningModule, stream: TaskStream, pr
         pretrain_epochs: Epochs on the stream's source task; 0 for a model that is pretrained already.
 
     Raises:
-        ValueError: If pretraining is asked for but the stream has no source task, or the module is no
-            :class:`~lightning_odem.classifiers.TaskClassifier`.
+        ValueError: If pretraining is asked for but the stream has no source task, or the module is neither a
+            :class:`~lightning_odem.classifiers.TaskClassifier` nor a
+            :class:`~lightning_odem.classifiers.PixelClassifier`.
     """
     for task in stream:
         task.prepare_data()
         task.setup("fit")
     if not pretrain_epochs:
         return
-    if stream.pretraining is None or not isinstance(model, TaskClassifier):
+    if stream.pretraining is None or not isinstance(model, (TaskClassifier, PixelClassifier)):
         raise ValueError(
-            f"pretrain_epochs={pretrain_epochs} needs a stream with a source task and a TaskClassifier, got "
-            f"{type(stream).__name__} and {type(model).__name__}. Set pretrain_epochs to 0 and load pretrained "
-            "weights instead, for example with TaskClassifier's checkpoint."
+            f"pretrain_epochs={pretrain_epochs} needs a stream with a source task and a TaskClassifier or "
+            f"PixelClassifier, got {type(stream).__name__} and {type(model).__name__}. Set pretrain_epochs to 0 and "
+            "load pretrained weights instead, for example with TaskClassifier's checkpoint."
         )
     rank_zero_info(f"Pretraining the base model on {stream.pretraining.task_name} for {pretrain_epochs} epochs")
     pretrain(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.report import StreamReport
+from lightning_odem.report.words import in_words
 from lightning_odem.studies.comparison_report import save as save_comparison
 from lightning_odem.studies.engine import run_comparison
 from lightning_odem.studies.path import check_points
@@ -34,7 +35,7 @@ class ContinualTrainer(L.Trainer):
     """
 
     def fit_tasks(self, model: L.LightningModule, datamodule: TaskStream, pretrain_epochs: int = 0) -> StreamReport:
-        """Fine-tune and merge every task of a stream that is not merged yet, and print the table.
+        """Fine-tune and merge every task of a stream that is not merged yet, and print the table and what it says.
 
         Each task is trained for the Trainer's ``max_epochs`` (or ``max_steps``). If no ContinualMergeCallback is among
         the Trainer's callbacks, one with its defaults is added. If there is one with a ``dirpath``, the same command
@@ -65,8 +66,7 @@ class ContinualTrainer(L.Trainer):
             rank_zero_info(f"Task {len(merge.report.tasks) + 1} of {len(datamodule)}: {task.task_name}")
             self.fit(model, datamodule=task)
         rank_zero_only(print)(merge.table())
-        if merge.dirpath is not None:
-            rank_zero_info(f"Report, table, figures and merged weights: {merge.dirpath}")
+        rank_zero_only(print)(in_words(merge.report, merge.dirpath))
         return merge.report
 
     def compare(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_odem.arguments import LARGEST_IMAGE, check_integer
+from lightning_odem.arguments import LARGEST_IMAGE, check_choice, check_integer
 from lightning_odem.tasks import shifts
 from lightning_odem.tasks.base import TaskStream
 from lightning_odem.tasks.dataset import ArrayDataset
@@ -26,6 +26,11 @@ _SHIFTS = {
         shifts.shrunk,
         shifts.outlined,
         shifts.upright,
+        shifts.centred,
+        shifts.top,
+        shifts.right,
+        shifts.bottom,
+        shifts.left,
     )
 }
 
@@ -34,15 +39,16 @@ class DigitsStream(TaskStream):
     """The 1797 handwritten digits that come with scikit-learn, one domain shift per task.
 
     Each task has the same ten classes (domain-incremental learning) and the same images, 1294 for training, 144 for
-    validation and 359 for test, in a form on which a net trained on upright digits does worse; see
+    validation and 359 for test, in a form on which a net trained on the source task does worse; see
     :mod:`lightning_odem.tasks.shifts`. The images are split once by ``seed``, before they are shifted. So no form of a
-    test image is in the training samples of any task, nor in those of ``pretraining``, the upright digits for
+    test image is in the training samples of any task, nor in those of ``pretraining``, the source task for
     pretraining a base model.
 
     Args:
         tasks: Any of rotated, inverted, slanted, striped, noisy (the default, in this order), mirrored, occluded,
-            shrunk, outlined and upright.
+            shrunk, outlined, upright, and, at a third of the size, centred, top, right, bottom and left.
         image_size: Height and width to which the 8x8 images are upscaled; batches are uint8 [B, 1, H, W].
+        pretrained_on: The form of the digits in ``pretraining``.
         **kwargs: The other common arguments of :class:`~lightning_odem.tasks.TaskStream`.
 
     Example:
@@ -54,13 +60,16 @@ class DigitsStream(TaskStream):
         (torch.Size([32, 1, 32, 32]), torch.uint8, torch.int64)
     """
 
-    def __init__(self, tasks: list[str] | None = None, image_size: int = 32, **kwargs: Any) -> None:
+    def __init__(
+        self, tasks: list[str] | None = None, image_size: int = 32, pretrained_on: str = "upright", **kwargs: Any
+    ) -> None:
         image_size = check_integer("image_size", image_size, 0, LARGEST_IMAGE)
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8, the size of the digits, got {image_size}.")
+        check_choice("pretrained_on", pretrained_on, tuple(_SHIFTS))
         builders = {name: partial(_build, name, image_size) for name in _SHIFTS}
         super().__init__(builders, tasks=list(_SHIFTS)[:5] if tasks is None else tasks, **kwargs)
-        self.pretraining = self._build("upright")
+        self.pretraining = self._build(pretrained_on)
 
 
 def _build(name: str, image_size: int, seed: int, **options: Any) -> Task:

@@ -40,7 +40,7 @@ def merge_callback(cli):
 
 
 def test_every_config_is_covered_here():
-    streams = {"quickstart.yaml", "eight_tasks.yaml", "hcmm.yaml", "text.yaml"}
+    streams = {"digits.yaml", "eight_tasks.yaml", "hcmm.yaml", "text.yaml"}
     assert {path.name for path in CONFIGS.iterdir()} == {
         *streams,
         *BACKBONES,
@@ -56,7 +56,7 @@ def test_every_config_is_covered_here():
 def test_comparisons_run_on_a_stream(config, tmp_path):
     limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", "--orders=1"]
     limits += ["--trainer.limit_test_batches=1", "--calibration_sizes=[16]", "--dirpath=here", *QUIET]
-    stream = ["--config", str(CONFIGS / "quickstart.yaml"), "--data.tasks=[rotated, inverted]"]
+    stream = ["--config", str(CONFIGS / "digits.yaml"), "--data.tasks=[rotated, inverted]"]
     main(["compare", *stream, "--config", str(CONFIGS / config), *limits])
     methods = yaml.safe_load((CONFIGS / config).read_text())["methods"]
     assert Comparison.load("here").methods == list(methods)
@@ -69,9 +69,7 @@ def test_a_second_comparison_uses_the_models_of_the_first(tmp_path):
     limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", "--orders=1"]
     limits += ["--calibration_sizes=[16]", *QUIET]
     for options in (["--dirpath=first"], ["--dirpath=second", "--models=first", "--methods=[average, magmax]"]):
-        main(
-            ["compare", "--config", str(CONFIGS / "quickstart.yaml"), "--pretrain_epochs=1", *limits, *options, *QUIET]
-        )
+        main(["compare", "--config", str(CONFIGS / "digits.yaml"), "--pretrain_epochs=1", *limits, *options, *QUIET])
     assert len(list(Path("first/fine_tuned").glob("*.json"))) == 5 + 1
     assert len(list(Path("first/cells").iterdir())) == 3
     assert not Path("second/fine_tuned").exists()
@@ -106,20 +104,20 @@ def test_configurations_that_compare_have_algorithm_1_among_their_methods(config
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_through_its_stream():
-    cli = main(["fit_tasks", "--config", str(CONFIGS / "quickstart.yaml"), "--trainer.fast_dev_run=true"])
-    assert merge_callback(cli).report.tasks == DigitsStream().names
-
-
-@pytest.mark.slow
-def test_the_quickstart_writes_a_report_and_pretrains(tmp_path):
+def test_the_digits_run_through_their_stream_and_write_a_report(tmp_path):
     limits = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--pretrain_epochs=1", *DIGITS, *QUIET[1:]]
-    cli = main(["fit_tasks", "--config", str(CONFIGS / "quickstart.yaml"), *limits])
+    cli = main(["fit_tasks", "--config", str(CONFIGS / "digits.yaml"), *limits])
     assert merge_callback(cli).dirpath == tmp_path / "merge_runs" / "version_0"
     assert [path.name for path in tmp_path.iterdir()] == ["merge_runs"]
     saved = yaml.safe_load((tmp_path / "merge_runs" / "version_0" / "config.yaml").read_text())
     assert saved["data"]["init_args"]["tasks"] == ["rotated", "inverted"]
     assert (tmp_path / "merge_runs" / "version_0" / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_the_digits_run_in_a_trial():
+    cli = main(["fit_tasks", "--config", str(CONFIGS / "digits.yaml"), "--trainer.fast_dev_run=true"])
+    assert merge_callback(cli).report.tasks == DigitsStream().names
 
 
 @pytest.mark.slow
@@ -247,7 +245,7 @@ def test_pretraining_without_a_source_task_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_installed_command_is_there_and_the_same_seed_gives_the_same_weights(tmp_path):
     script = Path(sys.executable).parent / "lightning-odem"
-    command = [script, "fit_tasks", "--config", str(CONFIGS / "quickstart.yaml")]
+    command = [script, "fit_tasks", "--config", str(CONFIGS / "digits.yaml")]
     limits = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--pretrain_epochs=1", *DIGITS]
     weights = []
     for run in range(2):

@@ -127,3 +127,11 @@ def test_every_shift_hurts_a_net_trained_on_the_upright_digits(stream):
     accuracies = {task.task_name: accuracy(task) for task in stream}
     assert accuracy(stream.pretraining) > 0.9
     assert max(accuracies.values()) < 0.7, accuracies
+
+
+def test_the_source_task_can_have_another_form():
+    stream = DigitsStream(tasks=["top"], image_size=24, pretrained_on="centred")
+    assert stream.pretraining.task_name == "centred"
+    assert arrays(stream.pretraining.splits.val)[:, 8:16, 8:16].any()
+    with pytest.raises(ValueError, match=r"pretrained_on is one of rotated, .*left, got 'middle'"):
+        DigitsStream(pretrained_on="middle")

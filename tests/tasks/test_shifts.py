@@ -14,6 +14,11 @@ ALL = [
     shifts.occluded,
     shifts.shrunk,
     shifts.outlined,
+    shifts.centred,
+    shifts.top,
+    shifts.right,
+    shifts.bottom,
+    shifts.left,
 ]
 
 
@@ -96,3 +101,12 @@ def test_outlined_is_black_inside_a_uniform_area():
     assert (edges[3:5, 3:5] == 0).all()
     assert (edges[2, 2:6] == 200).all()
     assert (edges[0] == 0).all()
+
+
+def test_the_places_of_a_third_of_the_size_do_not_overlap(images):
+    places = [shifts.centred, shifts.top, shifts.right, shifts.bottom, shifts.left]
+    covered = np.sum([place(np.full_like(images, 255)) > 0 for place in places], axis=0)
+    assert covered.max() == 1
+    assert covered[0].sum() == len(places) * (16 // 3) ** 2
+    assert shifts.top(images)[:, :5, 5:10].any()
+    assert shifts.left(images)[:, 5:10, :5].any()
