@@ -23,6 +23,7 @@ from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
@@ -118,7 +119,7 @@ def merge_checkpoints(
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = find_adapters(inputs, output, model)
-    notes = compare_folders(inputs, exclude) if adapters is None else []
+    notes = compare_folders(inputs) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
@@ -132,12 +133,18 @@ def merge_checkpoints(
         names = [task.task_name for task in chosen]
         weights = [task.task_weight for task in chosen] if weights is None else weights
         incoming = list(map(Incoming, checkpoints, names, weights))
+        check_same_vocabularies(checkpoints, base, exclude)
         folded = FoldedStream(
             model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
         )
     else:
         incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
-        folded = FoldedFiles(incoming, base, device, exclude, adapters, method=method, batch_norm=batch_norm)
+        read = None
+        if adapters is None:
+            aligned = AlignedFolders(checkpoints, [entry.weight for entry in incoming], base, exclude)
+            read = aligned.read if aligned.moved else None
+            notes += aligned.notes
+        folded = FoldedFiles(incoming, base, device, exclude, adapters, read, method=method, batch_norm=batch_norm)
     place.prepare()
     records = []
     with _progress(len(incoming)) as advance:
