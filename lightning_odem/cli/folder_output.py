@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_odem.cli.load_check import check_by_loading
 from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import save_weights
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
@@ -33,6 +34,10 @@ class FolderOutput:
         overwrite: Whether an existing folder is replaced.
         adapters: The inputs as adapters; by default they are whole models.
 
+    Attributes:
+        paths: The files to be written.
+        checked: What loading the folder with its library has shown, in a line.
+
     Raises:
         ValueError: If an input is in the way, the first one is no folder with a configuration, or an existing folder
             holds more than a merge would write.
@@ -48,6 +53,7 @@ class FolderOutput:
     ) -> None:
         self._path = Path(path)
         self._adapters = adapters
+        self.checked = ""
         if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
             raise ValueError(
                 f"The output {path} does not end in .safetensors, so it is a folder, for which the first "
@@ -84,8 +90,13 @@ class FolderOutput:
             state: The merged tensors on the CPU by name, without shared memory.
             metadata: Metadata for the headers of the weights and for the model card.
             hyper_parameters: Not used: a folder has its configuration.
+
+        Raises:
+            OSError: If the weights do not come back as written.
+            ValueError: If the library of the first folder does not load the merged one rightly.
         """
         whole = self._complete(state)
+        written: dict[str, dict[str, Tensor]] = {}
         with replacing_folder(self._path) as draft:
             for name in self._others:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +116,8 @@ class FolderOutput:
                 }
                 (draft / file).parent.mkdir(parents=True, exist_ok=True)
                 save_weights(mine, draft / file, metadata)
+                written[place] = mine
+            self.checked = check_by_loading(draft, self._first.path, written)
 
     def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""

@@ -40,12 +40,14 @@ class Merged:
         records: The record of each merge.
         paths: The files written.
         notes: What a user should know about the result, a line each.
+        checked: What loading a merged folder with its library has shown, in a line.
     """
 
     incoming: list[Incoming]
     records: list[MergeRecord]
     paths: list[Path]
     notes: list[str] = field(default_factory=list)
+    checked: str = ""
 
     def table(self) -> str:
         """Task, utility weight, operating time and seconds of each merge, as text."""
@@ -152,7 +154,8 @@ def merge_checkpoints(
             records.append(folded.fold(entry, advance(number, entry.task)))
     state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
     place.write(state, _metadata(method, incoming, base), folded.hyper_parameters)
-    return Merged(incoming, records, place.paths, [*notes, *folded.notes])
+    checked = place.checked if isinstance(place, FolderOutput) else ""
+    return Merged(incoming, records, place.paths, [*notes, *folded.notes], checked)
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
@@ -189,7 +192,8 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
-    print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")
+    lines = [*merged.notes, *([merged.checked] if merged.checked else [])]
+    print(*(f"{plain(line)}\n" for line in lines), sep="", end="")
     is_file = Path(given.output).suffix == ".safetensors"
     print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 

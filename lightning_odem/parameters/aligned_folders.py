@@ -121,8 +121,8 @@ class AlignedFolders:
             if first in tables and found != tables[first]:
                 raise ValueError(
                     f"The tokenizers of {first} and {path} differ, and no tensor of {first} is known to have a row for "
-                    "each token: its config.json has no vocab_size that fits. Correct it; or, if the model does not use "
-                    "the tokenizer, remove that from its folder."
+                    "each token: its config.json has no vocab_size that fits. Correct it; or, if the model does not "
+                    "use the tokenizer, remove that from its folder."
                 )
 
     def _refuse_unknown_order(self, known: Sequence[str]) -> None:

@@ -236,7 +236,9 @@ def test_a_sentence_model_merged_with_itself_gives_its_embeddings(dense):
     model = sentence_model(0, dense)
     model.save_pretrained("a")
     shutil.copytree("a", "b")
-    merge_checkpoints(["a", "b"], "merged")
+    checked = merge_checkpoints(["a", "b"], "merged").checked
+    assert checked.startswith(f"Checked by loading with sentence-transformers {st.__version__}")
+    assert checked.endswith("its outputs for 3 sentences are those of the merged weights.")
     expected = torch.tensor(model.encode(SENTENCES))
     found = torch.tensor(st.SentenceTransformer("merged", device="cpu").encode(SENTENCES))
     torch.testing.assert_close(found, expected)
