@@ -15,11 +15,12 @@ from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import save_weights
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
 from lightning_odem.parameters.files import replacing_folder
+from lightning_odem.parameters.lora_files import LORA_FILE, LoraFiles, is_lora_file
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 from lightning_odem.parameters.vector import canonical_name
 
-_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json")
+_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json", LORA_FILE)
 
 
 class FolderOutput:
@@ -141,6 +142,8 @@ def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterF
         ValueError: If only some are adapters, or adapters are to be merged with a module or into a file.
     """
     found = [path for path in inputs if is_adapter_folder(path)]
+    files = [] if found else [path for path in inputs if is_lora_file(path)]
+    found = found or files
     if not found:
         return None
     if others := [path for path in inputs if path not in found]:
@@ -153,6 +156,8 @@ def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterF
             f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
             "in the callback, which trains the adapters."
         )
+    if files:
+        return LoraFiles(inputs)
     if Path(output).suffix == ".safetensors":
         raise ValueError(
             f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
@@ -165,4 +170,6 @@ def _safe_name(file: Path) -> str:
     """The name of a file of weights in safetensors, and in one piece."""
     if file.suffix == ".safetensors":
         return file.name
+    if file.name.startswith("diffusion"):
+        return "diffusion_pytorch_model.safetensors"
     return "adapter_model.safetensors" if file.name.startswith("adapter_model") else "model.safetensors"

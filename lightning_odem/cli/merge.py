@@ -153,7 +153,8 @@ def merge_checkpoints(
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
     state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
-    place.write(state, _metadata(method, incoming, base), folded.hyper_parameters)
+    header = {} if adapters is None else adapters.header
+    place.write(state, {**header, **_metadata(method, incoming, base)}, folded.hyper_parameters)
     checked = place.checked if isinstance(place, FolderOutput) else ""
     return Merged(incoming, records, place.paths, [*notes, *folded.notes], checked)
 
