@@ -98,10 +98,14 @@ class FoldedFiles:
         """The merged model, and the tensors of all checkpoints that were not merged."""
         return {**self.merged(), **self._excluded}
 
+    def updates(self) -> Snapshot:
+        """The tensors that were merged; of adapters the whole updates."""
+        merged = self._stream.state.merged or {}
+        return {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
+
     def merged(self) -> Snapshot:
         """The tensors that were merged; of adapters the factors of the merged updates."""
-        merged = self._stream.state.merged or {}
-        state = {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
+        state = self.updates()
         if self._adapters is None:
             return state
         state, cut = self._adapters.factors(state)

@@ -58,7 +58,7 @@ def load_folder(path: Path) -> Loaded:
     if "architecture" in config:
         return _timm(path)
     if "model_type" in config:
-        return _transformers(path, config)
+        return load_transformers(path, config)
     raise NotLoadableError("no library is known for its configuration")
 
 
@@ -139,7 +139,12 @@ def _sentence_model(folder: ModelFolder) -> Loaded:
     return Loaded(_named(library), type(model).__name__, model, parts)
 
 
-def _transformers(path: Path, config: Mapping[str, Any], kind: str | None = None) -> Loaded:
+def load_transformers(path: Path, config: Mapping[str, Any], kind: str | None = None) -> Loaded:
+    """Load a folder of transformers as a class of it, by default that of its configuration.
+
+    Raises:
+        NotLoadableError: If transformers is not installed.
+    """
     library = _require("transformers")
     found: Any = getattr(library, kind or next(iter(config.get("architectures") or ()), ""), None)
     if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
@@ -157,7 +162,7 @@ def _adapter(folder: ModelFolder) -> Loaded:
     if not base or not Path(base).is_dir():
         raise NotLoadableError(f"its base model {base or ''} is no folder here".replace("  ", " "))
     of_base = ModelFolder(base).config()
-    model = _transformers(Path(base), of_base, (config.get("auto_mapping") or {}).get("base_model_class")).model
+    model = load_transformers(Path(base), of_base, (config.get("auto_mapping") or {}).get("base_model_class")).model
     adapted = library.PeftModel.from_pretrained(model, str(folder.path))
     return Loaded(_named(library), type(model).__name__, adapted, {"": _AdapterTensors(adapted, library)})
 

@@ -23,6 +23,7 @@ from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.adapted_base import AdaptedBase
 from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
@@ -74,6 +75,7 @@ def merge_checkpoints(
     calibration_size: int = 1024,
     device: str = "cpu",
     overwrite: bool = False,
+    adapter_into: str | None = None,
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
@@ -96,6 +98,8 @@ def merge_checkpoints(
         calibration_size: Samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
         overwrite: Replace an output that exists.
+        adapter_into: Folder of the adapters' base model. The output is then a whole model: this one, with the merged
+            updates in its weights.
 
     Returns:
         What was merged, and where it was written.
@@ -125,7 +129,13 @@ def merge_checkpoints(
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
-    if Path(output).suffix == ".safetensors":
+    whole = None
+    if adapter_into is not None:
+        if adapters is None:
+            raise ValueError(f"adapter_into is for adapters, but {checkpoints[0]} is none.")
+        whole = AdaptedBase(adapter_into, adapters)
+        place = FolderOutput(output, [adapter_into, *inputs], overwrite)
+    elif Path(output).suffix == ".safetensors":
         place = MergeOutput(output, inputs, overwrite)
     else:
         place = FolderOutput(output, inputs, overwrite, adapters)
@@ -152,9 +162,12 @@ def merge_checkpoints(
     with _progress(len(incoming)) as advance:
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
-    state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
-    header = {} if adapters is None else adapters.header
-    place.write(state, {**header, **_metadata(method, incoming, base)}, folded.hyper_parameters)
+    if whole is not None and isinstance(folded, FoldedFiles):
+        state = whole.state(folded.updates())
+    else:
+        state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
+    header = {} if adapters is None or whole is not None else adapters.header
+    place.write(state, {**header, **_metadata(method, incoming, adapter_into or base)}, folded.hyper_parameters)
     checked = place.checked if isinstance(place, FolderOutput) else ""
     return Merged(incoming, records, place.paths, [*notes, *folded.notes], checked)
 
@@ -179,7 +192,9 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
-    parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite"}, as_group=False)
+    parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite", "adapter_into"}, as_group=False)
+    into = "Folder of the adapters' base model; the output is this model with the merged updates in its weights."
+    parser.add_argument("--adapter-into", "--adapter_into", metavar="BASE", help=into)
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     parsed = parser.parse_args(args)
     try:
