@@ -67,6 +67,36 @@ def check_by_loading(draft: Path, first: Path, written: Mapping[str, Mapping[str
     return f"Checked by loading with {name}: its outputs for {_described(inputs)} are finite."
 
 
+def check_adapter_by_loading(draft: Path, adapted: Loaded, base: Path) -> str:
+    """Load an adapter with peft and compare its outputs with those of the base model that has its updates.
+
+    Args:
+        draft: The folder of the adapter.
+        adapted: The base model with the updates in its weights.
+        base: The folder of the base model.
+
+    Returns:
+        What was checked, or why nothing was, in a line.
+
+    Raises:
+        ValueError: If peft computes something else.
+    """
+    with quiet():
+        try:
+            loaded = load_folder(draft)
+            inputs = inputs_for(adapted, base)
+            if not inputs:
+                return "Checked by loading only: the model's inputs are of no known kind."
+            expected = outputs(adapted, inputs)
+        except NotLoadableError as error:
+            return f"Not checked by loading: {error}."
+        except Exception as error:
+            raise ValueError(f"The adapter cannot be loaded, so it was not written: {_line(error)}") from error
+        found, name = outputs(loaded, inputs), f"{loaded.library} ({loaded.kind})"
+    _compare_outputs(expected, found, name)
+    return f"Checked by loading with {name}: its outputs for {_described(inputs)} are those of the extracted updates."
+
+
 def _fill(model: Loaded, written: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Copy merged tensors into a model; whether each of them has a place there."""
     whole = True
