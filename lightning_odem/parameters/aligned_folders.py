@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,30 +11,8 @@ from torch import Tensor
 from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ModelFolder
-from lightning_odem.parameters.vector import canonical_name, is_excluded
+from lightning_odem.parameters.token_tensors import WAY_OUT, row_count, token_axis, token_tensors
 from lightning_odem.parameters.vocabulary import Vocabulary, read_vocabulary
-
-_CONFIGS = ("config.json", "open_clip_config.json")
-_EMBEDDINGS = {
-    "embed_in",
-    "embed_tokens",
-    "tok_embeddings",
-    "token_embedding",
-    "word_embedding",
-    "word_embeddings",
-    "wte",
-}
-# Modules with a row, or a bias, for each token.
-_MODULES = {
-    *_EMBEDDINGS,
-    *("embed", "embedding", "embeddings", "shared"),
-    *("decoder", "embed_out", "final_logits_bias", "generator_lm_head", "head", "lm_head", "output", "predictions"),
-    *("proj_out", "vocab_projector"),
-}
-_WAY_OUT = (
-    "Retrain one with the tokenizer of the other, or exclude the tensors with a row for each token: the merged model "
-    "then has those of the first."
-)
 
 
 class _Rows(NamedTuple):
@@ -78,7 +56,7 @@ class AlignedFolders:
         self._means: dict[str, Tensor] | None = None
         first = self._paths[0]
         others = list(dict.fromkeys([*self._paths[1:], *([] if base is None else [str(base)])]))
-        count = self._count(first)
+        count = row_count(first, exclude)
         if count is None:
             if not exclude:
                 self._refuse_unknown_rows(others)
@@ -104,7 +82,7 @@ class AlignedFolders:
             return state
         lacking = rows.places < 0
         for name, partner in self._partners(state, rows.size).items():
-            axis = _axis(state[name], rows.size)
+            axis = token_axis(state[name], rows.size)
             taken = state[name].index_select(axis, rows.places.clamp(min=0))
             if lacking.any():
                 means = self._mean_rows()[partner].to(taken.dtype)
@@ -139,11 +117,11 @@ class AlignedFolders:
     def _align(self, path: str, own: Vocabulary, count: int) -> _Rows | None:
         """Where each row of the first lies in another model; None if it is the same one."""
         first, other = self._paths[0], _vocabulary(path)
-        size = self._count(path)
+        size = row_count(path, self._exclude)
         if size is None:  # nothing in it has a row for each token
             return None
         if reason := "" if other is None else own.difference(other):
-            raise ValueError(f"The tokenizers of {first} and {path} cannot be aligned: {reason}. {_WAY_OUT}")
+            raise ValueError(f"The tokenizers of {first} and {path} cannot be aligned: {reason}. {WAY_OUT}")
         if other is None or own.opaque or other.opaque:
             if other is None or own.opaque != other.opaque:
                 why = "has no tokenizer" if other is None else "has a tokenizer that cannot be compared"
@@ -175,27 +153,6 @@ class AlignedFolders:
             parts.append(f"{_tokens(more)} that {first} lacks are left out")
         return f"{'; '.join(parts)}."
 
-    def _count(self, path: str) -> int | None:
-        """How many rows a model has for tokens; None if nothing that is merged has them."""
-        state = self._merged(read_checkpoint(path))
-        sizes: set[int] = set()
-        if Path(path).is_dir():
-            folder = ModelFolder(path)
-            files = [Path(place, name) for place in dict.fromkeys(["", *folder.weights]) for name in _CONFIGS]
-            sizes = {size for file in files for size in _vocabulary_sizes(folder.config(str(file)))}
-        found = {size for size in sizes if any(size in tensor.shape for tensor in state.values())}
-        found = found or {tensor.shape[0] for name, tensor in state.items() if _module(name) in _EMBEDDINGS}
-        if len(found) > 1:
-            raise ValueError(f"{path} has several vocabularies, of {', '.join(map(str, sorted(found)))} tokens.")
-        return next(iter(found), None)
-
-    def _merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: tensor
-            for name, tensor in state.items()
-            if tensor.is_floating_point() and not is_excluded(canonical_name(name), self._exclude)
-        }
-
     def _partners(self, state: Mapping[str, Tensor], count: int) -> dict[str, str]:
         """The tensors of a model that have a row for each token, and the first model's for the same place.
 
@@ -203,24 +160,10 @@ class AlignedFolders:
             ValueError: If a tensor may have one or not.
         """
         first = read_checkpoint(self._paths[0])
-        own = self._of_tokens(first, self._own_rows.size)
+        own = token_tensors(first, self._own_rows.size, self._exclude)
         names = {there: name for name, there in match_names(first, state).items() if name in own}
         # A copy that the first does not store is one of its embedding.
-        return {name: names.get(name) or next(iter(own)) for name in self._of_tokens(state, count)}
-
-    def _of_tokens(self, state: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        found = {name: tensor for name, tensor in self._merged(state).items() if count in tensor.shape}
-        unknown = [
-            f"{name} {list(tensor.shape)}"
-            for name, tensor in found.items()
-            if _module(name) not in _MODULES or _axis(tensor, count) < 0
-        ]
-        if unknown:
-            raise ValueError(
-                f"The vocabularies differ, and it is not known whether {', '.join(unknown)} has a row for each of the "
-                f"{count} tokens. {_WAY_OUT}"
-            )
-        return found
+        return {name: names.get(name) or next(iter(own)) for name in token_tensors(state, count, self._exclude)}
 
     @property
     def _lacking(self) -> Tensor:
@@ -239,7 +182,7 @@ class AlignedFolders:
                 # A weight of 0 decides only where no other model has the token.
                 shares_of_rows = (index[rows] >= 0) * max(weight, 1e-12)
                 for name, partner in self._partners(state, count).items():
-                    taken = state[name].transpose(0, _axis(state[name], count))[index[rows].clamp(min=0)].double()
+                    taken = state[name].transpose(0, token_axis(state[name], count))[index[rows].clamp(min=0)].double()
                     part = shares_of_rows.double().view(-1, *(1,) * (taken.dim() - 1))
                     sums[partner] = sums.get(partner, 0) + taken * part
                     shares[partner] = shares.get(partner, 0) + part
@@ -265,25 +208,6 @@ def check_same_vocabularies(
 
 def _vocabulary(path: str) -> Vocabulary | None:
     return read_vocabulary(ModelFolder(path)) if Path(path).is_dir() else None
-
-
-def _vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
-    """Sizes of vocabularies that a configuration names, also for parts of the model."""
-    inner = [value for value in config.values() if isinstance(value, dict)]
-    own = config.get("vocab_size")
-    return {*([own] if isinstance(own, int) else []), *(size for part in inner for size in _vocabulary_sizes(part))}
-
-
-def _module(name: str) -> str:
-    """The last part of a name that is no parameter's."""
-    parts = name.split(".")
-    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
-
-
-def _axis(tensor: Tensor, count: int) -> int:
-    if tensor.shape[0] == count:
-        return 0
-    return 1 if tensor.shape == (1, count) else -1
 
 
 def _tokens(tokens: Sequence[str]) -> str:
