@@ -133,8 +133,13 @@ def _named(library: Any) -> str:
 
 def _sentence_model(folder: ModelFolder) -> Loaded:
     library = _require("sentence_transformers")
-    model = library.SentenceTransformer(str(folder.path), device="cpu", local_files_only=True)
     listed = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
+    # It would run code of a folder on the disk.
+    if own := [
+        entry.get("type") for entry in listed if not str(entry.get("type")).startswith("sentence_transformers.")
+    ]:
+        raise NotLoadableError(f"modules.json names classes that are not of sentence-transformers ({own[0]})")
+    model = library.SentenceTransformer(str(folder.path), device="cpu", local_files_only=True)
     parts = {entry["path"]: model[number] for number, entry in enumerate(listed)}
     return Loaded(_named(library), type(model).__name__, model, parts)
 
@@ -149,7 +154,8 @@ def load_transformers(path: Path, config: Mapping[str, Any], kind: str | None = 
     found: Any = getattr(library, kind or next(iter(config.get("architectures") or ()), ""), None)
     if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
         found = library.AutoModel
-    model, info = found.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    model, info = found.from_pretrained(path, **options, output_loading_info=True)
     problems = {f"{kind.replace('_', ' ')}: {name}" for kind, names in info.items() for name in map(str, names or ())}
     return Loaded(_named(library), type(model).__name__, model, {"": model}, problems)
 
@@ -191,7 +197,7 @@ def _tokens(path: Path, config: Any) -> dict[str, Tensor]:
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         made = tokenizer(SENTENCES, padding=True, truncation=True, max_length=min(16, longest), return_tensors="pt")
         if made["input_ids"].max() < size and made["input_ids"].shape[1] <= longest:
             return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}

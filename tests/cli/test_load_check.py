@@ -94,6 +94,43 @@ def test_a_merged_adapter_is_loaded_on_its_base():
     assert again.checked == "Not checked by loading: its base model base is no folder here."
 
 
+def test_models_of_different_precisions_are_checked():
+    paths = [save("a", "gpt2"), save("b", "gpt2", 1)]
+    state = {name: tensor.bfloat16() for name, tensor in load_file("a/model.safetensors").items()}
+    save_file(state, "a/model.safetensors", {"format": "pt"})
+    config = json.loads(pathlib.Path("a/config.json").read_text())
+    for dtype in ({}, {"dtype": "bfloat16"}):
+        pathlib.Path("a/config.json").write_text(
+            json.dumps({key: value for key, value in config.items() if "dtype" not in key} | dtype)
+        )
+        assert merge_checkpoints(paths, "merged", overwrite=True).checked.startswith("Checked by loading with")
+
+
+def test_code_in_a_folder_is_not_run():
+    pytest.importorskip("sentence_transformers")
+    code = "import pathlib\npathlib.Path('ran').touch()\nclass Own: pass\n"
+    for name in "ab":
+        save(name, "bert")
+        pathlib.Path(name, "own.py").write_text(code)
+        config = json.loads(pathlib.Path(name, "config.json").read_text())
+        config |= {
+            "architectures": ["Own"],
+            "model_type": "own",
+            "auto_map": {"AutoModel": "own.Own", "AutoConfig": "own.Own"},
+        }
+        pathlib.Path(name, "config.json").write_text(json.dumps(config))
+    assert merge_checkpoints(["a", "b"], "merged").checked.startswith(
+        "Not checked by loading: a cannot be loaded either"
+    )
+    for name in "ab":
+        pathlib.Path(name, "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "own.Own"}]')
+    checked = merge_checkpoints(["a", "b"], "again").checked
+    assert (
+        checked == "Not checked by loading: modules.json names classes that are not of sentence-transformers (own.Own)."
+    )
+    assert not pathlib.Path("ran").exists()
+
+
 def draft(change):
     """A folder as a merge would write it, with a fault."""
     shutil.copytree(save("a", "gpt2"), "draft")
