@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``fit_tasks`` and studies; ``quickstart``, ``merge`` and ``remove`` beside it."""
+"""The command line: LightningCLI with ``fit_tasks`` and studies; ``quickstart`` and work on files beside it."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_odem.classifiers  # noqa: F401 (registers the short class names that a YAML may use)
 from lightning_odem.callback.callback import ContinualMergeCallback
+from lightning_odem.cli import extract as extract_command
 from lightning_odem.cli import merge as merge_command
 from lightning_odem.cli import remove as removal_command
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths, take_trusted
@@ -85,7 +86,7 @@ class ContinualCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> ContinualCLI | None:
-    """Run the command line; ``fit_tasks --help``, ``merge --help`` and ``remove --help`` describe the options.
+    """Run the command line; ``--help`` after a subcommand describes its options.
 
     ``quickstart`` is ``fit_tasks --config`` with :data:`QUICKSTART`, and takes its options.
 
@@ -99,6 +100,9 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
     trusted, given = take_trusted(sys.argv[1:] if args is None else args)
     if given[:1] == ["merge"]:
         merge_command.main(given[1:], trusted)
+        return None
+    if given[:1] == ["extract"]:
+        extract_command.main(given[1:])
         return None
     if given[:1] == ["remove"]:
         removal_command.main(given[1:])
@@ -117,7 +121,8 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         seed_everything_default=0,
         parser_kwargs={
             "epilog": "To see it work: lightning-odem quickstart, which takes the options of fit_tasks. To fold "
-            "checkpoints that exist already into one: lightning-odem merge --help. To take a task out of a stream: "
+            "checkpoints that exist already into one: lightning-odem merge --help. To write the difference of two "
+            "models as an adapter: lightning-odem extract --help. To take a task out of a stream: "
             "lightning-odem remove --help. A function of your own that a configuration names in an argument of "
             "lightning-odem, such as train_transform: --trust MODULE, on the command line only"
         },

@@ -1,9 +1,11 @@
 """Checkpoints folded by their tensors alone, for any architecture."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.parameters.adapter_folders import AdapterFolders
@@ -38,6 +40,7 @@ class FoldedFiles:
         device: Where merges are computed.
         exclude: Patterns of tensors that are not merged.
         adapters: The checkpoints as adapters, which are merged by their updates; by default whole models.
+        read: Reads the tensors of a checkpoint; by default as they are in its file.
         **options: Further arguments of :class:`~lightning_odem.stream.stream.Stream`.
 
     Attributes:
@@ -55,10 +58,11 @@ class FoldedFiles:
         device: str,
         exclude: Sequence[str],
         adapters: AdapterFolders | None = None,
+        read: Callable[[str | os.PathLike], dict[str, Tensor]] | None = None,
         **options: Any,
     ) -> None:
         self._adapters = adapters
-        read = None if adapters is None else adapters.read
+        read = read if adapters is None else adapters.read
         self._files = ModelFiles([entry.path for entry in incoming], base, exclude, read=read)
         excluded = self._files.excluded
         if idle := [pattern for pattern in exclude if not any(is_excluded(name, [pattern]) for name in excluded)]:
@@ -94,10 +98,14 @@ class FoldedFiles:
         """The merged model, and the tensors of all checkpoints that were not merged."""
         return {**self.merged(), **self._excluded}
 
+    def updates(self) -> Snapshot:
+        """The tensors that were merged; of adapters the whole updates."""
+        merged = self._stream.state.merged or {}
+        return {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
+
     def merged(self) -> Snapshot:
         """The tensors that were merged; of adapters the factors of the merged updates."""
-        merged = self._stream.state.merged or {}
-        state = {name: merged[name].to(like.dtype) for name, like in self._files.like.items()}
+        state = self.updates()
         if self._adapters is None:
             return state
         state, cut = self._adapters.factors(state)

@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_odem.cli.load_check import check_by_loading
 from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import save_weights
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
 from lightning_odem.parameters.files import replacing_folder
+from lightning_odem.parameters.lora_files import LORA_FILE, LoraFiles, is_lora_file
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 from lightning_odem.parameters.vector import canonical_name
 
-_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json")
+_CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json", LORA_FILE)
 
 
 class FolderOutput:
@@ -32,6 +34,10 @@ class FolderOutput:
         inputs: The checkpoints that are merged, and the base model. They are never overwritten.
         overwrite: Whether an existing folder is replaced.
         adapters: The inputs as adapters; by default they are whole models.
+
+    Attributes:
+        paths: The files to be written.
+        checked: What loading the folder with its library has shown, in a line.
 
     Raises:
         ValueError: If an input is in the way, the first one is no folder with a configuration, or an existing folder
@@ -48,6 +54,7 @@ class FolderOutput:
     ) -> None:
         self._path = Path(path)
         self._adapters = adapters
+        self.checked = ""
         if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
             raise ValueError(
                 f"The output {path} does not end in .safetensors, so it is a folder, for which the first "
@@ -84,8 +91,13 @@ class FolderOutput:
             state: The merged tensors on the CPU by name, without shared memory.
             metadata: Metadata for the headers of the weights and for the model card.
             hyper_parameters: Not used: a folder has its configuration.
+
+        Raises:
+            OSError: If the weights do not come back as written.
+            ValueError: If the library of the first folder does not load the merged one rightly.
         """
         whole = self._complete(state)
+        written: dict[str, dict[str, Tensor]] = {}
         with replacing_folder(self._path) as draft:
             for name in self._others:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +117,8 @@ class FolderOutput:
                 }
                 (draft / file).parent.mkdir(parents=True, exist_ok=True)
                 save_weights(mine, draft / file, metadata)
+                written[place] = mine
+            self.checked = check_by_loading(draft, self._first.path, written)
 
     def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""
@@ -128,6 +142,8 @@ def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterF
         ValueError: If only some are adapters, or adapters are to be merged with a module or into a file.
     """
     found = [path for path in inputs if is_adapter_folder(path)]
+    files = [] if found else [path for path in inputs if is_lora_file(path)]
+    found = found or files
     if not found:
         return None
     if others := [path for path in inputs if path not in found]:
@@ -140,6 +156,8 @@ def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterF
             f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
             "in the callback, which trains the adapters."
         )
+    if files:
+        return LoraFiles(inputs)
     if Path(output).suffix == ".safetensors":
         raise ValueError(
             f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
@@ -152,4 +170,6 @@ def _safe_name(file: Path) -> str:
     """The name of a file of weights in safetensors, and in one piece."""
     if file.suffix == ".safetensors":
         return file.name
+    if file.name.startswith("diffusion"):
+        return "diffusion_pytorch_model.safetensors"
     return "adapter_model.safetensors" if file.name.startswith("adapter_model") else "model.safetensors"

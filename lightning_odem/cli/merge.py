@@ -23,6 +23,8 @@ from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.methods.describe import describe_method
 from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
+from lightning_odem.parameters.adapted_base import AdaptedBase
+from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
@@ -39,12 +41,14 @@ class Merged:
         records: The record of each merge.
         paths: The files written.
         notes: What a user should know about the result, a line each.
+        checked: What loading a merged folder with its library has shown, in a line.
     """
 
     incoming: list[Incoming]
     records: list[MergeRecord]
     paths: list[Path]
     notes: list[str] = field(default_factory=list)
+    checked: str = ""
 
     def table(self) -> str:
         """Task, utility weight, operating time and seconds of each merge, as text."""
@@ -71,6 +75,7 @@ def merge_checkpoints(
     calibration_size: int = 1024,
     device: str = "cpu",
     overwrite: bool = False,
+    adapter_into: str | None = None,
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
@@ -93,6 +98,8 @@ def merge_checkpoints(
         calibration_size: Samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
         overwrite: Replace an output that exists.
+        adapter_into: Folder of the adapters' base model. The output is then a whole model: this one, with the merged
+            updates in its weights.
 
     Returns:
         What was merged, and where it was written.
@@ -118,11 +125,17 @@ def merge_checkpoints(
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = find_adapters(inputs, output, model)
-    notes = compare_folders(inputs, exclude) if adapters is None else []
+    notes = compare_folders(inputs) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
-    if Path(output).suffix == ".safetensors":
+    whole = None
+    if adapter_into is not None:
+        if adapters is None:
+            raise ValueError(f"adapter_into is for adapters, but {checkpoints[0]} is none.")
+        whole = AdaptedBase(adapter_into, adapters)
+        place = FolderOutput(output, [adapter_into, *inputs], overwrite)
+    elif Path(output).suffix == ".safetensors":
         place = MergeOutput(output, inputs, overwrite)
     else:
         place = FolderOutput(output, inputs, overwrite, adapters)
@@ -132,20 +145,31 @@ def merge_checkpoints(
         names = [task.task_name for task in chosen]
         weights = [task.task_weight for task in chosen] if weights is None else weights
         incoming = list(map(Incoming, checkpoints, names, weights))
+        check_same_vocabularies(checkpoints, base, exclude)
         folded = FoldedStream(
             model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
         )
     else:
         incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
-        folded = FoldedFiles(incoming, base, device, exclude, adapters, method=method, batch_norm=batch_norm)
+        read = None
+        if adapters is None:
+            aligned = AlignedFolders(checkpoints, [entry.weight for entry in incoming], base, exclude)
+            read = aligned.read if aligned.moved else None
+            notes += aligned.notes
+        folded = FoldedFiles(incoming, base, device, exclude, adapters, read, method=method, batch_norm=batch_norm)
     place.prepare()
     records = []
     with _progress(len(incoming)) as advance:
         for number, entry in enumerate(incoming):
             records.append(folded.fold(entry, advance(number, entry.task)))
-    state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
-    place.write(state, _metadata(method, incoming, base), folded.hyper_parameters)
-    return Merged(incoming, records, place.paths, [*notes, *folded.notes])
+    if whole is not None and isinstance(folded, FoldedFiles):
+        state = whole.state(folded.updates())
+    else:
+        state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
+    header = {} if adapters is None or whole is not None else adapters.header
+    place.write(state, {**header, **_metadata(method, incoming, adapter_into or base)}, folded.hyper_parameters)
+    checked = place.checked if isinstance(place, FolderOutput) else ""
+    return Merged(incoming, records, place.paths, [*notes, *folded.notes], checked)
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
@@ -168,7 +192,9 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
-    parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite"}, as_group=False)
+    parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite", "adapter_into"}, as_group=False)
+    into = "Folder of the adapters' base model; the output is this model with the merged updates in its weights."
+    parser.add_argument("--adapter-into", "--adapter_into", metavar="BASE", help=into)
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that exists.")
     parsed = parser.parse_args(args)
     try:
@@ -182,7 +208,8 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
-    print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")
+    lines = [*merged.notes, *([merged.checked] if merged.checked else [])]
+    print(*(f"{plain(line)}\n" for line in lines), sep="", end="")
     is_file = Path(given.output).suffix == ".safetensors"
     print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 

@@ -71,12 +71,14 @@ class AdapterFolders:
     Attributes:
         first: Path of the first.
         config: The configuration of the merged adapter.
+        header: Metadata for the header of its file.
 
     Raises:
         ValueError: If adapters cannot be merged rightly; the message says what to do.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike]) -> None:
+        self.header: dict[str, str] = {}
         self._folders = {str(path): ModelFolder(path) for path in paths}
         configs = {path: folder.config(ADAPTER_CONFIG) for path, folder in self._folders.items()}
         (self.first, self.config), *others = configs.items()
@@ -102,7 +104,7 @@ class AdapterFolders:
                 for name in more:
                     if name in self._pairs[path] and name not in self._merged:
                         other = self._pairs[path][name].second
-                        self._merged[name] = FactorPair(name, other, _rank_and_scale(self.config, name)[1])
+                        self._merged[name] = FactorPair(name, other, rank_and_scale(self.config, name)[1])
 
     def read(self, path: str | os.PathLike) -> dict[str, Tensor]:
         """The tensors of one adapter with the update of each pair, by the name of A, instead of its factors."""
@@ -128,14 +130,17 @@ class AdapterFolders:
         kept, cut, whole = dict(updates), 0.0, 0.0
         for name, pair in self._merged.items():
             if name in updates:
-                rank = _rank_and_scale(self.config, name)[0]
-                first, second = self._factors(pair, updates[name], rank)
+                first, second = self._factors(pair, updates[name], self._rank(name))
                 kept |= {pair.first: first.to(dtype), pair.second: second.to(dtype)}
                 cut += float(torch.linalg.vector_norm(updates[name] - pair.product(first, second))) ** 2
                 whole += float(torch.linalg.vector_norm(updates[name])) ** 2
             if (bias := _bias(pair)) in kept:
                 kept[bias] = (kept[bias] / pair.scale).to(dtype)
         return kept, (cut / whole) ** 0.5 if whole else 0.0
+
+    def _rank(self, name: str) -> int:
+        """The rank that the merged update of a module gets."""
+        return rank_and_scale(self.config, name)[0]
 
     def _factors(self, pair: FactorPair, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The best factors of an update, found among the rows of all adapters' A if these are few and hold it."""
@@ -179,7 +184,7 @@ def _pairs(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         second = tensors.get(other)
         if second is None:
             raise ValueError(f"{path} has {name}, but not {other}. The file is incomplete: save the adapter again.")
-        rank, scale = _rank_and_scale(config, name)
+        rank, scale = rank_and_scale(config, name)
         fits = first.shape[0] == second.shape[1] == rank and second[0, 0].numel() == 1
         if not fits:
             raise ValueError(
@@ -192,7 +197,7 @@ def _pairs(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return pairs
 
 
-def _rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
     """Rank and scale of a module's update, by peft's rules."""
 
     def setting(pattern: str, default: str) -> float:

@@ -18,6 +18,8 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
     "open_clip_model.safetensors",
     "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_lora_weights.safetensors",
 )
 """Files that may hold the weights in a folder; the first one found is read, as in transformers."""
 

@@ -117,17 +117,22 @@ def test_a_head_of_its_own_goes_first():
     assert not pathlib.Path("other").exists()
 
 
-def test_vocabularies_of_other_sizes_are_refused_with_the_way_out():
+def test_vocabularies_of_other_sizes_without_a_tokenizer_are_refused_with_the_way_out():
+    gpt(1, vocab=26).save_pretrained("b")
     with pytest.raises(ValueError, match=r"have 24 and 26 tokens.*resize_token_embeddings"):
-        merge_checkpoints([save("a", gpt(0)), save("b", gpt(1, vocab=26))], "merged")
+        merge_checkpoints([save("a", gpt(0)), "b"], "merged")
 
 
-def test_the_same_rows_for_other_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"differ in 2 rows.*row 1 is 'b' in the one, 'c' in the other"):
-        merge_checkpoints([save("a", gpt(0), "abc"), save("b", gpt(1), "acb")], "merged")
+def test_the_same_rows_for_other_tokens_are_moved_and_said():
+    merged = merge_checkpoints([save("a", gpt(0), "abc"), save("b", gpt(1), "acb")], "merged")
+    own, other = gpt(0).transformer.wte.weight, gpt(1).transformer.wte.weight
+    model = load("merged")
+    torch.testing.assert_close(model.transformer.wte.weight[:3], (own[:3] + other[[0, 2, 1]]) / 2)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert merged.notes == ["The tokenizers of a and b differ: 2 rows of b are moved to their tokens' rows."]
     merge_checkpoints(["a", save("c", gpt(1), "abcd")], "more")
-    merge_checkpoints(["a", "b"], "merged", exclude=["transformer.wte"])
-    assert same({"wte": load("merged").transformer.wte.weight}, {"wte": gpt(0).transformer.wte.weight})
+    merge_checkpoints(["a", "b"], "excluded", exclude=["transformer.wte"])
+    assert same({"wte": load("excluded").transformer.wte.weight}, {"wte": own})
 
 
 def test_a_model_in_a_sub_folder_is_written_there():
@@ -231,7 +236,9 @@ def test_a_sentence_model_merged_with_itself_gives_its_embeddings(dense):
     model = sentence_model(0, dense)
     model.save_pretrained("a")
     shutil.copytree("a", "b")
-    merge_checkpoints(["a", "b"], "merged")
+    checked = merge_checkpoints(["a", "b"], "merged").checked
+    assert checked.startswith(f"Checked by loading with sentence-transformers {st.__version__}")
+    assert checked.endswith("its outputs for 3 sentences are those of the merged weights.")
     expected = torch.tensor(model.encode(SENTENCES))
     found = torch.tensor(st.SentenceTransformer("merged", device="cpu").encode(SENTENCES))
     torch.testing.assert_close(found, expected)

@@ -20,28 +20,6 @@ def make(tmp_path):
     return make
 
 
-UNIGRAM = {"model": {"vocab": [["a", 0.0], ["b", -1.0]]}, "added_tokens": [{"id": 2, "content": "c"}]}
-FORMS = {
-    "words": ({"vocab.txt": "a\nb\nc"}, {"vocab.txt": "a\nb\nd"}),
-    "pairs": ({"vocab.json": {"a": 0, "b": 1, "c": 2}}, {"vocab.json": {"a": 0, "b": 1, "d": 2}}),
-    "pieces": (
-        {"tokenizer.json": UNIGRAM},
-        {"tokenizer.json": {**UNIGRAM, "added_tokens": [{"id": 2, "content": "d"}]}},
-    ),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_tokenizers_that_use_a_row_for_other_tokens_are_refused(make, form):
-    own, other = FORMS[form]
-    first = make("a", **own)
-    assert compare_folders([first, make("same", **own)]) == []
-    second = make("b", **other)
-    with pytest.raises(ValueError, match="row 2 is 'c' in the one, 'd' in the other"):
-        compare_folders([first, second])
-    assert compare_folders([first, second], exclude=["embed"]) == []
-
-
 def test_folders_without_a_tokenizer_and_files_say_nothing(make):
     assert compare_folders([make("a", **{"vocab.txt": "a"}), make("b"), "c.safetensors"]) == []
 
