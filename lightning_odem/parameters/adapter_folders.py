@@ -129,28 +129,13 @@ class AdapterFolders:
         for name, pair in self._merged.items():
             if name in updates:
                 rank = _rank_and_scale(self.config, name)[0]
-                first, second = self._factors(pair, updates[name], rank)
+                first, second = pair.factors(updates[name], rank)
                 kept |= {pair.first: first.to(dtype), pair.second: second.to(dtype)}
                 cut += float(torch.linalg.vector_norm(updates[name] - pair.product(first, second))) ** 2
                 whole += float(torch.linalg.vector_norm(updates[name])) ** 2
             if (bias := _bias(pair)) in kept:
                 kept[bias] = (kept[bias] / pair.scale).to(dtype)
         return kept, (cut / whole) ** 0.5 if whole else 0.0
-
-    def _factors(self, pair: FactorPair, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors of an update, found among the rows of all adapters' A if these are few and hold it."""
-        tensors = [folder.read() for path, folder in self._folders.items() if pair.first in self._pairs[path]]
-        rows = torch.cat([found[pair.first].flatten(1).double() for found in tensors])
-        matrix = update.flatten(1).double()
-        if rank <= len(rows) <= min(matrix.shape) / 2:
-            basis = torch.linalg.qr(rows.T)[0]
-            core = matrix @ basis
-            beyond = torch.linalg.vector_norm(matrix - core @ basis.T)
-            if beyond <= 1e-5 * torch.linalg.vector_norm(matrix):
-                first, second = pair.factors(core, rank)
-                first = (first @ basis.T).view(rank, *update.shape[1:])
-                return first.to(update), second.view(*second.shape, *(1,) * (update.dim() - 2)).to(update)
-        return pair.factors(update, rank)
 
 
 def is_adapter_folder(path: str | os.PathLike) -> bool:
