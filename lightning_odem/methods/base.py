@@ -121,6 +121,9 @@ class MergeMethod(ABC):
         sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
             then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
             dicts of tensors by parameter name may be shards; they are saved whole.
+        linear: Whether each entry of the merged model is the same linear combination of the merged, the incoming and
+            the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as
+            factors of low rank, and the vectors have three coefficients in place of each update.
 
     Example:
         >>> import torch
@@ -133,6 +136,7 @@ class MergeMethod(ABC):
 
     needs: Sequence[Need[Any]] = ()
     sharded: bool = False
+    linear: bool = False
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
