@@ -37,6 +37,7 @@ class MergeContext(EarlierFields):
         groups: Number of groups in the weights of grouped convolutions, by name. Each group is a matrix of its own. The
             groups follow each other along the first dimension. Without a module, nothing is known about groups.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
+        ranks: Ranks of the updates of adapters, by name. Each update is a matrix of at most this rank.
         shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
         discarded: By how much the stream's merged task vector differs from what the method made, relative to its norm,
             when a task is taken out: updates of adapters are cut to their rank.
@@ -56,6 +57,7 @@ class MergeContext(EarlierFields):
     shards: "Shards | None" = None
     groups: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    ranks: Mapping[str, int] = field(default_factory=dict)
     shares: Sequence[float] = ()
     discarded: float = 0.0
 

@@ -52,6 +52,11 @@ class Adapters:
         """Names of the updates that are stored as [in, out]."""
         return frozenset(name for name, pair in self.pairs.items() if pair.inputs_first)
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of the updates by name."""
+        return {name: pair.rank(self._held[name][2]) for name, pair in self.pairs.items()}
+
     def describe(self) -> str:
         """The adapters in a line."""
         named = self._named()

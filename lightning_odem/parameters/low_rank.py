@@ -47,7 +47,7 @@ class FactorPair:
         gradient where the other one is to be trained on.
         """
         wide = _exact((update.T if self.inputs_first else update).flatten(1)) / self.scale
-        if (basis := _few_rows(wide, rank)) is not None:
+        if (basis := few_rows(wide, rank)) is not None:
             second, first = truncated(wide @ basis, basis.T, rank)[:2]
         # By the eigenvectors of the smaller Gram matrix, in fp64: what squaring loses is below the rounding of fp32.
         elif wide.shape[0] > wide.shape[1]:
@@ -169,7 +169,7 @@ def _exact(tensor: Tensor) -> Tensor:
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def _few_rows(matrix: Tensor, rank: int) -> Tensor | None:
+def few_rows(matrix: Tensor, rank: int) -> Tensor | None:
     """An orthonormal basis [n, k] of the rows of a matrix [m, n], if a few times the rank are enough for all of it.
 
     A sum of updates has few directions. They are found as combinations of rows with random coefficients, which

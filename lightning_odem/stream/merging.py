@@ -137,6 +137,7 @@ def merging(
                     shards=vector.shards,
                     groups=number_of_groups(layers),
                     transposed=inputs_first(layers) | adapters.inputs_first,
+                    ranks=adapters.ranks,
                 )
                 if merged is None:
                     result = method.start(incoming, context)
