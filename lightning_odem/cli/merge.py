@@ -71,6 +71,8 @@ def merge_checkpoints(
     calibration_size: int = 1024,
     device: str = "cpu",
     overwrite: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
@@ -93,6 +95,8 @@ def merge_checkpoints(
         calibration_size: Samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
         overwrite: Replace an output that exists.
+        rank: Rank of the merged adapter; by default the first one's.
+        energy: Instead of a rank, the share in (0, 1] of each update's squared norm that the merged adapter keeps.
 
     Returns:
         What was merged, and where it was written.
@@ -117,7 +121,7 @@ def merge_checkpoints(
     names = task_names(checkpoints) if tasks is None else tasks
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
-    adapters = find_adapters(inputs, output, model)
+    adapters = find_adapters(inputs, output, model, rank, energy)
     notes = compare_folders(inputs, exclude) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)

@@ -57,6 +57,11 @@ def merged_twice(method, **config):
     return updates(module), records
 
 
+def average_with(module, merged, base):
+    with merging(module, AverageMerge(), task="new", t=0.5, merged=merged, base=base, calibration=None):
+        pass
+
+
 @pytest.mark.parametrize("config", [{}, {"target_modules": ["embedding", "conv"]}], ids=["linear", "others"])
 @pytest.mark.parametrize("name", LINEAR)
 def test_combinations_are_cut_as_whole_updates_are(name, config):
@@ -100,8 +105,7 @@ def test_factors_that_are_not_finite_are_refused_and_the_module_stays(broken):
     module.get_parameter(name).data.flatten()[0] = torch.inf
     before = take_snapshot(module, lambda name: True)
     with pytest.raises(ValueError, match=r"infinite or NaN.*query"):
-        with merging(module, AverageMerge(), task="new", t=0.5, merged=base, base=base, calibration=None):
-            pass
+        average_with(module, base, base)
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
 
 
@@ -110,6 +114,5 @@ def test_a_merged_model_with_other_factors_is_refused_with_their_shapes():
     base = take_snapshot(module, lambda name: True)
     merged = {name: tensor[..., :-1] if "query.lora_A" in name else tensor for name, tensor in base.items()}
     with pytest.raises(ValueError, match=r"\(3, 16\) in the incoming model, \(3, 15\) in the merged model"):
-        with merging(module, AverageMerge(), task="new", t=0.5, merged=merged, base=base, calibration=None):
-            pass
+        average_with(module, merged, base)
     assert module.get_parameter(next(name for name in base if "query.lora_A" in name)).shape == (3, 16)
