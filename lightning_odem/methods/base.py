@@ -125,7 +125,8 @@ class MergeMethod(ABC):
             dicts of tensors by parameter name may be shards; they are saved whole.
         linear: Whether each entry of the merged model is the same linear combination of the merged, the incoming and
             the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as
-            factors of low rank, and the vectors have three coefficients in place of each update.
+            factors of low rank, and the vectors have three coefficients in place of each update. A subclass with a
+            ``merge`` or ``start`` of its own has to say so again.
 
     Example:
         >>> import torch
@@ -139,6 +140,11 @@ class MergeMethod(ABC):
     needs: Sequence[Need[Any]] = ()
     sharded: bool = False
     linear: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).keys() & {"merge", "start"}:
+            cls.linear = vars(cls).get("linear", False)
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

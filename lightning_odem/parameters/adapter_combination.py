@@ -58,6 +58,11 @@ class AdapterCombination(Adapters):
     def updates(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by name with the coordinates of updates instead of factors; NaN where a factor is not finite."""
         number = next((number for number, known in enumerate(self._models) if known is tensors), len(self._models))
+        if number == MODELS:
+            raise ValueError(
+                "The merge method says linear = True, but reads a model besides the incoming, the merged and the base "
+                "model, so adapters cannot be combined by three coefficients. Leave linear = False."
+            )
         if number == len(self._models):
             self._models.append(tensors)
         seen = dict(tensors)

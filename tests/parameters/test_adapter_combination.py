@@ -5,7 +5,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_odem.methods import METHODS, AverageMerge, TaskArithmeticMerge
+from lightning_odem.methods import METHODS, AverageMerge, MergeResult, TaskArithmeticMerge
+from lightning_odem.parameters.adapter_combination import AdapterCombination
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.merging import merging
 from lightning_odem.stream.stream import Stream
@@ -116,3 +117,26 @@ def test_a_merged_model_with_other_factors_is_refused_with_their_shapes():
     with pytest.raises(ValueError, match=r"\(3, 16\) in the incoming model, \(3, 15\) in the merged model"):
         average_with(module, merged, base)
     assert module.get_parameter(next(name for name in base if "query.lora_A" in name)).shape == (3, 16)
+
+
+def test_a_subclass_with_a_rule_of_its_own_is_not_taken_for_linear():
+    class Largest(AverageMerge):
+        def merge(self, merged, incoming, t, context):
+            return MergeResult(torch.where(merged.abs() > incoming.abs(), merged, incoming))
+
+    class Named(AverageMerge):
+        """Another name for the same rule."""
+
+    assert not Largest.linear
+    assert Named.linear
+
+
+def test_a_rule_that_reads_further_models_is_not_linear():
+    module = Adapted()
+    models = [take_snapshot(module, lambda name: True) for _ in range(3)]
+    adapters = AdapterCombination(module)
+    adapters.expand()
+    for model in models[:2]:
+        adapters.updates(model)
+    with pytest.raises(ValueError, match="Leave linear = False"):
+        adapters.updates(models[2])
