@@ -110,8 +110,8 @@ class FoldedFiles:
             return state
         state, cut = self._adapters.factors(state)
         if cut > 1e-5:
+            of = self._adapters.rank_of
             self.notes.append(
-                f"The rank of {self._adapters.first} holds all of the merged updates but {cut:.2%} (by norm), which is "
-                "discarded."
+                f"The rank of {of} holds all of the merged updates but {cut:.2%} (by norm), which is discarded."
             )
         return state

@@ -135,16 +135,21 @@ class FolderOutput:
         return {**{name: tensor.clone() for name, tensor in own.items() if name not in merged}, **merged}
 
 
-def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterFolders | None:
-    """The inputs of a merge as adapters; None of whole models.
+def find_adapters(
+    inputs: Sequence[str], output: str, model: object, rank: int | None = None, energy: float | None = None
+) -> AdapterFolders | None:
+    """The inputs of a merge as adapters, of which a rank or an energy is to be kept; None of whole models.
 
     Raises:
-        ValueError: If only some are adapters, or adapters are to be merged with a module or into a file.
+        ValueError: If only some are adapters, adapters are to be merged with a module or into a file, or whole models
+            get a rank.
     """
     found = [path for path in inputs if is_adapter_folder(path)]
     files = [] if found else [path for path in inputs if is_lora_file(path)]
     found = found or files
     if not found:
+        if rank is not None or energy is not None:
+            raise ValueError(f"rank and energy are for folders of adapters; {inputs[0]} is none. Leave them out.")
         return None
     if others := [path for path in inputs if path not in found]:
         raise ValueError(
@@ -157,13 +162,15 @@ def find_adapters(inputs: Sequence[str], output: str, model: object) -> AdapterF
             "in the callback, which trains the adapters."
         )
     if files:
+        if rank is not None or energy is not None:
+            raise ValueError(f"rank and energy are for folders of peft; {files[0]} says its rank. Leave them out.")
         return LoraFiles(inputs)
     if Path(output).suffix == ".safetensors":
         raise ValueError(
             f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
             f"{Path(output).with_suffix('')}."
         )
-    return AdapterFolders(inputs)
+    return AdapterFolders(inputs, rank, energy)
 
 
 def _safe_name(file: Path) -> str:

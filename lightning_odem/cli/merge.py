@@ -76,6 +76,8 @@ def merge_checkpoints(
     device: str = "cpu",
     overwrite: bool = False,
     adapter_into: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
@@ -100,6 +102,8 @@ def merge_checkpoints(
         overwrite: Replace an output that exists.
         adapter_into: Folder of the adapters' base model. The output is then a whole model: this one, with the merged
             updates in its weights.
+        rank: Rank of the merged adapter; by default the first one's.
+        energy: Instead of a rank, the share in (0, 1] of each update's squared norm that the merged adapter keeps.
 
     Returns:
         What was merged, and where it was written.
@@ -124,7 +128,7 @@ def merge_checkpoints(
     names = task_names(checkpoints) if tasks is None else tasks
     _check(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
-    adapters = find_adapters(inputs, output, model)
+    adapters = find_adapters(inputs, output, model, rank, energy)
     notes = compare_folders(inputs) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)

@@ -35,6 +35,7 @@ class MergeContext:
         groups: Number of groups in the weights of grouped convolutions, by name. Each group is a matrix of its own. The
             groups follow each other along the first dimension. Without a module, nothing is known about groups.
         transposed: Names of weights that are stored as [in, out] instead of [out, in].
+        ranks: Ranks of the updates of adapters, by name. Each update is a matrix of at most this rank.
         shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
         discarded: By how much the stream's merged task vector differs from what the method made, relative to its norm,
             when a task is taken out: updates of adapters are cut to their rank.
@@ -54,6 +55,7 @@ class MergeContext:
     shards: "Shards | None" = None
     groups: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    ranks: Mapping[str, int] = field(default_factory=dict)
     shares: Sequence[float] = ()
     discarded: float = 0.0
 
@@ -119,6 +121,10 @@ class MergeMethod(ABC):
         sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
             then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
             dicts of tensors by parameter name may be shards; they are saved whole.
+        linear: Whether each entry of the merged model is the same linear combination of the merged, the incoming and
+            the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as
+            factors of low rank, and the vectors have three coefficients in place of each update. A subclass with a
+            ``merge`` or ``start`` of its own has to say so again.
 
     Example:
         >>> import torch
@@ -131,6 +137,12 @@ class MergeMethod(ABC):
 
     needs: Sequence[Need[Any]] = ()
     sharded: bool = False
+    linear: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).keys() & {"merge", "start"}:
+            cls.linear = vars(cls).get("linear", False)
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_odem.arguments import check_flag
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.factored import compact, is_factored, moved, whole
 from lightning_odem.methods.layout import tensors
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import BaseModel, Need
@@ -36,8 +37,9 @@ class ExactStream(MergeMethod):
     With ``recursion`` the rule is applied to two models at every merge, the merged one and the incoming one. This is
     the sequential baseline of the literature, for comparison. Utility weights then have no effect.
 
-    A subclass writes :meth:`statistics` and :meth:`solve`. This class keeps the mean task vector. The sums lie in main
-    memory, in fp32 or the higher precision of the vectors.
+    A subclass writes :meth:`statistics` and :meth:`solve`. This class keeps the mean task vector, with the updates of
+    adapters as factors while these are smaller. The sums lie in main memory, in fp32 or the higher precision of the
+    vectors.
     """
 
     needs: Sequence[Need[Any]] = (BaseModel(),)
@@ -139,7 +141,7 @@ class ExactStream(MergeMethod):
         """The mean task vector [d], a new vector."""
         mean = torch.empty_like(context[BaseModel])
         for name, piece in tensors(mean, context).items():
-            piece.copy_(self._mean[name])
+            piece.copy_(whole(self._mean[name], piece.shape))
         return mean
 
     def model_mean(self, context: MergeContext) -> Tensor:
@@ -169,19 +171,26 @@ class ExactStream(MergeMethod):
     def _of(self, model: Tensor, context: MergeContext) -> tuple[Sums, Sums]:
         """Task vector by parameter and statistics of one model, on the CPU."""
         task_vector = model - context[BaseModel]
-        mean = {name: piece.to("cpu", copy=True) for name, piece in tensors(task_vector, context).items()}
+        mean = {
+            name: compact(piece, context.ranks[name]) if name in context.ranks else piece.to("cpu", copy=True)
+            for name, piece in tensors(task_vector, context).items()
+        }
         return mean, {key: tensor.cpu() for key, tensor in self.statistics(task_vector, context)}
 
     def _move(self, model: Tensor, t: float, merged: Tensor, context: MergeContext) -> None:
         """Move the sums by ``t`` towards a model's statistics. The sums are replaced, not changed in place."""
         self.complete(merged, context)
+        shapes = dict(zip(context.names, context.local_shapes, strict=True))
         for kept, found in zip((self._mean, self._sums), self._of(model, context), strict=True):
             for key, tensor in found.items():
-                if key not in kept or kept[key].shape != tensor.shape:
+                is_update = kept is self._mean and key in context.ranks
+                shape = shapes[key] if is_update else tensor.shape
+                fits = key in kept and (kept[key].shape == shape or (is_update and is_factored(kept[key], shape)))
+                if not fits:
                     there = f"kept {key} in shape {tuple(kept[key].shape)}" if key in kept else f"not kept {key}"
                     raise ValueError(
-                        f"{type(self).__name__} has {there}, the model gives {tuple(tensor.shape)}. The state is that "
+                        f"{type(self).__name__} has {there}, the model gives {tuple(shape)}. The state is that "
                         "of other layers, or of a version that merged them otherwise."
                     )
-                found[key] = kept[key].lerp(tensor, t)
+                found[key] = moved(kept[key], tensor, t, shape)
             kept.update(found)

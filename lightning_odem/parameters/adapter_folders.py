@@ -1,62 +1,18 @@
 """Folders of LoRA adapters as peft writes them, read as the updates that they are."""
 
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_odem.arguments import check_integer, check_range
+from lightning_odem.parameters.adapter_config import FOLD, check_kind, check_same, module_of, rank_and_scale
 from lightning_odem.parameters.low_rank import FactorPair, with_updates
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 
 _FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-_ROOT = "base_model.model."
-# What scale and factors of a file are made of; the updates say all of it.
-_IN_THE_UPDATES = (
-    "alpha_pattern",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-)
-# Settings of the training, and notes.
-_OF_THE_TRAINING = (
-    "auto_mapping",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "runtime_config",
-    "task_type",
-)
-_NO_PRODUCT = {
-    "use_dora": "DoRA, whose weights are no sum of base and update",
-    "use_qalora": "QA-LoRA, which pools the inputs",
-    "use_bdlora": "block-diagonal factors",
-    "target_parameters": "LoRA on parameters of several experts",
-    "alora_invocation_tokens": "aLoRA, which works on some tokens only",
-    "arrow_config": "a router between adapters",
-    "kasa_config": "KaSA, whose update is no product of two matrices",
-    "monteclora_config": "MonteCLoRA, whose factors are drawn at random",
-    "velora_config": "VeLoRA",
-}
-_FOLD = (
-    "Fold each adapter into its base (in peft: merge_and_unload(), then save_pretrained) and merge the whole models."
-)
 
 
 class AdapterFolders:
@@ -67,25 +23,39 @@ class AdapterFolders:
 
     Args:
         paths: The folders; the merged adapter gets the rank and the settings of the first.
+        rank: Another rank for the merged adapter.
+        energy: Choose the rank of each module: the smallest that holds this share of its update's squared norm.
 
     Attributes:
         first: Path of the first.
-        config: The configuration of the merged adapter.
+        rank_of: What the rank is that of, for messages.
+        config: The configuration of the merged adapter; ranks chosen by energy are in it after :meth:`factors`.
         header: Metadata for the header of its file.
 
     Raises:
         ValueError: If adapters cannot be merged rightly; the message says what to do.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike]) -> None:
+    # What LoraFiles, which say their ranks themselves, do not set.
+    _rank: int | None = None
+    _energy: float | None = None
+
+    def __init__(
+        self, paths: Sequence[str | os.PathLike], rank: int | None = None, energy: float | None = None
+    ) -> None:
+        if rank is not None and energy is not None:
+            raise ValueError(f"rank={rank} and energy={energy} both say how much is kept. Give one of them.")
+        self._rank = None if rank is None else check_integer("rank", rank, 1)
+        self._energy = None if energy is None else check_range("energy", energy, 0, 1, open_low=True)
         self.header: dict[str, str] = {}
         self._folders = {str(path): ModelFolder(path) for path in paths}
         configs = {path: folder.config(ADAPTER_CONFIG) for path, folder in self._folders.items()}
         (self.first, self.config), *others = configs.items()
         for path, config in configs.items():
-            _check_kind(path, config)
+            check_kind(path, config)
         for path, config in others:
-            _check_same(self.first, self.config, path, config)
+            check_same(self.first, self.config, path, config)
+        self.rank_of = self.first if rank is None and energy is None else "the merged adapter"
         self._pairs = {path: _pairs(path, configs[path], folder.read()) for path, folder in self._folders.items()}
         self._like: dict[str, Tensor] = {}
         for path, folder in self._folders.items():
@@ -97,7 +67,7 @@ class AdapterFolders:
             every = sorted({*self._merged, *more})
             self.config = {
                 **self.config,
-                "target_modules": [_module(name) for name in every],
+                "target_modules": [module_of(name) for name in every],
                 **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
             }
             for path in self._pairs:
@@ -127,10 +97,12 @@ class AdapterFolders:
         others = self._merged.keys() - own.keys()
         # What is excluded is the first adapter's: nothing, where it adapts no module.
         updates = {**{name: torch.zeros(self._like[name].shape) for name in others}, **updates}
+        if self._rank or self._energy:
+            self._choose_ranks(updates)
         kept, cut, whole = dict(updates), 0.0, 0.0
         for name, pair in self._merged.items():
             if name in updates:
-                first, second = self._factors(pair, updates[name], self._rank(name))
+                first, second = pair.factors(updates[name], self._rank_of(name))
                 kept |= {pair.first: first.to(dtype), pair.second: second.to(dtype)}
                 cut += float(torch.linalg.vector_norm(updates[name] - pair.product(first, second))) ** 2
                 whole += float(torch.linalg.vector_norm(updates[name])) ** 2
@@ -138,24 +110,20 @@ class AdapterFolders:
                 kept[bias] = (kept[bias] / pair.scale).to(dtype)
         return kept, (cut / whole) ** 0.5 if whole else 0.0
 
-    def _rank(self, name: str) -> int:
+    def _rank_of(self, name: str) -> int:
         """The rank that the merged update of a module gets."""
         return rank_and_scale(self.config, name)[0]
 
-    def _factors(self, pair: FactorPair, update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The best factors of an update, found among the rows of all adapters' A if these are few and hold it."""
-        tensors = [folder.read() for path, folder in self._folders.items() if pair.first in self._pairs[path]]
-        rows = torch.cat([found[pair.first].flatten(1).double() for found in tensors])
-        matrix = update.flatten(1).double()
-        if rank <= len(rows) <= min(matrix.shape) / 2:
-            basis = torch.linalg.qr(rows.T)[0]
-            core = matrix @ basis
-            beyond = torch.linalg.vector_norm(matrix - core @ basis.T)
-            if beyond <= 1e-5 * torch.linalg.vector_norm(matrix):
-                first, second = pair.factors(core, rank)
-                first = (first @ basis.T).view(rank, *update.shape[1:])
-                return first.to(update), second.view(*second.shape, *(1,) * (update.dim() - 2)).to(update)
-        return pair.factors(update, rank)
+    def _choose_ranks(self, updates: Mapping[str, Tensor]) -> None:
+        """Give the merged modules the ranks that were asked for; excluded ones stay as they are."""
+        ranks = {name: rank_and_scale(self.config, name)[0] for name in self._merged}
+        for name in self._merged.keys() & updates.keys():
+            ranks[name] = self._rank or _rank_for(updates[name], self._energy or 1.0)
+        most = max(ranks.values())
+        pattern = {module_of(name): rank for name, rank in sorted(ranks.items()) if rank != most}
+        self.config = {**self.config, "r": most, "rank_pattern": pattern}
+        for name, pair in self._merged.items():
+            self._merged[name] = FactorPair(name, pair.second, rank_and_scale(self.config, name)[1])
 
 
 def is_adapter_folder(path: str | os.PathLike) -> bool:
@@ -163,9 +131,11 @@ def is_adapter_folder(path: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(path, ADAPTER_CONFIG)) and ModelFolder(path).is_adapter
 
 
-def _module(name: str) -> str:
-    """The module that a factor belongs to, as the configuration names it."""
-    return name.removeprefix(_ROOT).rpartition(".lora_")[0]
+def _rank_for(update: Tensor, energy: float) -> int:
+    """The smallest rank that holds a share of an update's squared norm."""
+    squares = torch.linalg.svdvals(update.flatten(1).double()).square()
+    shares = squares.cumsum(0) / squares.sum()
+    return min(int((shares < energy - 1e-12).sum()) + 1, len(shares))
 
 
 def _bias(pair: FactorPair) -> str:
@@ -178,7 +148,7 @@ def _pairs(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         part = next((part for part in name.split(".") if part.startswith("lora_")), "")
         if part not in _FACTORS:
             if part and part not in _FACTORS.values():
-                raise ValueError(f"{name} in {path} is no factor of a LoRA update. {_FOLD}")
+                raise ValueError(f"{name} in {path} is no factor of a LoRA update. {FOLD}")
             continue
         other = name.replace(f".{part}", f".{_FACTORS[part]}")
         second = tensors.get(other)
@@ -189,65 +159,9 @@ def _pairs(path: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         if not fits:
             raise ValueError(
                 f"{name} {tuple(first.shape)} and {other} {tuple(second.shape)} in {path} are no factors of rank "
-                f"{rank}, which its {ADAPTER_CONFIG} says. {_FOLD}"
+                f"{rank}, which its {ADAPTER_CONFIG} says. {FOLD}"
             )
         pairs[name] = FactorPair(name, other, scale)
     if not pairs:
         raise ValueError(f"{path} holds no LoRA factors. Give the folder that save_pretrained of peft wrote.")
     return pairs
-
-
-def rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
-    """Rank and scale of a module's update, by peft's rules."""
-
-    def setting(pattern: str, default: str) -> float:
-        entries = config.get(pattern) or {}
-        keys = (key for key in entries if re.match(rf"(.*\.)?({key})$", _module(name)))
-        found = entries[key] if (key := next(keys, None)) is not None else config.get(default)
-        if not isinstance(found, (int, float)) or found <= 0:
-            raise ValueError(f"{ADAPTER_CONFIG} gives {name} the {default} {found!r}; a positive number is needed.")
-        return found
-
-    rank, alpha = int(setting("rank_pattern", "r")), setting("alpha_pattern", "lora_alpha")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _check_kind(path: str, config: Mapping[str, Any]) -> None:
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(
-            f"{path} is an adapter of type {kind}; only the updates of LORA are known to be products of two matrices. "
-            f"{_FOLD}"
-        )
-    for setting, what in _NO_PRODUCT.items():
-        if config.get(setting):
-            raise ValueError(f"{path} has {setting} in its {ADAPTER_CONFIG}: {what}. {_FOLD}")
-
-
-def _check_same(first: str, own: Mapping[str, Any], path: str, config: Mapping[str, Any]) -> None:
-    base = "base_model_name_or_path"
-    if own.get(base) != config.get(base):
-        raise ValueError(
-            f"{first} is an adapter of {own.get(base)!r}, {path} of {config.get(base)!r}. Updates of different base "
-            f"models cannot be merged. If it is the same model under two names, write one of them as {base} into both "
-            f"{ADAPTER_CONFIG}."
-        )
-    ignored = {*_IN_THE_UPDATES, *_OF_THE_TRAINING, base}
-    differing = [
-        f"{key} ({own.get(key)!r}, {config.get(key)!r})"
-        for key in dict.fromkeys([*own, *config])
-        if key not in ignored and _comparable(key, own.get(key)) != _comparable(key, config.get(key))
-    ]
-    if differing:
-        raise ValueError(
-            f"The {ADAPTER_CONFIG} of {first} and {path} differ in {', '.join(differing)}, so that the same numbers "
-            f"mean different weights. {_FOLD}"
-        )
-
-
-def _comparable(key: str, value: Any) -> Any:
-    if key == "init_lora_weights":
-        # Some initialisations change the base weights under the adapter.
-        return value if isinstance(value, str) and value.lower() not in ("gaussian", "eva", "orthogonal") else None
-    if isinstance(value, list):
-        return sorted(map(str, value))
-    return value or None

@@ -52,6 +52,11 @@ class Adapters:
         """Names of the updates that are stored as [in, out]."""
         return frozenset(name for name, pair in self.pairs.items() if pair.inputs_first)
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of the updates by name."""
+        return {name: pair.rank(self._held[name][2]) for name, pair in self.pairs.items()}
+
     def describe(self) -> str:
         """The adapters in a line."""
         named = self._named()
@@ -111,7 +116,7 @@ class Adapters:
         """
         values = {name: value for name, (_, _, value) in self._held.items()}
         new = {name: updates[name] for name in self.pairs if not torch.equal(updates[name], unchanged[name])}
-        factors, cut = with_factors(new, self.pairs, values)
+        factors, cut = self._changed(new)
         factors = {**values, **factors}
         for name, (found, factor, _) in self._held.items():
             factor.copy_(factors[name])
@@ -144,6 +149,10 @@ class Adapters:
                 constant = pair.scale**2 * (seen[pair.first] * first.square()).sum()
                 seen[pair.first] = pair.product(seen[pair.first], seen.pop(pair.second)) / (pair.scale * constant)
         return seen
+
+    def _changed(self, updates: Mapping[str, Tensor]) -> tuple[Snapshot, float]:
+        """The factors of updates by name, and what was cut relative to the updates."""
+        return with_factors(updates, self.pairs, {name: self._held[name][2] for name in updates})
 
     def _named(self) -> dict[str, Tensor]:
         return {canonical_name(name): tensor for name, tensor in self._module.named_parameters()}

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_odem.parameters.adapter_folders import AdapterFolders, rank_and_scale
+from lightning_odem.parameters.adapter_config import rank_and_scale
+from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.low_rank import FactorPair, with_updates
 from lightning_odem.parameters.weights_file import read_weights
 
@@ -48,6 +49,7 @@ class LoraFiles(AdapterFolders):
         files = {str(path): _LoraFile(path) for path in paths}
         self._folders = files  # type: ignore[assignment]
         self.first, self.config = str(paths[0]), {}
+        self.rank_of = self.first
         self._pairs = {path: file.pairs for path, file in files.items()}
         self._like: dict[str, Tensor] = {}
         self._merged: dict[str, FactorPair] = {}
@@ -79,7 +81,7 @@ class LoraFiles(AdapterFolders):
         kept, cut = super().factors(updates)
         return {**kept, **self._alphas}, cut
 
-    def _rank(self, name: str) -> int:
+    def _rank_of(self, name: str) -> int:
         return self._ranks[name]
 
 

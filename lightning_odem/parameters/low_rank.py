@@ -1,6 +1,6 @@
 """Updates of weights that are kept as two factors of low rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -46,11 +46,11 @@ class FactorPair:
         The rows of A are orthonormal as far as the update has that many directions, so that either factor has a
         gradient where the other one is to be trained on.
         """
-        matrix = (update.T if self.inputs_first else update).flatten(1)
-        wide = matrix.cpu().double() if matrix.device.type == "mps" else matrix.double()
-        wide = wide / self.scale
+        wide = _exact((update.T if self.inputs_first else update).flatten(1)) / self.scale
+        if (basis := few_rows(wide, rank)) is not None:
+            second, first = truncated(wide @ basis, basis.T, rank)[:2]
         # By the eigenvectors of the smaller Gram matrix, in fp64: what squaring loses is below the rounding of fp32.
-        if wide.shape[0] > wide.shape[1]:
+        elif wide.shape[0] > wide.shape[1]:
             first = torch.linalg.eigh(wide.T @ wide)[1].flip(1)[:, :rank].T
             second = wide @ first.T
         else:
@@ -59,14 +59,36 @@ class FactorPair:
             lengths = torch.linalg.vector_norm(first, dim=1)
             lengths = torch.where(lengths > 1e-9 * lengths.max(), lengths, 1.0)
             first, second = first / lengths[:, None], second * lengths
+        return self._stored(second, first, rank, update, update.shape[1:])
+
+    def combination(self, terms: Sequence[tuple[float, Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A and B as in :meth:`factors` for a sum of updates, each given by its coefficient, A and B.
+
+        The sum is the product of the terms' concatenated factors. It is cut without being formed, in memory for
+        the factors.
+
+        Returns:
+            A, B, and the singular values of the sum.
+        """
+        like = terms[0][1]
+        sides = [(c, a.T, b.T) if self.inputs_first else (c, a, b) for c, a, b in terms]
+        columns = torch.cat([coefficient * _exact(second.flatten(1)) for coefficient, _, second in sides], dim=1)
+        rows = torch.cat([_exact(first.flatten(1)) for _, first, _ in sides])
+        second, first, values = truncated(columns, rows, rank)
+        return *self._stored(second, first, rank, like, like.shape[1:]), values * abs(self.scale)
+
+    def _stored(
+        self, second: Tensor, first: Tensor, rank: int, like: Tensor, inputs: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes that the module stores."""
         missing = rank - len(first)
         if missing > 0:  # the rank is above that of any matrix of the shape
             first = torch.cat([first, first.new_zeros(missing, first.shape[1])])
             second = torch.cat([second, second.new_zeros(len(second), missing)], dim=1)
-        first, second = first.to(update), second.to(update)
+        first, second = first.to(like), second.to(like)
         if self.inputs_first:
             return first.T.contiguous(), second.T.contiguous()
-        return first.reshape(rank, *update.shape[1:]), second.reshape(*second.shape, *(1,) * (update.dim() - 2))
+        return first.reshape(rank, *inputs), second.reshape(*second.shape, *(1,) * (len(inputs) - 1))
 
     def project_(self, gradient: Tensor, first: Tensor, second: Tensor) -> None:
         """Leave of a gradient with respect to the update only what changes of the factors can follow, in place.
@@ -121,3 +143,43 @@ def with_factors(
         cut += float(torch.linalg.vector_norm(update - left)) ** 2
         whole += float(torch.linalg.vector_norm(update)) ** 2
     return kept, (cut / whole) ** 0.5 if whole else 0.0
+
+
+def truncated(columns: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of a product [m, k] [k, n] by a rank, without the product.
+
+    Returns:
+        Factors [m, rank] and [rank, n], the rows of the second orthonormal; at most k of each. And all singular values.
+
+    Example:
+        >>> columns, rows = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.eye(2)
+        >>> left, right, values = truncated(columns, rows, 1)
+        >>> left @ right, values
+        (tensor([[2., 0.],
+                [0., 0.],
+                [0., 0.]]), tensor([2., 1.]))
+    """
+    (left, upper), (right, lower) = torch.linalg.qr(columns), torch.linalg.qr(rows.T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return left @ (u[:, :rank] * s[:rank]), vh[:rank] @ right.T, s
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def few_rows(matrix: Tensor, rank: int) -> Tensor | None:
+    """An orthonormal basis [n, k] of the rows of a matrix [m, n], if a few times the rank are enough for all of it.
+
+    A sum of updates has few directions. They are found as combinations of rows with random coefficients, which
+    misses none of them.
+    """
+    whole, size = matrix.square().sum(), 4 * rank
+    while 2 * size <= min(matrix.shape):
+        random = torch.randn(len(matrix), size, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+        basis = torch.linalg.qr(matrix.T @ random.to(matrix))[0]
+        if whole - (matrix @ basis).square().sum() <= 1e-12 * whole:
+            return basis
+        size *= 2
+    return None

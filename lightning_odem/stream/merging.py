@@ -16,6 +16,7 @@ from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, metho
 from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.needs import Offer, Sources
 from lightning_odem.methods.sharding import check_sharding
+from lightning_odem.parameters.adapter_combination import AdapterCombination
 from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, number_of_groups
 from lightning_odem.parameters.low_rank import FactorPairs
@@ -106,7 +107,8 @@ def merging(
     frozen = _moved_and_frozen(module, merged or {}, exclude)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    adapters = Adapters(module, exclude)
+    combined = method.linear and calibration is None  # a loss needs whole updates
+    adapters = (AdapterCombination if combined else Adapters)(module, exclude)
     adapters.expand()
     vector = ParameterVector(module, exclude, adapters)
     if vector.shards is not None:
@@ -135,6 +137,7 @@ def merging(
                     shards=vector.shards,
                     groups=number_of_groups(layers),
                     transposed=inputs_first(layers) | adapters.inputs_first,
+                    ranks=adapters.ranks,
                 )
                 if merged is None:
                     result = method.start(incoming, context)

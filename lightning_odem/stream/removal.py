@@ -140,6 +140,7 @@ def _subtract(
         names=moved,
         shapes=[tuple(merged[name].shape) for name in moved],
         needed={BaseModel: flat(base)} if BaseModel() in method.needs else {},
+        ranks={name: pair.rank(factors[name]) for name, pair in pairs.items() if name in factors},
         shares=shares,
         discarded=max([0.0, *(record.discarded for record in state.report.merges if record.discarded > 0.0)]),
     )

@@ -200,3 +200,13 @@ def test_a_task_is_taken_out_up_to_what_was_cut(method, small_stream):
     # The running average has what it was cut to; sums are kept whole.
     assert method != "average" or relative(updates(module), best) < 3 * cut
     assert merge.report.merges[-1].discarded < 0.5
+
+
+def test_sums_of_updates_grow_by_one_adapter_with_each_task(small_stream):
+    module = Adapted(width=256, r=8)
+    adapter = sum(each.nbytes for each in module.parameters() if each.requires_grad)
+    merge = ContinualMergeCallback("isotropic", dirpath="stream_dir", evaluate=False)
+    for count in (1, 2, 3):
+        fit_tasks(module, merge, [Sequences(count)], max_epochs=1)
+        newest = max(small_stream.glob("stream_dir/stream/method-*"), key=lambda path: path.stat().st_mtime_ns)
+        assert newest.stat().st_size < 1.1 * count * adapter

@@ -236,3 +236,59 @@ def test_an_incomplete_adapter_is_refused():
     save_file({name: value for name, value in load_file(file).items() if "query.lora_B" not in name}, file)
     with pytest.raises(ValueError, match=r"query.lora_A.weight, but not .*query.lora_B.weight"):
         AdapterFolders(["a"])
+
+
+def mean_of(*names):
+    found = [updates(name) for name in names]
+    return {layer: sum(each[layer] for each in found) / len(found) for layer in found[0]}
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_merged_adapter_gets_the_rank_asked_for(rank):
+    paths = [save("a", 1), save("b", 2, rank_pattern={"value": 3})]
+    merge_checkpoints(paths, "merged", rank=rank)
+    for layer, update in mean_of(*paths).items():
+        torch.testing.assert_close(updates("merged")[layer], best(update, rank), rtol=1e-4, atol=1e-5)
+    assert json.loads(pathlib.Path("merged", "adapter_config.json").read_text())["r"] == rank
+
+
+@pytest.mark.parametrize("energy", [0.6, 0.95, 1.0])
+def test_each_module_gets_the_smallest_rank_that_keeps_the_energy(energy):
+    paths = [save("a", 1), save("b", 2, r=3, use_rslora=True)]
+    merge_checkpoints(paths, "merged", energy=energy)
+    found = updates("merged")
+    for layer, update in mean_of(*paths).items():
+        shares = [1 - ((update - best(update, rank)).norm() / update.norm()) ** 2 for rank in range(6)]
+        rank = next(rank for rank, share in enumerate(shares) if share >= energy - 1e-6)
+        torch.testing.assert_close(found[layer], best(update, rank), rtol=1e-4, atol=1e-5)
+        assert torch.linalg.matrix_rank(found[layer], rtol=1e-5) == rank
+
+
+def test_an_excluded_adapter_keeps_its_rank():
+    paths = [save("a", 1), save("b", 2)]
+    merge_checkpoints(paths, "merged", rank=3, exclude=["*value*"])
+    found, own, mean = updates("merged"), updates("a"), mean_of(*paths)
+    for layer in found:
+        torch.testing.assert_close(
+            found[layer], own[layer] if "value" in layer else best(mean[layer], 3), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"energy": 0.0}, "energy"),
+        ({"rank": 2, "energy": 0.5}, "Give one of them"),
+    ],
+    ids=["rank", "energy", "both"],
+)
+def test_how_much_to_keep_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints([save("a", 1), save("b", 2)], "merged", **options)
+
+
+def test_a_rank_for_whole_models_is_refused():
+    base().save_pretrained("model")
+    with pytest.raises(ValueError, match="rank and energy are for folders of adapters"):
+        merge_checkpoints(["model", "model"], "merged", tasks=["a", "b"], rank=2)

@@ -110,3 +110,40 @@ def test_a_gradient_where_the_factors_have_no_directions_is_left_whole():
     gradient = torch.ones(6, 9)
     FactorPair("A", "B", 1.0).project_(gradient, torch.eye(2, 9), torch.zeros(6, 2))
     assert torch.equal(gradient, torch.ones(6, 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs_first"),
+    [("wide", False), ("tall", False), ("convolution", False), ("wide", True), ("tall", True)],
+)
+def test_a_sum_of_updates_is_cut_as_if_it_was_formed(kind, inputs_first):
+    torch.manual_seed(0)
+    pair = FactorPair("A", "B", -0.5, inputs_first)
+    terms = [(share, *(torch.randn(shape) for shape in SHAPES[kind])) for share in (0.5, 0.3, 0.2)]
+    if inputs_first:
+        terms = [(share, first.T, second.T) for share, first, second in terms]
+    update = sum(share * pair.product(first, second) for share, first, second in terms)
+
+    *found, values = pair.combination(terms, 3)
+
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in terms[0][1:]]
+    torch.testing.assert_close(pair.product(*found).double(), best(update, 3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values[:5], torch.linalg.svdvals(update.flatten(1).double())[:5])
+
+
+def test_a_sum_of_updates_is_cut_without_memory_for_the_update():
+    size = 2**20  # its square would take 8 TB
+    first, second = torch.ones(1, size), torch.ones(size, 1)
+    first, second, values = FactorPair("A", "B", 1.0).combination([(0.5, first, second), (0.5, first, second)], 1)
+    torch.testing.assert_close(values[0], torch.tensor(float(size)).double())
+    torch.testing.assert_close((second[:3] @ first[:, :3]), torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("directions", [6, 40, 100])
+def test_the_directions_of_an_update_are_found_however_many_there_are(directions):
+    torch.manual_seed(0)
+    update = torch.randn(128, directions) @ torch.randn(directions, 160)
+    pair = FactorPair("A", "B", 2.0)
+    found = pair.factors(update, 4)
+    torch.testing.assert_close(pair.product(*found).double(), best(update, 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0] @ found[0].T, torch.eye(4), rtol=0.0, atol=1e-5)
