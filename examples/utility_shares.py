@@ -20,7 +20,7 @@ from lightning_odem import ContinualTrainer, TaskStream
 from lightning_odem.cli import ContinualCLI
 from lightning_odem.methods import resolve_method
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import COLORS, new_figure, open_frame
+from lightning_odem.report.drawing import COLORS, new_figure, open_frame
 from lightning_odem.report.tables import number
 from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
 from lightning_odem.studies.study import prepare

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_odem.report.figures import BLUE, GREEN, ORANGE, RED, new_figure, open_frame
+from lightning_odem.report.drawing import BLUE, GREEN, ORANGE, RED, new_figure, open_frame, shown
 from lightning_odem.report.merge_record import MergeRecord
 
 
@@ -47,7 +47,7 @@ def plot_search(record: MergeRecord) -> Figure:
     left.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("scale")
     left.set_ylabel("calibration loss")
-    left.set_title(f"merging {record.task}", loc="left", fontsize="medium")
+    left.set_title(f"merging {shown(record.task)}", loc="left", fontsize="medium")
     pieces = path.get("descent_loss", [])
     right.plot(range(len(pieces)), pieces, "s-", color=GREEN)
     if pieces:

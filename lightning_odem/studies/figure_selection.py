@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import COLORS, MARKERS
+from lightning_odem.report.drawing import COLORS, MARKERS
 from lightning_odem.studies.results import CellResult, Comparison
 
 # The first six colours are those of the report. The others differ from them and from the references' black and grey.

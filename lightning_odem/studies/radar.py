@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import new_figure
+from lightning_odem.report.drawing import new_figure, shown
 from lightning_odem.studies.figure_selection import cells_of_largest_size, method_styles
 from lightning_odem.studies.results import CellResult, Comparison, one_per_stream
 
@@ -41,11 +41,13 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
         if ours:
             curves[method] = (_task_means(tasks, ours, "merged"), {"lw": 1.4, "ms": 5, **style})
 
-    figure = new_figure(5.6 + 0.2 * max(map(len, tasks)) + 0.1 * max(map(len, curves)), 5.8)
+    figure = new_figure(
+        5.6 + 0.2 * max(len(shown(task)) for task in tasks) + 0.1 * max(len(shown(label)) for label in curves), 5.8
+    )
     axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     for label, (values, style) in curves.items():
-        axes.plot(np.append(angles, angles[:1]), np.append(values, values[:1]), label=label, **style)
+        axes.plot(np.append(angles, angles[:1]), np.append(values, values[:1]), label=shown(label), **style)
     metric = comparison.metric
     if metric is not None and metric.unit == "%":
         lowest = min((value for values, _ in curves.values() for value in values if math.isfinite(value)), default=0.0)
@@ -54,7 +56,7 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
         axes.set_yticks([tick for tick in range(0, 100, 20 if center < 60 else 10) if tick > center])
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    axes.set_xticks(angles, tasks)
+    axes.set_xticks(angles, list(map(shown, tasks)))
     axes.tick_params(axis="x", pad=1)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         side = math.sin(angle)
