@@ -28,36 +28,39 @@ def plot_changes(report: StreamReport) -> Figure:
     texts = {
         (row, column): metrics[column].text(found[row, column], "+") for row in range(size) for column in range(row + 1)
     }
-    figure = new_figure(3.4 + cell_size(size) * size, 1.8 + 0.36 * size)
+    figure = new_figure(3.4 + 1.2 * cell_size(size) * size, 2.2 + 0.36 * size)
     axes = figure.subplots()
     names = [f"merge of {shown(task)}" for task in report.tasks]
     image = heat_map(axes, colors, names, texts, {"norm": Normalize(-1, 1), "cmap": "RdBu"})
     name_columns(axes, report)
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=[-1, 0, 1])
     bar.set_ticks([-1, 0, 1], labels=["worse", "same", "better"])
-    bar.set_label("change of each task's score")
+    title = "score after minus before each merge"
     if shared is not None:
-        unit = " (percentage points)" if shared.unit == "%" else ""
-        way = "higher" if shared.higher_is_better else "lower"
+        way = "higher is better" if shared.higher_is_better else "lower is better"
+        unit = "percentage points, " if shared.unit == "%" else ""
+        title = f"{shared.name} after minus before each merge\n({unit}{way})"
         signed = largest.item() if shared.higher_is_better else -largest.item()
         labels = [f"{shared.text(sign * signed / shared.scale, '+')}" for sign in (-1, 0, 1)]
         bar.set_ticks([-1, 0, 1], labels=labels)
-        bar.set_label(f"{shared.name} after minus before{unit}\n{way} is better")
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
 def changes(report: StreamReport) -> list[list[float]]:
     """Score on each task after each merge minus before it; rows are merges, as in ``report.accuracy``.
 
-    Before its own merge, a task's score is ``before_training``. A merge after which a task was not measured has NaN,
-    and the next one at which it was is compared with the measurement before.
+    Before its own merge, a task's score is ``before_training``, or that of the base model for the first task. A merge
+    after which a task was not measured has NaN, and the next one at which it was is compared with the measurement
+    before.
 
     Example:
-        >>> report = StreamReport(["a", "b"], [1.0, 1.0], [[0.75], [0.5, 0.875]], before_training=[0.25, 0.5])
+        >>> report = StreamReport(["a", "b"], [1.0, 1.0], [[0.75], [0.5, 0.875]], [0.25, 0.375], [1.0, 1.0], [0.0, 0.5])
         >>> changes(report)
         [[0.5], [-0.25, 0.375]]
     """
-    last, rows = list(report.before_training), []
+    # No merged model was there before the first merge.
+    last, rows = [*report.pretrained[:1], *report.before_training[1:]], []
     for scores in report.accuracy:
         rows.append([after - before for after, before in zip(scores, last, strict=False)])
         last[: len(scores)] = [

@@ -165,7 +165,10 @@ def plot_path(record: MergeRecord) -> Figure:
         label = f"barrier = {record.barrier:.3g}"
         upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=RED, lw=2, marker="_", label=label)
     upper.axvline(record.t, color="0.4", lw=1, ls=":", label=f"operating time t = {record.t:.3g}")
+    label = f"merged model, {loss[-1]:.4g} (before: {loss[0]:.4g})"
+    upper.plot(t[-1:], loss[-1:], "o", color=RED, ms=11, mfc="none", label=label)
     upper.set_ylabel("calibration loss")
+    upper.ticklabel_format(axis="y", useOffset=False)
     upper.set_title(f"merging {shown(record.task)}", loc="left", fontsize="medium")
 
     if record.path["gamma"]:

@@ -18,7 +18,7 @@ def report() -> StreamReport:
         accuracy=[[0.9], [nan, 0.7], [0.65, 0.75, 0.95]],
         pretrained=[0.25, 0.5, 0.5],
         fine_tuned=[0.9, 0.85, 0.99],
-        before_training=[0.25, 0.5, nan],
+        before_training=[nan, 0.5, nan],
     )
 
 
@@ -31,10 +31,11 @@ def ticks(bar) -> list[str]:
 
 
 def test_a_cell_is_after_minus_before_in_points(report: StreamReport) -> None:
-    axes, bar = plot_changes(report).axes
+    figure = plot_changes(report)
+    axes, bar = figure.axes
     found = texts(axes)
     assert found == {(0, 0): "+65.0", (1, 0): "—", (1, 1): "+20.0", (2, 0): "-25.0", (2, 1): "+5.0", (2, 2): "—"}
-    assert bar.get_ylabel() == "accuracy after minus before (percentage points)\nhigher is better"
+    assert figure.get_suptitle() == "accuracy after minus before each merge\n(percentage points, higher is better)"
     assert ticks(bar) == ["-65.0", "+0.0", "+65.0"]
 
 
@@ -42,11 +43,12 @@ def test_better_is_blue_also_where_lower_is_better(report: StreamReport) -> None
     higher = plot_changes(report).axes[0].images[0].get_array()
     assert_allclose(higher.filled(nan)[2, :2], np.array([-25, 5]) / 65)
     report.metrics = dict.fromkeys("abc", TaskMetric("Perplexity", "", False))
-    axes, bar = plot_changes(report).axes
+    figure = plot_changes(report)
+    axes, bar = figure.axes
     assert_allclose(axes.images[0].get_array().filled(nan), -higher.filled(nan))
     assert texts(axes)[2, 0] == "-0.250"
     assert ticks(bar) == ["+0.650", "+0.000", "-0.650"]
-    assert bar.get_ylabel() == "Perplexity after minus before\nlower is better"
+    assert figure.get_suptitle() == "Perplexity after minus before each merge\n(lower is better)"
 
 
 def test_unlike_metrics_are_coloured_by_task(report: StreamReport) -> None:

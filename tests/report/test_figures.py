@@ -244,3 +244,7 @@ def test_references_of_the_stream_are_means_over_the_tasks_merged_so_far(report:
 def test_references_that_were_not_measured_are_left_out(report: StreamReport) -> None:
     report.pretrained = [nan] * 3
     assert [step.get_label()[-10:] for step in plot_accuracy_over_stream(report).axes[0].patches] == ["fine-tuned"]
+
+
+def test_the_end_of_a_path_is_the_merged_model() -> None:
+    assert_allclose(lines(plot_path(record(loss_incoming=0.6)))["merged model, 0.8 (before: 1)"], [[0.5], [0.8]])
