@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_odem.metrics import ACCURACY, TaskMetric
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
+from lightning_odem.report.conclusions import worse_than_expected
 from lightning_odem.report.plain import plain
 from lightning_odem.report.scalars import latest_scalars
 from lightning_odem.stream.directory import RunDirectory
@@ -23,45 +24,6 @@ def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -
     rank_zero_info(_summary(report))
     if doubts := worse_than_expected(report):
         rank_zero_warn(f"After task {plain(report.tasks[-1])}: {'; '.join(doubts)}.")
-
-
-def worse_than_expected(report: StreamReport) -> list[str]:
-    """What the numbers of the last merge say against it, in words; empty if nothing.
-
-    Named are tasks on which the merged model is worse than the pretrained one, and a fine-tuning that made its own task
-    worse.
-
-    Example:
-        >>> from lightning_odem.report import MergeRecord
-        >>> measured = {"weight": 1.0, "accuracy": [0.5], "pretrained": 0.625, "fine_tuned": 0.75}
-        >>> report = StreamReport().with_merge(MergeRecord("a", 1.0, "ode"), before_training=0.25, **measured)
-        >>> worse_than_expected(report)
-        ['the merged model is worse than the pretrained one on a (50.0 % instead of 62.5 %)']
-    """
-    found = []
-    metric = report.metric_of(report.tasks[-1])
-    if _is_worse(report.fine_tuned[-1], report.pretrained[-1], metric):
-        scores = _instead(report.fine_tuned[-1], report.pretrained[-1], metric)
-        found.append(f"fine-tuning made its own task worse than the pretrained model is on it ({scores})")
-    triples = zip(report.tasks, report.accuracy[-1], report.pretrained, strict=True)
-    worse = [
-        f"{plain(task)} ({_instead(score, before, report.metric_of(task))})"
-        for task, score, before in triples
-        if _is_worse(score, before, report.metric_of(task))
-    ]
-    if worse:
-        more = f" and {len(worse) - 3} tasks more" if len(worse) > 3 else ""
-        found.append(f"the merged model is worse than the pretrained one on {', '.join(worse[:3])}{more}")
-    return found
-
-
-def _is_worse(score: float, before: float, metric: TaskMetric) -> bool:
-    return score < before if metric.higher_is_better else score > before
-
-
-def _instead(score: float, before: float, metric: TaskMetric) -> str:
-    unit = f" {metric.unit}" if metric.unit else ""
-    return f"{metric.text(score)}{unit} instead of {metric.text(before)}{unit}"
 
 
 def _summary(report: StreamReport) -> str:

@@ -69,7 +69,7 @@ def name_columns(axes: Axes, report: StreamReport) -> None:
         labels = [f"{label}\n{report.metric_of(task).name}" for label, task in pairs]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     is_tilted = 0.09 * longest > cell_size(len(labels))
-    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tilted else {}
+    tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tilted else {}
     axes.set_xticks(range(len(labels)), labels, **tilt)
     axes.set_xlabel("task")
 
@@ -96,5 +96,5 @@ def heat_map(
     return image
 
 
-def _luminance(color: tuple[float, ...]) -> float:
+def _luminance(color: Any) -> float:
     return float(np.dot(color[:3], (0.299, 0.587, 0.114)))

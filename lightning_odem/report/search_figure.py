@@ -48,7 +48,7 @@ def plot_search(record: MergeRecord) -> Figure:
         left.axvline(taken_scale, color=GREEN, lw=1.2, label=f"scale taken: {taken_scale:.3g}")
         left.plot([taken_scale], [path["loss"][-1]], "o", color=RED, ms=11, mfc="none", label="chosen point")
     left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xticks(np.array(path["scale"])[order], [f"{scale:.2g}" for scale in np.array(path["scale"])[order]])
     left.set_xlabel("scale of the path (1: as far as the tasks' models in the mean)")
     left.set_ylabel("calibration loss")
     left.set_title(f"merging {shown(record.task)}", loc="left", fontsize="medium")
