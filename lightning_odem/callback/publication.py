@@ -1,10 +1,16 @@
-"""What a user sees of a merge: a report, numbers in the loggers and one line."""
+"""What a user sees of a merge: a report, numbers and figures in the loggers, and one line."""
 
 import math
+import re
+from pathlib import Path
+from urllib.parse import urlparse
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from PIL import Image
 
 from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
@@ -16,14 +22,45 @@ from lightning_odem.stream.directory import RunDirectory
 
 def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -> None:
     """Show the last merge of a stream; the step of the loggers is the number of its task."""
-    directory.save_report(trainer, report)
+    files = directory.save_report(trainer, report)
     scalars = latest_scalars(report)
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=len(report.tasks))
+        logger.log_metrics(_names_for(logger, scalars), step=len(report.tasks))
+        for file in files:
+            if file.suffix == ".png":
+                log_figure(logger, file, step=len(report.tasks))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
     rank_zero_info(_summary(report))
     if doubts := worse_than_expected(report):
         rank_zero_warn(f"After task {plain(report.tasks[-1])}: {'; '.join(doubts)}.")
+
+
+def _names_for(logger: Logger, scalars: dict[str, float]) -> dict[str, float]:
+    """The scalars under names that a logger accepts."""
+    if not isinstance(logger, MLFlowLogger):
+        return scalars
+    named = {re.sub(r"[^\w.\- :/]|(?<=/)\.*(?=/|$)", "_", name): value for name, value in scalars.items()}
+    if urlparse(logger.experiment.tracking_uri).scheme not in ("", "file"):
+        return named
+    # MLflow's file store has a file for each name, which cannot be the folder of other names too.
+    folders = {name for name in named for other in named if other.startswith(f"{name}/")}
+    return {f"{name}.mean" if name in folders else name: value for name, value in named.items()}
+
+
+def log_figure(logger: Logger, file: Path, step: int) -> None:
+    """Give a figure to a logger that takes images: TensorBoard, MLflow, or one with W&B's ``log_image``.
+
+    The figures of all merges have one name, ``merge/path``, and differ in their step.
+    """
+    name = f"merge/{file.stem.partition('-')[0]}"
+    if isinstance(logger, TensorBoardLogger):
+        with Image.open(file) as image:
+            logger.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        # An artifact has no step: the folder tells it.
+        logger.experiment.log_artifact(logger.run_id, str(file), f"merge/{step:02d}")
+    elif callable(log_image := getattr(logger, "log_image", None)):
+        log_image(key=name, images=[str(file)], step=step)
 
 
 def _summary(report: StreamReport) -> str:
