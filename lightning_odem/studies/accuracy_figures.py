@@ -8,13 +8,15 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from lightning_odem.report.drawing import new_figure, open_frame, shown
 from lightning_odem.studies.figure_selection import (
+    REFERENCE_STYLES,
     acc_label,
     acc_scale,
     cells_of_largest_size,
     fully_evaluated,
     method_styles,
+    references,
 )
-from lightning_odem.studies.results import CellResult, Comparison, mean_and_std
+from lightning_odem.studies.results import CellResult, Comparison, mean_and_std, one_per_stream
 
 
 def accuracy_over_tasks(
@@ -22,7 +24,8 @@ def accuracy_over_tasks(
 ) -> Figure:
     """Draw ACC (eq. 2) against the number of tasks merged, in percent.
 
-    Lines are means over the streams, and bands are one sample standard deviation. Methods that were not evaluated after
+    Lines are means over the streams, and bands are one sample standard deviation. Steps are ACC of the base model, the
+    fine-tuned models and, if there was any, joint training on the same tasks. Methods that were not evaluated after
     every merge are left out. If there are several calibration sizes, the largest is shown.
 
     Args:
@@ -47,6 +50,13 @@ def accuracy_over_tasks(
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.12, lw=0)
     if not axes.lines:
         raise ValueError("No method was evaluated after every merge; nothing to plot.")
+    for name, style in REFERENCE_STYLES.items():
+        rows = [(cell.report, references(comparison, cell).get(name)) for cell in one_per_stream(cells)]
+        count = len(cells[0].report.tasks)
+        accs = [[scale * r.weighted_accuracy(row[: k + 1]) for r, row in rows if row] for k in range(count)]
+        if all(accs):
+            means = [mean_and_std(values)[0] for values in accs]
+            axes.stairs(means, np.arange(count + 1) + 0.5, baseline=None, label=name, **style)
     axes.set_xlabel("number of tasks merged")
     axes.set_ylabel(acc_label(comparison, weighting))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

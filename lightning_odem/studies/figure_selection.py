@@ -40,6 +40,22 @@ def fully_evaluated(cells: Sequence[CellResult]) -> dict[str, list[CellResult]]:
     return {method: group for method, group in groups.items() if method not in unmeasured}
 
 
+def references(comparison: Comparison, cell: CellResult) -> dict[str, list[float]]:
+    """Scores on each task of a cell of the base model, the fine-tuned models and, if there was any, joint training."""
+    report = cell.report
+    found = {"pretrained": report.pretrained, "fine-tuned": report.fine_tuned}
+    if joint := comparison.joint.get(cell.seed):
+        found["joint training"] = [joint.get(task, math.nan) for task in report.tasks]
+    return found
+
+
+REFERENCE_STYLES: dict[str, dict[str, Any]] = {
+    "pretrained": {"color": "0.55", "ls": "--", "lw": 1.8},
+    "fine-tuned": {"color": "black", "ls": "--", "lw": 1.8},
+    "joint training": {"color": "black", "ls": ":", "lw": 1.8},
+}
+
+
 def method_styles(comparison: Comparison, methods: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Colour and marker of each method to draw.
 

@@ -9,16 +9,21 @@ from matplotlib.figure import Figure
 
 from lightning_odem.metrics import ACCURACY
 from lightning_odem.report.drawing import new_figure, shown
-from lightning_odem.studies.figure_selection import cells_of_largest_size, method_styles
+from lightning_odem.studies.figure_selection import (
+    REFERENCE_STYLES,
+    cells_of_largest_size,
+    method_styles,
+    references,
+)
 from lightning_odem.studies.results import CellResult, Comparison, one_per_stream
 
 
 def radar(comparison: Comparison, methods: Sequence[str] | None = None, weighting: str = "uniform") -> Figure:
     """Draw the accuracy of the final merged models on each task, in percent (Fig. 2 of the paper).
 
-    Accuracies are means over the streams. Spokes are tasks, in the first stream's order. The outlines of the base model
-    and of the fine-tuned models are means over the same streams. The radial axis does not start at 0. If there are
-    several calibration sizes, the largest is shown.
+    Accuracies are means over the streams. Spokes are tasks, in the first stream's order. The outlines of the base
+    model, of the fine-tuned models and of joint training, if there was any, are means over the same streams. The radial
+    axis does not start at 0. If there are several calibration sizes, the largest is shown.
 
     Args:
         comparison: What to show.
@@ -32,14 +37,16 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     styles = method_styles(comparison, methods)
     tasks = cells[0].report.tasks
     streams = one_per_stream(cells)
-    curves: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "pretrained": (_task_means(tasks, streams, "pretrained"), {"color": "0.55", "ls": "--", "lw": 1.8}),
-        "fine-tuned": (_task_means(tasks, streams, "fine_tuned"), {"color": "black", "ls": "--", "lw": 1.8}),
-    }
+    curves: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
+    for name, style in REFERENCE_STYLES.items():
+        rows = [(cell, references(comparison, cell).get(name)) for cell in streams]
+        if known := [(cell, row) for cell, row in rows if row]:
+            curves[name] = _task_means(tasks, known), style
     for method, style in styles.items():
         ours = [cell for cell in cells if cell.method == method]
         if ours:
-            curves[method] = (_task_means(tasks, ours, "merged"), {"lw": 1.4, "ms": 5, **style})
+            merged = [(cell, cell.report.accuracy[-1]) for cell in ours]
+            curves[method] = (_task_means(tasks, merged), {"lw": 1.4, "ms": 5, **style})
 
     figure = new_figure(
         5.6 + 0.2 * max(len(shown(task)) for task in tasks) + 0.1 * max(len(shown(label)) for label in curves), 5.8
@@ -73,12 +80,11 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     return figure
 
 
-def _task_means(tasks: list[str], cells: list[CellResult], model: str) -> np.ndarray:
-    """Mean score [K] on each task, scaled as drawn, of the pretrained, fine-tuned or final merged models."""
+def _task_means(tasks: list[str], scores: list[tuple[CellResult, list[float]]]) -> np.ndarray:
+    """Mean score [K] on each task, scaled as drawn, of the models with these scores on the tasks of their cells."""
     rows = []
-    for cell in cells:
+    for cell, values in scores:
         report = cell.report
-        values = report.accuracy[-1] if model == "merged" else getattr(report, model)
         accuracies = dict(zip(report.tasks, values, strict=True))
         rows.append([report.metric_of(task).scale * accuracies[task] for task in tasks])
     return np.mean(rows, axis=0)
