@@ -2,6 +2,7 @@
 
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
 
 from lightning_odem.parameters.files import read_regular, replacing
@@ -12,6 +13,9 @@ from lightning_odem.report.page import CAPTIONS, render_page
 from lightning_odem.report.record import StreamReport
 from lightning_odem.report.search_figure import plot_search
 from lightning_odem.report.tables import render_summary
+
+# Bytes of a task's name in the name of a file; file systems allow 255 in all, and a draft has a longer name.
+_LONGEST = 200
 
 
 def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0) -> list[Path]:
@@ -56,6 +60,8 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
 
 def _path_name(number: int, record: MergeRecord) -> str:
     task = re.sub(r"[^\w.-]+", "_", record.task)
+    if len(task.encode()) > _LONGEST:
+        task = f"{task.encode()[: _LONGEST - 9].decode(errors='ignore')}-{sha256(task.encode()).hexdigest()[:8]}"
     return f"path-{number:02d}-{task}"
 
 

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,12 @@ def test_the_page_goes_without_figures_that_cannot_be_read(report: StreamReport,
     os.mkfifo(tmp_path / "path-01-b_c_d.png")
     save(report, tmp_path, first_path=-1)
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count('src="data:image/png') == 4
+
+
+@pytest.mark.parametrize("letter", ["x", "\u6570"], ids=["latin", "chinese"])
+def test_names_longer_than_file_systems_allow_are_cut(letter: str, report: StreamReport, tmp_path: Path) -> None:
+    report.tasks = [report.merges[0].task, 300 * letter]
+    report.merges = [report.merges[0], replace(report.merges[1], task=300 * letter)]
+    written = save(report, tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('src="data:image/png') == 4
+    assert max(len(file.name.encode()) for file in written) < 240
