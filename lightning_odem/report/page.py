@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from math import isfinite, isnan
+from typing import Any
 
 from jinja2 import Environment, Template
 
@@ -51,7 +52,7 @@ def render_page(report: StreamReport, figures: Mapping[str, bytes], paths: Mappi
         remarks=list(map(plain, removals(report))),
         figures={CAPTIONS[name]: _embedded(figures[name]) for name in CAPTIONS if name in figures},
         settings=_settings(report),
-        merges=[_merge(report, index, paths.get(index)) for index in range(len(report.merges))],
+        merges=[_merge(report, index, row, paths.get(index)) for index, row in enumerate(changes(report))],
     )
 
 
@@ -78,10 +79,10 @@ def _settings(report: StreamReport) -> dict[str, str]:
     }
 
 
-def _merge(report: StreamReport, index: int, png: bytes | None) -> dict:
+def _merge(report: StreamReport, index: int, change: list[float], png: bytes | None) -> dict[str, Any]:
     record = report.merges[index]
-    found = zip(report.tasks, changes(report)[index], strict=False)  # rows are ragged
-    changed = [f"{plain(task)} {report.metric_of(task).text(c, '+')}" for task, c in found if not isnan(c)]
+    found = zip(report.tasks, change, strict=False)  # rows are ragged
+    changed = [f"{plain(task)} {report.metric_of(task).text(value, '+')}" for task, value in found if not isnan(value)]
     facts = {
         "utility weight": f"{report.weights[index]:.4g}",
         "operating time t": f"{record.t:.4g}",
