@@ -50,7 +50,7 @@ def _reasons(record: MergeRecord, weights: list[float]) -> Iterator[str]:
 
 
 def _search(path: dict[str, list[float]]) -> str:
-    lowest = min(loss for loss in path["scale_loss"] if not math.isnan(loss))
+    lowest = min((loss for loss in path["scale_loss"] if not math.isnan(loss)), default=math.nan)
     tried, average = len(path["scale"]), path["average_loss"][0]
     if not path["scale_taken"][0]:
         return (

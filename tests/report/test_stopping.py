@@ -49,3 +49,8 @@ def test_a_searched_time_has_the_lowest_held_out_loss():
         "The loss on held-out samples is lowest at t = 0.4: 0.7, of 3 times tried from 0.3 to 0.5. "
         "Steps taken back on the way because the loss rose: 1."
     )
+
+
+def test_losses_on_the_path_that_were_not_finite_are_passed_over():
+    lost = {"scale_loss": [float("nan")] * 2, "scale_taken": [0.0]}
+    assert why(SEARCH | lost).endswith("the lowest of 2 scales tried on the path nan.")
