@@ -12,10 +12,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
     ("script", "expected"),
     [
         ("plain_loop.py", "after striped"),
-        ("utility_weights.py", "rotated counts four times: operating times 1.00, 0.20, 0.17"),
+        ("deploy_for_important_tasks.py", "rotated counts four times: operating times 1.00, 0.20, 0.17"),
         ("own_module.py", "after task_3"),
         ("lora.py", "after rot13"),
-        ("utility_shares.py", "w of inverted"),
+        ("share_of_utility_study.py", "w of inverted"),
         ("sentence_classification.py", "after size"),
         ("causal_language_model.py", "after language 2"),
         ("regression.py", "after pressure"),

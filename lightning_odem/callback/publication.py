@@ -1,13 +1,20 @@
-"""What a user sees of a merge: a report, numbers in the loggers and one line."""
+"""What a user sees of a merge: a report, numbers and figures in the loggers, and one line."""
 
 import math
+import re
+from pathlib import Path
+from urllib.parse import urlparse
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from PIL import Image
 
-from lightning_odem.metrics import ACCURACY, TaskMetric
+from lightning_odem.metrics import ACCURACY
 from lightning_odem.report import StreamReport
+from lightning_odem.report.conclusions import worse_than_expected
 from lightning_odem.report.plain import plain
 from lightning_odem.report.scalars import latest_scalars
 from lightning_odem.stream.directory import RunDirectory
@@ -15,53 +22,45 @@ from lightning_odem.stream.directory import RunDirectory
 
 def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -> None:
     """Show the last merge of a stream; the step of the loggers is the number of its task."""
-    directory.save_report(trainer, report)
+    files = directory.save_report(trainer, report)
     scalars = latest_scalars(report)
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=len(report.tasks))
+        logger.log_metrics(_names_for(logger, scalars), step=len(report.tasks))
+        for file in files:
+            if file.suffix == ".png":
+                log_figure(logger, file, step=len(report.tasks))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
     rank_zero_info(_summary(report))
     if doubts := worse_than_expected(report):
         rank_zero_warn(f"After task {plain(report.tasks[-1])}: {'; '.join(doubts)}.")
 
 
-def worse_than_expected(report: StreamReport) -> list[str]:
-    """What the numbers of the last merge say against it, in words; empty if nothing.
+def _names_for(logger: Logger, scalars: dict[str, float]) -> dict[str, float]:
+    """The scalars under names that a logger accepts."""
+    if not isinstance(logger, MLFlowLogger):
+        return scalars
+    named = {re.sub(r"[^\w.\- :/]|(?<=/)\.*(?=/|$)", "_", name): value for name, value in scalars.items()}
+    if urlparse(logger.experiment.tracking_uri).scheme not in ("", "file"):
+        return named
+    # MLflow's file store has a file for each name, which cannot be the folder of other names too.
+    folders = {name for name in named for other in named if other.startswith(f"{name}/")}
+    return {f"{name}.mean" if name in folders else name: value for name, value in named.items()}
 
-    Named are tasks on which the merged model is worse than the pretrained one, and a fine-tuning that made its own task
-    worse.
 
-    Example:
-        >>> from lightning_odem.report import MergeRecord
-        >>> measured = {"weight": 1.0, "accuracy": [0.5], "pretrained": 0.625, "fine_tuned": 0.75}
-        >>> report = StreamReport().with_merge(MergeRecord("a", 1.0, "ode"), before_training=0.25, **measured)
-        >>> worse_than_expected(report)
-        ['the merged model is worse than the pretrained one on a (50.0 % instead of 62.5 %)']
+def log_figure(logger: Logger, file: Path, step: int) -> None:
+    """Give a figure to a logger that takes images: TensorBoard, MLflow, or one with W&B's ``log_image``.
+
+    The figures of all merges have one name, ``merge/path``, and differ in their step.
     """
-    found = []
-    metric = report.metric_of(report.tasks[-1])
-    if _is_worse(report.fine_tuned[-1], report.pretrained[-1], metric):
-        scores = _instead(report.fine_tuned[-1], report.pretrained[-1], metric)
-        found.append(f"fine-tuning made its own task worse than the pretrained model is on it ({scores})")
-    triples = zip(report.tasks, report.accuracy[-1], report.pretrained, strict=True)
-    worse = [
-        f"{plain(task)} ({_instead(score, before, report.metric_of(task))})"
-        for task, score, before in triples
-        if _is_worse(score, before, report.metric_of(task))
-    ]
-    if worse:
-        more = f" and {len(worse) - 3} tasks more" if len(worse) > 3 else ""
-        found.append(f"the merged model is worse than the pretrained one on {', '.join(worse[:3])}{more}")
-    return found
-
-
-def _is_worse(score: float, before: float, metric: TaskMetric) -> bool:
-    return score < before if metric.higher_is_better else score > before
-
-
-def _instead(score: float, before: float, metric: TaskMetric) -> str:
-    unit = f" {metric.unit}" if metric.unit else ""
-    return f"{metric.text(score)}{unit} instead of {metric.text(before)}{unit}"
+    name = f"merge/{file.stem.partition('-')[0]}"
+    if isinstance(logger, TensorBoardLogger):
+        with Image.open(file) as image:
+            logger.experiment.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        # An artifact has no step: the folder tells it.
+        logger.experiment.log_artifact(logger.run_id, str(file), f"merge/{step:02d}")
+    elif callable(log_image := getattr(logger, "log_image", None)):
+        log_image(key=name, images=[str(file)], step=step)
 
 
 def _summary(report: StreamReport) -> str:

@@ -1,5 +1,7 @@
 """What is known about a stream: as data, as text, as figures."""
 
+from lightning_odem.report.changes_figure import plot_changes
+from lightning_odem.report.conclusions import conclude
 from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 from lightning_odem.report.record import StreamReport
@@ -11,8 +13,10 @@ __all__ = [
     "MergeRecord",
     "RemovalRecord",
     "StreamReport",
+    "conclude",
     "plot_accuracy_matrix",
     "plot_accuracy_over_stream",
+    "plot_changes",
     "plot_path",
     "plot_search",
     "render_costs",

@@ -1,58 +1,62 @@
 """Figures of a report; matplotlib's global state stays untouched, so they can be drawn in any thread."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from lightning_odem.metrics import TaskMetric
+from lightning_odem.report.drawing import (
+    BLUE,
+    COLORS,
+    GREEN,
+    MARKERS,
+    ORANGE,
+    RED,
+    cell_size,
+    heat_map,
+    name_columns,
+    new_figure,
+    open_frame,
+    shown,
+    task_labels,
+)
 from lightning_odem.report.merge_record import MergeRecord
 from lightning_odem.report.record import StreamReport
 
-# Okabe and Ito's colour-blind-safe palette without its black, which marks the mean, and its yellow, which is too pale
-# for a line
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
-BLUE, ORANGE, GREEN, RED = COLORS[:4]
-MARKERS = "osD^vP*Xp<>"
 
+def plot_accuracy_matrix(report: StreamReport, joint: Mapping[str, float] | None = None) -> Figure:
+    """Heat map of the score on each task, in percent or as it is: references on top, merged models below.
 
-def plot_accuracy_matrix(report: StreamReport) -> Figure:
-    """Heat map of the score on each task, in percent or as it is: base and incoming models on top, merged models below.
-
-    Brighter is better. If tasks have different metrics, colours go from the worst to the best score of each task. A
-    dash marks a score that was not measured.
+    References are the base model, the incoming models on their own tasks and, if it is given, joint training. Brighter
+    is better. If tasks have different metrics, colours go from the worst to the best score of each task. A dash marks a
+    score that was not measured.
 
     Args:
         report: A report of at least one merge.
+        joint: Score of joint training on each task, by name, as in
+            :attr:`Comparison.joint <lightning_odem.studies.Comparison>`.
     """
     metrics, shared = [report.metric_of(task) for task in report.tasks], report.metric()
     scale = np.array([metric.scale for metric in metrics])
-    references, merged = np.array([report.pretrained, report.fine_tuned]), report.matrix().numpy()
+    rows = {"pretrained": report.pretrained, "fine-tuned": report.fine_tuned} | _joint_row(report, joint)
+    references, merged = np.array(list(rows.values())), report.matrix().numpy()
     values = scale * np.vstack([references, merged])
-    size = len(report.tasks)
-    cell = 0.75 if size < 10 else 0.48
-    figure = new_figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, size])
+    size, above = len(report.tasks), len(rows)
+    figure = new_figure(3.2 + cell_size(size) * size, 1.8 + 0.36 * (size + above))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[above, size])
     norm = _norm(values, shared)
     style = {"norm": norm, "cmap": "viridis" if shared is None or shared.higher_is_better else "viridis_r"}
     colors = _from_worst_to_best(values, metrics) if shared is None else values
-    image = _heat_map(upper, colors[:2], ["pretrained", "fine-tuned"], _cells(report, references), style)
-    names = [f"after {task}" for task in report.tasks]
-    _heat_map(lower, colors[2:], names, _cells(report, merged, triangular=True), style)
-    labels = _task_labels(report)
-    if shared is None:
-        labels = [f"{label}\n{metric.name}" for label, metric in zip(labels, metrics, strict=True)]
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if 0.09 * longest > cell else {}
-    lower.set_xticks(range(size), labels, **tilt)
-    lower.set_xlabel("task")
+    image = heat_map(upper, colors[:above], list(rows), _cells(report, references), style)
+    names = [f"after {shown(task)}" for task in report.tasks]
+    heat_map(lower, colors[above:], names, _cells(report, merged, triangular=True), style)
+    name_columns(lower, report)
     lower.set_ylabel("merged model")
     bar = figure.colorbar(
         image,
@@ -66,13 +70,16 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
     return figure
 
 
-def plot_accuracy_over_stream(report: StreamReport) -> Figure:
+def plot_accuracy_over_stream(report: StreamReport, joint: Mapping[str, float] | None = None) -> Figure:
     """ACC_w (eq. 2) and the score on each task against the number of merges, in percent or as it is.
 
-    If tasks have different metrics, each metric has axes of its own and there is no mean.
+    Steps are references: the same mean over the tasks merged so far for the base model, for the incoming models, and
+    for joint training if it is given. If tasks have different metrics, each metric has axes of its own and there is no
+    mean.
 
     Args:
         report: A report of at least one merge.
+        joint: Score of joint training on each task, by name.
     """
     size = len(report.tasks)
     merges = np.arange(1, size + 1)
@@ -80,13 +87,16 @@ def plot_accuracy_over_stream(report: StreamReport) -> Figure:
     shared = report.metric()
     panels = list(dict.fromkeys(map(report.metric_of, report.tasks)))
     colors = COLORS if size <= len(COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
-    figure = new_figure(7.2, max(2.0 + 2.0 * len(panels), 1.0 + 0.2 * size))
+    labels = task_labels(report)
+    height = max(2.0 + 2.0 * len(panels), 1.6 + 0.2 * size)
+    figure = new_figure(max(7.2, 5.0 + 0.1 * max(map(len, labels))), height)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     if shared is not None:
         name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
         mean = [shared.scale * report.acc(merge) for merge in range(size)]
         grid[0].plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
-    for index, (task, label) in enumerate(zip(report.tasks, _task_labels(report), strict=True)):
+        _draw_references(grid[0], report, shared.scale, name, joint)
+    for index, (task, label) in enumerate(zip(report.tasks, labels, strict=True)):
         metric = report.metric_of(task)
         axes = grid[panels.index(metric)]
         color, marker = colors[index], MARKERS[index % len(MARKERS)]
@@ -155,8 +165,11 @@ def plot_path(record: MergeRecord) -> Figure:
         label = f"barrier = {record.barrier:.3g}"
         upper.plot(t[[highest, highest]], [chord[highest], loss[highest]], color=RED, lw=2, marker="_", label=label)
     upper.axvline(record.t, color="0.4", lw=1, ls=":", label=f"operating time t = {record.t:.3g}")
+    label = f"merged model, {loss[-1]:.4g} (before: {loss[0]:.4g})"
+    upper.plot(t[-1:], loss[-1:], "o", color=RED, ms=11, mfc="none", label=label)
     upper.set_ylabel("calibration loss")
-    upper.set_title(f"merging {record.task}", loc="left", fontsize="medium")
+    upper.ticklabel_format(axis="y", useOffset=False)
+    upper.set_title(f"merging {shown(record.task)}", loc="left", fontsize="medium")
 
     if record.path["gamma"]:
         gamma, ratio = record.path["gamma"], record.path["alignment_ratio"]
@@ -179,17 +192,20 @@ def plot_path(record: MergeRecord) -> Figure:
     return figure
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure with a size in inches, without matplotlib's global state."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def _joint_row(report: StreamReport, joint: Mapping[str, float] | None) -> dict[str, list[float]]:
+    return {} if joint is None else {"joint training": [joint.get(task, math.nan) for task in report.tasks]}
 
 
-def _task_labels(report: StreamReport) -> list[str]:
-    if len(set(report.weights)) == 1:
-        return report.tasks
-    return [f"{task} (w={weight:.4g})" for task, weight in zip(report.tasks, report.weights, strict=True)]
+def _draw_references(
+    axes: Axes, report: StreamReport, scale: float, name: str, joint: Mapping[str, float] | None
+) -> None:
+    rows = {"pretrained": report.pretrained, "fine-tuned": report.fine_tuned} | _joint_row(report, joint)
+    size = len(report.tasks)
+    for (label, scores), style in zip(rows.items(), (":", "--", "-."), strict=False):
+        means = [scale * report.weighted_accuracy(scores[: merge + 1]) for merge in range(size)]
+        if any(map(math.isfinite, means)):
+            edges = np.arange(size + 1) + 0.5
+            axes.stairs(means, edges, baseline=None, color="0.4", lw=1.5, ls=style, label=f"{name} {label}")
 
 
 def _norm(values: np.ndarray, metric: TaskMetric | None) -> Normalize:
@@ -219,24 +235,3 @@ def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -
         if not (triangular and column > row):
             texts[row, column] = report.metric_of(report.tasks[column]).text(value)
     return texts
-
-
-def _heat_map(
-    axes: Axes, values: np.ndarray, rows: list[str], cells: dict[tuple[int, int], str], style: dict[str, Any]
-) -> AxesImage:
-    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", **style)
-    for (row, column), text in cells.items():
-        place = style["norm"](values[row, column])
-        dark = place < 0.5 if style["cmap"] == "viridis" else place > 0.5
-        axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    return image
-
-
-def open_frame(axes: Axes) -> None:
-    """Give axes the style of all figures: a pale grid, and no frame above and to the right."""
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -50,15 +50,29 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
     if not report.tasks:
         return "No merge yet.\n"
     width = width or Console().width
-    body = _accuracy_rows(report)
     for numbered in (False, True):
-        header, labels = _accuracy_names(report, numbered)
-        rows = [[label, *cells] for label, cells in zip(labels, body, strict=False)]
+        header, rows = accuracy_cells(report, numbered)
         if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
+    below = [*unlike(report), *removals(report)]
+    return render(accuracy_title(report), header, rows, width) + "".join(f"\n{fill(line, width)}\n" for line in below)
+
+
+def accuracy_title(report: StreamReport) -> str:
+    """What the numbers of :func:`render_table` are."""
     shared = report.metric()
-    title = "Scores" if shared is None else f"Accuracy{shared.label[8:]}" if shared == ACCURACY else shared.label
-    return render(title, header, rows, width) + _unlike(report, width) + _removals(report, width)
+    return "Scores" if shared is None else f"Accuracy{shared.label[8:]}" if shared == ACCURACY else shared.label
+
+
+def accuracy_cells(report: StreamReport, numbered: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of :func:`render_table`; names are as they are, and there may be control characters in them.
+
+    Args:
+        report: What to show.
+        numbered: Whether columns have numbers instead of names, and the rows tell which number is which task.
+    """
+    header, labels = _accuracy_names(report, numbered)
+    return header, [[label, *cells] for label, cells in zip(labels, _accuracy_rows(report), strict=False)]
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
@@ -84,22 +98,21 @@ def render_summary(report: StreamReport, width: int | None = None) -> str:
     return "\n".join(parts)
 
 
-def _unlike(report: StreamReport, width: int) -> str:
+def unlike(report: StreamReport) -> list[str]:
     """The reason why there is no mean over the tasks, if there is none."""
     if report.metric() is not None:
-        return ""
+        return []
     found = ", ".join(dict.fromkeys(report.metric_of(task).label for task in report.tasks))
-    return f"\n{fill(f'No ACC and BWT: the tasks are measured by unlike metrics, {found}.', width)}\n"
+    return [f"No ACC and BWT: the tasks are measured by unlike metrics, {found}."]
 
 
-def _removals(report: StreamReport, width: int) -> str:
+def removals(report: StreamReport) -> list[str]:
     """A line for each task that was taken out of the stream again."""
-    lines = [
+    return [
         f"Taken out: {record.task}."
         + (f" It was in what was measured after {', '.join(record.measured_with)}." if record.measured_with else "")
         for record in report.removed
     ]
-    return "".join(f"\n{fill(line, width)}\n" for line in lines)
 
 
 def _accuracy_names(report: StreamReport, numbered: bool) -> tuple[list[str], list[str]]:

@@ -2,20 +2,27 @@
 
 import os
 import re
+from hashlib import sha256
 from pathlib import Path
 
-from lightning_odem.parameters.files import replacing
+from lightning_odem.parameters.files import read_regular, replacing
+from lightning_odem.report.changes_figure import plot_changes
 from lightning_odem.report.figures import plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
+from lightning_odem.report.merge_record import MergeRecord
+from lightning_odem.report.page import CAPTIONS, render_page
 from lightning_odem.report.record import StreamReport
 from lightning_odem.report.search_figure import plot_search
 from lightning_odem.report.tables import render_summary
 
+# Bytes of a task's name in the name of a file; file systems allow 255 in all, and a draft has a longer name.
+_LONGEST = 200
+
 
 def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0) -> list[Path]:
-    """Write ``report.json``, ``table.txt`` and the figures; files of the same names are replaced.
+    """Write ``report.json``, ``report.html``, ``table.txt`` and the figures; files of the same names are replaced.
 
-    The figures are ``accuracy_matrix.png``, ``accuracy_over_stream.png`` and, for every merge that followed a path,
-    ``path-<number>-<task>.png``.
+    The figures are ``accuracy_matrix.png``, ``accuracy_over_stream.png``, ``changes.png`` and, for every merge that
+    followed a path, ``path-<number>-<task>.png``. The page has those that are in the directory.
 
     Args:
         report: What to write.
@@ -35,13 +42,46 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     if report.merges:
         figures["accuracy_matrix"] = plot_accuracy_matrix(report)
         figures["accuracy_over_stream"] = plot_accuracy_over_stream(report)
+        figures["changes"] = plot_changes(report)
     for number, record in list(enumerate(report.merges, start=1))[first_path:]:
         if len(record.path.get("t", [])) > 1:
-            task = re.sub(r"[^\w.-]+", "_", record.task)
-            figures[f"path-{number:02d}-{task}"] = (plot_search if record.path.get("scale") else plot_path)(record)
+            figures[_path_name(number, record)] = (plot_search if record.path.get("scale") else plot_path)(record)
     for name, figure in figures.items():
         written.append(directory / f"{name}.png")
         with replacing(written[-1]) as draft:
             figure.savefig(draft, format="png")
+    if report.merges:
+        written.append(directory / "report.html")
+        with replacing(written[-1]) as draft:
+            draft.write_text(_page(report, directory), encoding="utf-8")
     # Written last: if it is up to date, the others are too.
     return [*written, report.save(directory / "report.json")]
+
+
+def _path_name(number: int, record: MergeRecord) -> str:
+    task = re.sub(r"[^\w.-]+", "_", record.task)
+    if len(task.encode()) > _LONGEST:
+        task = f"{task.encode()[: _LONGEST - 9].decode(errors='ignore')}-{sha256(task.encode()).hexdigest()[:8]}"
+    return f"path-{number:02d}-{task}"
+
+
+def _page(report: StreamReport, directory: Path) -> str:
+    """The page, with figures as they are in the directory: most of them were drawn after earlier merges."""
+    figures = {name: _read(directory, name) for name in CAPTIONS}
+    paths = {
+        index: _read(directory, _path_name(index + 1, record))
+        for index, record in enumerate(report.merges)
+        if len(record.path.get("t", [])) > 1
+    }
+    return render_page(
+        report,
+        {name: png for name, png in figures.items() if png is not None},
+        {index: png for index, png in paths.items() if png is not None},
+    )
+
+
+def _read(directory: Path, name: str) -> bytes | None:
+    try:
+        return read_regular(directory / f"{name}.png")
+    except OSError:
+        return None

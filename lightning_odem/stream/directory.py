@@ -283,13 +283,14 @@ class RunDirectory:
         if self.path is not None and trainer.is_global_zero:
             remove_unnamed(self.path, named, kept)
 
-    def save_report(self, trainer: L.Trainer, report: StreamReport) -> None:
-        """Write ``report.json``, ``table.txt`` and the figures in the main process.
+    def save_report(self, trainer: L.Trainer, report: StreamReport) -> list[Path]:
+        """Write the report, its page, table and figures in the main process, and return their files.
 
         If that fails there is only a warning, since they can be written again from the state.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            ReportFiles(self.path).write(report, first_path=-1)
+            return ReportFiles(self.path).write(report, first_path=-1)
+        return []
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:

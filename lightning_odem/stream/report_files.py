@@ -37,20 +37,21 @@ class ReportFiles:
             return False
         return written.tasks == report.tasks and len(written.removed) == len(report.removed)
 
-    def write(self, report: StreamReport, first_path: int) -> None:
-        """Write the report; if that fails there is only a warning.
+    def write(self, report: StreamReport, first_path: int) -> list[Path]:
+        """Write the report and return its files; if that fails there is only a warning.
 
         Args:
             report: The report.
             first_path: Index of the first merge whose path is drawn, see :func:`~lightning_odem.report.save`.
         """
         try:
-            save(report, self._directory, first_path=first_path)
+            return save(report, self._directory, first_path=first_path)
         except OSError as error:
             rank_zero_warn(
                 f"The stream is written and kept, but its report could not be written: {error}. The next merge, or "
                 "remaining() of the callback, writes it."
             )
+            return []
 
     def mend(self, report: StreamReport) -> None:
         """Write the report of the state again, and keep one that tells of more tasks."""

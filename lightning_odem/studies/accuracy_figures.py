@@ -6,15 +6,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from lightning_odem.report.figures import new_figure, open_frame
+from lightning_odem.report.drawing import new_figure, open_frame, shown
 from lightning_odem.studies.figure_selection import (
+    REFERENCE_STYLES,
     acc_label,
     acc_scale,
     cells_of_largest_size,
     fully_evaluated,
     method_styles,
+    references,
 )
-from lightning_odem.studies.results import CellResult, Comparison, mean_and_std
+from lightning_odem.studies.results import CellResult, Comparison, mean_and_std, one_per_stream
 
 
 def accuracy_over_tasks(
@@ -22,7 +24,8 @@ def accuracy_over_tasks(
 ) -> Figure:
     """Draw ACC (eq. 2) against the number of tasks merged, in percent.
 
-    Lines are means over the streams, and bands are one sample standard deviation. Methods that were not evaluated after
+    Lines are means over the streams, and bands are one sample standard deviation. Steps are ACC of the base model, the
+    fine-tuned models and, if there was any, joint training on the same tasks. Methods that were not evaluated after
     every merge are left out. If there are several calibration sizes, the largest is shown.
 
     Args:
@@ -43,10 +46,17 @@ def accuracy_over_tasks(
         accs = [[scale * cell.report.acc(k) for cell in evaluated[method]] for k in range(len(cells[0].report.tasks))]
         mean, std = np.array([mean_and_std(values) for values in accs]).T
         tasks = np.arange(1, len(mean) + 1)
-        axes.plot(tasks, mean, lw=1.6, ms=5, label=method, **style)
+        axes.plot(tasks, mean, lw=1.6, ms=5, label=shown(method), **style)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.12, lw=0)
     if not axes.lines:
         raise ValueError("No method was evaluated after every merge; nothing to plot.")
+    for name, style in REFERENCE_STYLES.items():
+        rows = [(cell.report, references(comparison, cell).get(name)) for cell in one_per_stream(cells)]
+        count = len(cells[0].report.tasks)
+        accs = [[scale * r.weighted_accuracy(row[: k + 1]) for r, row in rows if row] for k in range(count)]
+        if all(accs):
+            means = [mean_and_std(values)[0] for values in accs]
+            axes.stairs(means, np.arange(count + 1) + 0.5, baseline=None, label=name, **style)
     axes.set_xlabel("number of tasks merged")
     axes.set_ylabel(acc_label(comparison, weighting))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -84,7 +94,7 @@ def sizes(comparison: Comparison, methods: Sequence[str] | None = None, weightin
             mean, std = np.array(spread).T
             beside = 1.025 ** (index - (len(styles) - 1) / 2)
             x = beside * np.array(found)
-            axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=method, **style)
+            axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=shown(method), **style)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(comparison.calibration_sizes))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -125,9 +135,9 @@ def cost(comparison: Comparison, methods: Sequence[str] | None = None, weighting
         spread = [mean_and_std([scale * cell.report.acc() for cell in groups[size]]) for size in sorted(groups)]
         mean, std = np.array(spread).T
         if x.max() > 0:
-            axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=method, **style)
+            axes.errorbar(x, mean, std, lw=1.4, ms=5, elinewidth=1, capsize=2, label=shown(method), **style)
         else:
-            axes.axhline(mean[-1], color=style["color"], lw=1.4, ls="--", label=method)
+            axes.axhline(mean[-1], color=style["color"], lw=1.4, ls="--", label=shown(method))
     if not axes.containers:
         raise ValueError("No method took a gradient; nothing to plot.")
     axes.set_xscale("log")

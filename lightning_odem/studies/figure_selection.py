@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import COLORS, MARKERS
+from lightning_odem.report.drawing import COLORS, MARKERS
 from lightning_odem.studies.results import CellResult, Comparison
 
 # The first six colours are those of the report. The others differ from them and from the references' black and grey.
@@ -38,6 +38,22 @@ def fully_evaluated(cells: Sequence[CellResult]) -> dict[str, list[CellResult]]:
         groups.setdefault(cell.method, []).append(cell)
     unmeasured = {cell.method for cell in cells if any(math.isnan(a) for row in cell.report.accuracy for a in row)}
     return {method: group for method, group in groups.items() if method not in unmeasured}
+
+
+def references(comparison: Comparison, cell: CellResult) -> dict[str, list[float]]:
+    """Scores on each task of a cell of the base model, the fine-tuned models and, if there was any, joint training."""
+    report = cell.report
+    found = {"pretrained": report.pretrained, "fine-tuned": report.fine_tuned}
+    if joint := comparison.joint.get(cell.seed):
+        found["joint training"] = [joint.get(task, math.nan) for task in report.tasks]
+    return found
+
+
+REFERENCE_STYLES: dict[str, dict[str, Any]] = {
+    "pretrained": {"color": "0.55", "ls": "--", "lw": 1.8},
+    "fine-tuned": {"color": "black", "ls": "--", "lw": 1.8},
+    "joint training": {"color": "black", "ls": ":", "lw": 1.8},
+}
 
 
 def method_styles(comparison: Comparison, methods: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:

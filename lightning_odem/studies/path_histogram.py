@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lightning_odem.report.figures import new_figure
+from lightning_odem.report.drawing import new_figure, shown
 from lightning_odem.studies.results import Comparison
 
 PATH_LABELS = {
@@ -52,7 +52,7 @@ def path_histogram(comparison: Comparison, name: str) -> Figure:
         axes.set_axis_off()
     for axes, (method, (counts, t_edges, _)) in zip(grid.flat, histograms.items(), strict=False):
         image = axes.pcolormesh(t_edges, value_edges, np.ma.masked_equal(counts, 0).T, norm=norm, cmap="viridis")
-        axes.set_title(f"{method}: {len(values[method]):,} steps", loc="left", fontsize="medium")
+        axes.set_title(f"{shown(method)}: {len(values[method]):,} steps", loc="left", fontsize="medium")
         axes.set_xlabel("time t")
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -8,17 +8,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import new_figure
-from lightning_odem.studies.figure_selection import cells_of_largest_size, method_styles
+from lightning_odem.report.drawing import new_figure, shown
+from lightning_odem.studies.figure_selection import (
+    REFERENCE_STYLES,
+    cells_of_largest_size,
+    method_styles,
+    references,
+)
 from lightning_odem.studies.results import CellResult, Comparison, one_per_stream
 
 
 def radar(comparison: Comparison, methods: Sequence[str] | None = None, weighting: str = "uniform") -> Figure:
     """Draw the accuracy of the final merged models on each task, in percent (Fig. 2 of the paper).
 
-    Accuracies are means over the streams. Spokes are tasks, in the first stream's order. The outlines of the base model
-    and of the fine-tuned models are means over the same streams. The radial axis does not start at 0. If there are
-    several calibration sizes, the largest is shown.
+    Accuracies are means over the streams. Spokes are tasks, in the first stream's order. The outlines of the base
+    model, of the fine-tuned models and of joint training, if there was any, are means over the same streams. The radial
+    axis does not start at 0. If there are several calibration sizes, the largest is shown.
 
     Args:
         comparison: What to show.
@@ -32,20 +37,24 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     styles = method_styles(comparison, methods)
     tasks = cells[0].report.tasks
     streams = one_per_stream(cells)
-    curves: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "pretrained": (_task_means(tasks, streams, "pretrained"), {"color": "0.55", "ls": "--", "lw": 1.8}),
-        "fine-tuned": (_task_means(tasks, streams, "fine_tuned"), {"color": "black", "ls": "--", "lw": 1.8}),
-    }
+    curves: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
+    for name, style in REFERENCE_STYLES.items():
+        rows = [(cell, references(comparison, cell).get(name)) for cell in streams]
+        if known := [(cell, row) for cell, row in rows if row]:
+            curves[name] = _task_means(tasks, known), style
     for method, style in styles.items():
         ours = [cell for cell in cells if cell.method == method]
         if ours:
-            curves[method] = (_task_means(tasks, ours, "merged"), {"lw": 1.4, "ms": 5, **style})
+            merged = [(cell, cell.report.accuracy[-1]) for cell in ours]
+            curves[method] = (_task_means(tasks, merged), {"lw": 1.4, "ms": 5, **style})
 
-    figure = new_figure(5.6 + 0.2 * max(map(len, tasks)) + 0.1 * max(map(len, curves)), 5.8)
+    figure = new_figure(
+        5.6 + 0.2 * max(len(shown(task)) for task in tasks) + 0.1 * max(len(shown(label)) for label in curves), 5.8
+    )
     axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
     for label, (values, style) in curves.items():
-        axes.plot(np.append(angles, angles[:1]), np.append(values, values[:1]), label=label, **style)
+        axes.plot(np.append(angles, angles[:1]), np.append(values, values[:1]), label=shown(label), **style)
     metric = comparison.metric
     if metric is not None and metric.unit == "%":
         lowest = min((value for values, _ in curves.values() for value in values if math.isfinite(value)), default=0.0)
@@ -54,7 +63,7 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
         axes.set_yticks([tick for tick in range(0, 100, 20 if center < 60 else 10) if tick > center])
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    axes.set_xticks(angles, tasks)
+    axes.set_xticks(angles, list(map(shown, tasks)))
     axes.tick_params(axis="x", pad=1)
     for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         side = math.sin(angle)
@@ -71,12 +80,11 @@ def radar(comparison: Comparison, methods: Sequence[str] | None = None, weightin
     return figure
 
 
-def _task_means(tasks: list[str], cells: list[CellResult], model: str) -> np.ndarray:
-    """Mean score [K] on each task, scaled as drawn, of the pretrained, fine-tuned or final merged models."""
+def _task_means(tasks: list[str], scores: list[tuple[CellResult, list[float]]]) -> np.ndarray:
+    """Mean score [K] on each task, scaled as drawn, of the models with these scores on the tasks of their cells."""
     rows = []
-    for cell in cells:
+    for cell, values in scores:
         report = cell.report
-        values = report.accuracy[-1] if model == "merged" else getattr(report, model)
         accuracies = dict(zip(report.tasks, values, strict=True))
         rows.append([report.metric_of(task).scale * accuracies[task] for task in tasks])
     return np.mean(rows, axis=0)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from lightning_odem.report.figures import BLUE, new_figure, open_frame
+from lightning_odem.report.drawing import BLUE, new_figure, open_frame
 from lightning_odem.report.tables import number, render
 from lightning_odem.studies.report_files import save_report
 from lightning_odem.studies.results import mean_and_std

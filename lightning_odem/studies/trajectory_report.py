@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import BLUE, new_figure, open_frame
+from lightning_odem.report.drawing import BLUE, new_figure, open_frame, shown
 from lightning_odem.report.tables import RULE_BELOW_HEADER, column_widths, columns_per_block
 from lightning_odem.studies.report_files import save_report
 from lightning_odem.studies.trajectory import LINE, PairPath
@@ -91,7 +91,7 @@ def plot_trajectory(paths: Sequence[PairPath]) -> Figure:
             style = {"color": "0.4", "ls": "--"} if path.method == LINE else {"color": BLUE, "marker": "o", "ms": 3}
             handles[path.method] = upper.plot(path.t, [100 * mean for mean in path.mean], lw=1.6, **style)[0]
             lower.plot(path.t, path.loss, lw=1.6, **style)
-        upper.set_title(f"{pair[0]} → {pair[1]}", fontsize="medium")
+        upper.set_title(f"{shown(pair[0])} → {shown(pair[1])}", fontsize="medium")
         lower.set_xlabel("time t")
         lower.xaxis.set_tick_params(labelbottom=True)
         if column == 0:

@@ -222,3 +222,29 @@ def test_unlike_metrics_are_coloured_by_task_and_have_axes_of_their_own(report: 
     assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy (%)", "MeanSquaredError (lower is better)"]
     assert list(lines(figure)) == ["a (w=2)", "c (w=1)"]
     assert_allclose(lines(figure, 1)["b (w=1)"][1], [0.7, 0.75])
+
+
+def test_joint_training_is_a_row_of_the_matrix_if_it_is_given(report: StreamReport) -> None:
+    upper, _, _ = plot_accuracy_matrix(report, joint={"b": 0.875, "a": 0.75}).axes
+    assert tick_labels(upper.yaxis) == ["pretrained", "fine-tuned", "joint training"]
+    texts = {text.get_position(): text.get_text() for text in upper.texts}
+    assert [texts[column, 2] for column in range(3)] == ["75.0", "87.5", "—"]
+
+
+def test_references_of_the_stream_are_means_over_the_tasks_merged_so_far(report: StreamReport) -> None:
+    report.weights = [1.0, 1.0, 1.0]
+    figure = plot_accuracy_over_stream(report, joint=dict.fromkeys("abc", 0.875))
+    drawn = {step.get_label(): step.get_data().values for step in figure.axes[0].patches}
+    assert list(drawn) == ["ACC pretrained", "ACC fine-tuned", "ACC joint training"]
+    assert_allclose(drawn["ACC fine-tuned"], [90, 87.5, 274 / 3])
+    assert_allclose(drawn["ACC pretrained"], [25, nan, nan])
+    assert_allclose(drawn["ACC joint training"], [87.5] * 3)
+
+
+def test_references_that_were_not_measured_are_left_out(report: StreamReport) -> None:
+    report.pretrained = [nan] * 3
+    assert [step.get_label()[-10:] for step in plot_accuracy_over_stream(report).axes[0].patches] == ["fine-tuned"]
+
+
+def test_the_end_of_a_path_is_the_merged_model() -> None:
+    assert_allclose(lines(plot_path(record(loss_incoming=0.6)))["merged model, 0.8 (before: 1)"], [[0.5], [0.8]])

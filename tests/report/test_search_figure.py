@@ -48,6 +48,14 @@ def test_where_the_average_was_taken_no_scale_is():
     assert not [label for label in drawn if label.startswith("scale taken")]
 
 
+def test_the_chosen_point_is_the_loss_of_the_merged_model():
+    drawn = lines(plot_search(record()).axes[0])
+    assert_allclose(drawn["chosen point"], [[0.68], [0.7]])
+    averaged = lines(plot_search(record(scale_taken=[0.0])).axes[0])
+    assert "chosen point" not in averaged
+    assert "running average, taken: 0.85" in averaged
+
+
 def test_the_piece_that_was_taken_is_circled():
     _, right = plot_search(record()).axes
     curve, circle = right.lines

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ def names(directory: Path) -> list[str]:
 
 def test_directory_holds_json_text_and_figures(report: StreamReport, tmp_path: Path) -> None:
     written = save(report, tmp_path / "new")
-    expected = ["accuracy_matrix.png", "accuracy_over_stream.png", "path-02-b_c_d.png", "report.json", "table.txt"]
+    figures = ["accuracy_matrix.png", "accuracy_over_stream.png", "changes.png", "path-02-b_c_d.png"]
+    expected = [*figures, "report.html", "report.json", "table.txt"]
     assert names(tmp_path / "new") == sorted(file.name for file in written) == expected
     assert StreamReport.load(tmp_path / "new" / "report.json").accuracy == report.accuracy
     assert (tmp_path / "new" / "table.txt").read_text(encoding="utf-8") == render_summary(report, 120)
@@ -48,3 +50,28 @@ def test_pipes_of_the_names_of_outputs_are_replaced(report: StreamReport, tmp_pa
     for name in ("table.txt", "accuracy_matrix.png", "report.json"):
         os.mkfifo(tmp_path / name)
     assert all(file.is_file() for file in save(report, tmp_path))
+
+
+def test_the_page_has_the_figures_of_earlier_merges_too(report: StreamReport, tmp_path: Path) -> None:
+    report.merges[0] = report.merges[1]
+    save(report, tmp_path)
+    whole = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert whole.count('src="data:image/png') == 5
+    save(report, tmp_path, first_path=-1)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == whole
+
+
+def test_the_page_goes_without_figures_that_cannot_be_read(report: StreamReport, tmp_path: Path) -> None:
+    report.merges[0] = report.merges[1]
+    os.mkfifo(tmp_path / "path-01-b_c_d.png")
+    save(report, tmp_path, first_path=-1)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('src="data:image/png') == 4
+
+
+@pytest.mark.parametrize("letter", ["x", "\u6570"], ids=["latin", "chinese"])
+def test_names_longer_than_file_systems_allow_are_cut(letter: str, report: StreamReport, tmp_path: Path) -> None:
+    report.tasks = [report.merges[0].task, 300 * letter]
+    report.merges = [report.merges[0], replace(report.merges[1], task=300 * letter)]
+    written = save(report, tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('src="data:image/png') == 4
+    assert max(len(file.name.encode()) for file in written) < 240

@@ -177,9 +177,11 @@ def test_figures_table_and_report_of_a_fit_are_written_together(tmp_path, monkey
     assert sorted(path.name for path in merge.dirpath.iterdir()) == [
         "accuracy_matrix.png",
         "accuracy_over_stream.png",
+        "changes.png",
         "merged-01-task_1.ckpt",
         "merged-02-task_2.ckpt",
         "path-02-task_2.png",
+        "report.html",
         "report.json",
         "stream",
         "table.txt",

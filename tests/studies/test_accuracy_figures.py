@@ -74,3 +74,14 @@ def test_cost_shows_accuracy_over_gradients_and_methods_without_any_as_level_lin
 def test_there_is_no_cost_to_show_without_gradients(comparison: Comparison) -> None:
     with pytest.raises(ValueError, match="No method took a gradient"):
         cost(comparison)
+
+
+def test_references_of_the_tasks_merged_so_far_are_steps() -> None:
+    comparison = two_methods()
+    comparison.joint = {0: {"a": 0.8, "b": 0.85, "c": 0.9}}
+    steps = {step.get_label(): step.get_data().values for step in accuracy_over_tasks(comparison).axes[0].patches}
+    assert list(steps) == ["pretrained", "fine-tuned", "joint training"]
+    assert_allclose(steps["pretrained"], [50, 50, 50])  # the orders are a, b, c and c, b, a
+    assert_allclose(steps["joint training"], [85, 85, 85])
+    comparison.joint = {}
+    assert len(accuracy_over_tasks(comparison).axes[0].patches) == 2

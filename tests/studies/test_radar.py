@@ -30,3 +30,10 @@ def test_radar_shows_the_largest_calibration_size_of_its_weighting(comparison: C
     comparison.cells.append(cell("odem", 0, [0.1, 0.1, 0.1], "dirichlet", size=1024))
     assert_allclose(lines(radar(comparison))["odem"], 90)
     assert_allclose(lines(radar(comparison, weighting="dirichlet"))["odem"], 10)
+
+
+def test_joint_training_is_an_outline_if_there_was_any() -> None:
+    comparison = two_methods()
+    assert "joint training" not in lines(radar(comparison))
+    comparison.joint = {0: {"a": 0.8, "b": 0.85, "c": 0.9}}
+    assert_allclose(lines(radar(comparison))["joint training"], [80, 85, 90, 80])

@@ -12,7 +12,7 @@ from lightning_odem.stream.measurement import load_task_parameters
 from lightning_odem.studies import Workbench
 from lightning_odem.studies.finetuning import loader
 
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "utility_shares.py"))
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "share_of_utility_study.py"))
 SHARES = [0.0, 0.25, 1.0]
 
 

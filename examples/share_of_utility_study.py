@@ -1,9 +1,8 @@
-"""What a utility weight means: a stream merged for shares w of its last task from 0 to 1; the others share the rest.
+"""A study of the trade-off: a stream merged for shares w of its last task from 0 to 1; the others share the rest.
 
-Run it with ``python examples/utility_shares.py``, or with the configuration of a stream of one's own, as in
-``python examples/utility_shares.py --config STREAM.yaml --tasks '[a, b]' --dirpath comparison``; without options it
-takes about two minutes on two CPU cores and downloads nothing. Fine-tuned models and merges are kept in
-``dirpath``, as by ``lightning-odem compare``, whose models it uses again.
+Run it with ``python examples/share_of_utility_study.py`` (two minutes on two CPU cores, nothing is downloaded), or add
+``--config STREAM.yaml --tasks '[a, b]' --dirpath comparison`` for a stream of one's own. Models and merges are kept in
+``dirpath``, as by ``lightning-odem compare``. The last line tells how well each rule serves all shares.
 """
 
 import sys
@@ -20,7 +19,7 @@ from lightning_odem import ContinualTrainer, TaskStream
 from lightning_odem.cli import ContinualCLI
 from lightning_odem.methods import resolve_method
 from lightning_odem.metrics import ACCURACY
-from lightning_odem.report.figures import COLORS, new_figure, open_frame
+from lightning_odem.report.drawing import COLORS, new_figure, open_frame
 from lightning_odem.report.tables import number
 from lightning_odem.studies import Comparison, StreamPlan, Workbench, run_comparison
 from lightning_odem.studies.study import prepare
@@ -51,8 +50,8 @@ class SharesTrainer(ContinualTrainer):
         plans = [StreamPlan(0, order, "share", calibration_size, names, w) for order, w in enumerate(weights)]
         bench, resolved = Workbench(self, model, stream, dirpath), {name: resolve_method(name) for name in methods}
         comparison = run_comparison(bench, resolved, plans, Path(dirpath), joint=False)
-        Console().print(table(comparison))
         figure(comparison).savefig(Path(dirpath) / "utility_shares.png")
+        Console().print(table(comparison))
         return comparison
 
 
@@ -65,6 +64,8 @@ def table(comparison: Comparison) -> Table:
             loss = number(report.merges[-1].loss_after, ".3f")
             result.add_row(method, f"{report.weights[-1]:.2f}", *percents, loss)
         result.add_section()
+    means = (100 * np.mean([cell.report.acc() for cell in comparison.select(method=m)]) for m in comparison.methods)
+    result.caption = f"Mean ACC_w of {', '.join(comparison.methods)}: {', '.join(f'{mean:.1f}' for mean in means)}"
     return result
 
 
@@ -90,8 +91,7 @@ def figure(comparison: Comparison) -> Figure:
     upper.set_ylabel("accuracy (%)")
     lower.set_ylabel("calibration loss")
     lower.set_xlabel(f"share w of {last} in the utility")
-    for axes in (upper, lower):
-        open_frame(axes)
+    list(map(open_frame, (upper, lower)))
     drawn.legend(loc="outside right upper", frameon=False)
     return drawn
 
