@@ -191,7 +191,8 @@ class CalibrationObjective:
         losses = []
         for batch in batches:
             with self.as_task(batch.task):  # backward too, which may run parts of the module again
-                found = self.batch_loss(batch)
+                with self.vector.collect_nothing():
+                    found = self.batch_loss(batch)
                 loss = self._in_proportion(found, batch) if isinstance(found, Counted) else found
                 if scale is not None and loss.requires_grad:
                     (loss * (batch.share * scale)).backward()
