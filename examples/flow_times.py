@@ -82,7 +82,13 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
             peak = 2 * len(factor) ** 3 / min(seconds(lambda: factor @ factor) for _ in range(9))
         for size in self.sizes:
             self.sweep += f", {size}: {1000 * min(self.bare(True, size) for _ in range(self.turns)):.4g}"
-        for rule, t in [("ode_paper", 1 / 2), ("ode_paper", 1 / 8), ("ode", 1 / 2), ("ode", 1 / 8), ("isotropic", 1 / 2)]:
+        for rule, t in [
+            ("ode_paper", 1 / 2),
+            ("ode_paper", 1 / 8),
+            ("ode", 1 / 2),
+            ("ode", 1 / 8),
+            ("isotropic", 1 / 2),
+        ]:
             bare, merged, held = [], [], []
             for _ in range(self.turns):
                 options = CalibrationOptions(batch_size=self.size)
@@ -96,7 +102,13 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
                 bare.append(sum(count * self.bare(gradient, self.size) for gradient, count in made.items()))
             least, done = min(merged), flops * (made.get(True, 0) + made.get(False, 0) / 3)
             ratio = f"{100 * (least / min(bare) - 1):.1f} %" if made else "—"
-            cells = f"{min(bare):.3f}", f"{least:.3f}", ratio, f"{done / least / 1e12:.4g}", f"{done / least / peak:.0%}"
+            cells = (
+                f"{min(bare):.3f}",
+                f"{least:.3f}",
+                ratio,
+                f"{done / least / 1e12:.4g}",
+                f"{done / least / peak:.0%}",
+            )
             counts = f"{made.get(True, 0)} + {made.get(False, 0)}"
             self.table.add_row(rule, f"{t:g}", counts, *cells, f"{max(held):.1f}")
 

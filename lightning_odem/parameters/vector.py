@@ -158,8 +158,9 @@ class ParameterVector:
     def collect_gradient(self, out: Tensor | None = None) -> Iterator[Tensor]:
         """Add the gradients of every ``backward`` in the block into one vector and yield it.
 
-        There is never a second full set of gradients besides the vector. The gradient of an excluded parameter is
-        freed. Existing ``.grad`` are restored afterwards. See :class:`~lightning_odem.parameters.gradients.GradientSum`.
+        There is never a second full set of gradients besides the vector, see
+        :class:`~lightning_odem.parameters.gradients.GradientSum`. The gradient of an excluded parameter is freed.
+        Existing ``.grad`` are restored afterwards.
 
         For sharded parameters the gradients of all processes are added. Every process has to call ``backward`` equally
         often, each time on losses that depend on the same parameters.
