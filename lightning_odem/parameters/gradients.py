@@ -46,9 +46,8 @@ class GradientSum:
         self._in_place = [pair for pair in self._pairs if _adds_in_place(*pair)]
         self._by_hook = {parameter: piece for parameter, piece in self._pairs if not _adds_in_place(parameter, piece)}
         self._is_paused = False
-        hooked = (*self._by_hook, *others)
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._add) for parameter in hooked]
-        self._clear()
+        self._hooked = (*self._by_hook, *others)
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._add) for parameter in self._hooked]
         self._attach()
 
     @property
@@ -63,12 +62,12 @@ class GradientSum:
         So a module may call ``backward`` and ``zero_grad`` on the way to its loss, as adversarial training does.
         """
         self._is_paused = True
-        self._clear()
+        for parameter, _ in self._in_place:
+            parameter.grad = None
         try:
             yield
         finally:
             self._is_paused = False
-            self._clear()
             self._attach()
 
     def close(self) -> None:
@@ -81,9 +80,7 @@ class GradientSum:
     def _attach(self) -> None:
         for parameter, piece in self._in_place:
             parameter.grad = piece
-
-    def _clear(self) -> None:
-        for parameter, _ in self._before:
+        for parameter in self._hooked:
             parameter.grad = None
 
     def _add(self, parameter: Tensor) -> None:
