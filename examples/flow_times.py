@@ -1,15 +1,14 @@
 """Time of a merge beside the forward and backward passes that it makes: all that is more is overhead.
 
 ``python examples/flow_times.py MODEL`` takes a timm model, ``quickstart``, ``resnet20``, ``minilm`` or the folder of a
-Hugging Face text classifier. Weights and samples are random. On a CPU, times are processor times of one thread; on a
-GPU, wall times: the smallest of all turns, and the median of the turns' overheads. Bare passes are plain torch on as many samples, which are on the
-device. TFLOP/s are those of the passes over the time of the merge, their peak that of one large matrix product. Memory
-is what a merge takes at most besides what is there before it, in sizes of the model. ``--sizes 32 64 128`` finds the
-fastest batch size, for ``CalibrationOptions(batch_size=...)``.
+Hugging Face text classifier, with random samples. Times are processor times of one thread, on a GPU wall times: the
+smallest of all turns, and the median of their overheads. Bare passes are plain torch, on the device. TFLOP/s are
+those of the passes over the time of the merge; the peak is a matrix product's. ``--sizes 32 64`` tries batch sizes.
 """
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -26,13 +25,13 @@ from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.parameters.snapshot import take_snapshot, undisturbed
 from lightning_odem.stream.stream import Stream
 
-RULES = [("ode_paper", 1 / 2), ("ode_paper", 1 / 8), ("ode", 1 / 2), ("ode", 1 / 8), ("isotropic", 1 / 2)]
 ON_GPU = torch.cuda.is_available()
 
 
 class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
-    def __init__(self, samples, turns, sizes, **options):
-        self.n, self.turns, self.sizes, self.options = samples, turns, sizes, CalibrationOptions(**options)
+    def __init__(self, samples, turns, sizes, rows, **options):
+        self.n, self.turns, self.sizes, self.rows = samples, turns, sizes, rows
+        self.options = CalibrationOptions(**options)
         self.table = Table("rule", "t", "samples", "bare s", "merge s", "overhead", "TFLOP/s", "of peak", "memory")
 
     def on_fit_start(self, trainer, module):
@@ -47,7 +46,7 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
         with self.plugin.forward_context():
             peak = 2 * len(factor) ** 3 / min(seconds(lambda: factor @ factor) for _ in range(9))
         self.ms = {tried: 1000 * min(self.bare(True, tried) for _ in range(self.turns)) for tried in self.sizes}
-        for rule, t in RULES:
+        for rule, t in self.rows:
             turns = []
             for _ in range(self.turns):
                 stream = Stream(rule, base=base, calibration_size=self.n, calibration=self.options)
@@ -82,19 +81,16 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
 
 def seconds(work):
     clock, wait = (time.perf_counter, torch.cuda.synchronize) if ON_GPU else (time.process_time, int)
-    wait()
-    started = clock()
-    work()
-    wait()
-    return clock() - started
+    started = (wait(), clock())[1]
+    return (work(), wait(), clock())[2] - started
 
 
 def memory(reset=False):
     """Bytes: the peak since the last reset; at a reset, what is held."""
     if ON_GPU:
-        torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5") if reset else None
+        return (reset and torch.cuda.reset_peak_memory_stats(), torch.cuda.max_memory_allocated())[1]
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
@@ -104,13 +100,15 @@ def main():
     for name, default in {"--batch-size": 128, "--samples": 1024, "--turns": 3}.items():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--times", type=float, nargs="*", default=[0.5, 0.125])
+    parser.add_argument("--rules", nargs="*", default=["ode_paper", "ode", "isotropic"])
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--keep-on-device", action="store_true")
     arguments = vars(parser.parse_args())
-    model, precision = arguments.pop("model"), arguments.pop("precision")
+    model, precision = map(arguments.pop, ("model", "precision"))
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    times = FlowTimes(**arguments)
+    times = FlowTimes(rows=list(product(arguments.pop("rules"), arguments.pop("times"))), **arguments)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = L.Trainer(max_steps=0, devices=1, precision=precision, callbacks=[times], **quiet)
     trainer.fit(Classifier(model), DataLoader([(torch.zeros(1), 0)]))
