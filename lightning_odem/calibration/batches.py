@@ -90,11 +90,15 @@ def each(batch: Any) -> Iterator[tuple[Any, slice | Tensor]]:
         yield copy(batch), slice(None)
 
 
-def select(batch: Any, index: Tensor | slice) -> Any:
-    """The samples at ``index`` as a copy on the CPU, in the batch's layout."""
+def select(batch: Any, index: Tensor | slice, device: str | None = "cpu") -> Any:
+    """The samples at ``index`` as a copy, in the batch's layout; on the CPU, or with None where they are."""
     if isinstance(batch, Kept):
         return batch.select(index)
-    return tree_map(lambda leaf: _in_order_of(leaf, leaf[index].detach().to("cpu", copy=True)), batch)
+
+    def copied(leaf: Tensor) -> Tensor:
+        return _in_order_of(leaf, leaf[index].detach().to(device or leaf.device, copy=True))
+
+    return tree_map(copied, batch)
 
 
 def concatenate(batches: Sequence[Any]) -> Any:

@@ -1,7 +1,7 @@
 """The rolling calibration buffer: a bounded number of samples of all tasks seen."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -204,8 +204,12 @@ class CalibrationBuffer:
 
     def part(self, index: Mapping[str, slice]) -> "CalibrationBuffer":
         """A copy with a range of each task's samples; it shares their memory."""
+        return self.changed(lambda task, held: held.view(index[task]))
+
+    def changed(self, change: Callable[[str, TaskSamples], TaskSamples]) -> "CalibrationBuffer":
+        """A copy with what a function makes of the name and the samples of each task."""
         other = self.copy()
-        other._tasks = {task: held.view(index[task]) for task, held in self._tasks.items()}
+        other._tasks = {task: change(task, held) for task, held in self._tasks.items()}
         return other
 
     def collate_by(self, collate: Collate | None) -> None:

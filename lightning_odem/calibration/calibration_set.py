@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective, Counted
+from lightning_odem.calibration.placement import on_device
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.flow import NonFiniteLossError
@@ -28,6 +29,8 @@ class CalibrationSet:
             :func:`~lightning_odem.calibration.scaling.loss_scale`.
         as_task: Puts the parameters that a task keeps for itself into the module while its samples go through; see
             :func:`~lightning_odem.parameters.own_parameters`.
+        keep_on_device: Whether an objective has its samples on the device, see
+            :func:`~lightning_odem.calibration.placement.on_device`.
     """
 
     buffer: CalibrationBuffer
@@ -35,11 +38,13 @@ class CalibrationSet:
     batch_size: int = 128
     loss_scale: float = 1.0
     as_task: AsTask = no_task_parameters
+    keep_on_device: bool = False
 
     def objective(self, vector: ParameterVector) -> CalibrationObjective:
         """The calibration loss as a function of the vector."""
+        buffer = on_device(self.buffer, vector.device) if self.keep_on_device else self.buffer
         return CalibrationObjective(
-            vector, self.buffer, self.batch_loss, self.batch_size, self.loss_scale, as_task=self.as_task
+            vector, buffer, self.batch_loss, self.batch_size, self.loss_scale, as_task=self.as_task
         )
 
     def loss(self, batch: MicroBatch) -> Tensor | Counted:

@@ -90,10 +90,13 @@ class CalibrationObjective:
         self.sample_gradients = 0
         self.seconds = 0.0
         self._counts: dict[str, float] = {}
+        self._micro_batches: list[MicroBatch] = []
 
     def micro_batches(self) -> list[MicroBatch]:
         """The whole buffer, task by task, always in the same order; shares sum to 1."""
-        return list(self.buffer.micro_batches(self.batch_size))
+        if not self._micro_batches:
+            self._micro_batches = list(self.buffer.micro_batches(self.batch_size))
+        return self._micro_batches
 
     def loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> tuple[float, Tensor]:
         """Loss and gradient at ``theta`` [d]; the gradient is a new vector in the dtype of theta.
@@ -191,7 +194,8 @@ class CalibrationObjective:
         losses = []
         for batch in batches:
             with self.as_task(batch.task):  # backward too, which may run parts of the module again
-                found = self.batch_loss(batch)
+                with self.vector.collect_nothing():
+                    found = self.batch_loss(batch)
                 loss = self._in_proportion(found, batch) if isinstance(found, Counted) else found
                 if scale is not None and loss.requires_grad:
                     (loss * (batch.share * scale)).backward()

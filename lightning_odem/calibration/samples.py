@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from lightning_odem.calibration import batches
 from lightning_odem.calibration.batches import Kept
 from lightning_odem.calibration.keeping import from_state
 
+_SELECT = partial(batches.select, device=None)  # samples may be on a GPU during a merge
 _Held = TypeVar("_Held", "TaskSamples", "MicroBatch")
 
 
@@ -18,7 +20,7 @@ class MicroBatch:
     """A part of the calibration set that fits on the device; all its samples are of one task.
 
     Args:
-        samples: A batch as the task's collate function makes it, on the CPU, or
+        samples: A batch as the task's collate function makes it, or
             :class:`~lightning_odem.calibration.batches.Kept`.
         task: Name of the task.
         share: Factor of this batch's mean loss in the calibration loss; the shares of one pass sum to 1.
@@ -34,7 +36,7 @@ class MicroBatch:
 
     def select(self, index: Tensor | slice) -> "MicroBatch":
         """The batch of the samples at ``index``, as copies; its share is the same."""
-        return _cut(batches.select, self, index)
+        return _cut(_SELECT, self, index)
 
     def view(self, index: slice) -> "MicroBatch":
         """The batch of a range of samples, sharing memory with this one; its share is the same."""
@@ -64,7 +66,7 @@ class TaskSamples:
 
     def select(self, index: Tensor | slice) -> "TaskSamples":
         """The samples at ``index``, as copies."""
-        return _cut(batches.select, self, index)
+        return _cut(_SELECT, self, index)
 
     def view(self, index: slice) -> "TaskSamples":
         """The samples of a range, sharing memory with these."""

@@ -78,7 +78,8 @@ class TaskData:
         def differentiate(scale: float) -> tuple[float, Tensor]:
             self.sample_gradients += len(batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else 0
             with torch.enable_grad(), self.vector.collect_gradient() as grad:
-                value = function()
+                with self.vector.collect_nothing():
+                    value = function()
                 (value * scale).backward()
             return value.item(), grad
 

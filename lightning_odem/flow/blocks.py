@@ -11,8 +11,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_odem.flow.field import Velocity
 
-# Vectors are processed in pieces that fit the cache: no temporary is ever as long as a model.
+# Vectors are processed in pieces that fit the cache of a CPU: no temporary is ever as long as a model.
 _PIECE = 1 << 17
+# On other devices each operation on a piece is a launch of some microseconds, so few pieces are fast.
+_PIECE_OF_DEVICE = 1 << 22
 # The sums of a single block use pieces of their own size: the last bits of gamma, and so of published merges, depend on
 # it.
 _SUM = 1 << 20
@@ -65,7 +67,7 @@ class WholeVector:
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
         """Project the transport onto the gradient."""
         sums = _wide(theta.new_zeros(3))
-        for point, target, gradient in _pieces(theta, theta1, grad, size=_SUM):
+        for point, target, gradient in _pieces(theta, theta1, grad, size=_piece_on(theta.device, _SUM)):
             distance, gradient = _wide(target - point), _wide(gradient)
             sums += torch.stack([distance.dot(gradient), gradient.dot(gradient), distance.dot(distance)])
         sums = sums.cpu().double()
@@ -97,11 +99,13 @@ class Segments:
         self._size = int(lengths.sum())
         self._sum_ = sum_
         self._split = torch.zeros(len(lengths), dtype=torch.bool) if split is None else split.cpu()
-        part_ends = torch.cat([ends, torch.arange(1, math.ceil(max(self._size, 1) / _PIECE)) * _PIECE]).unique()
+        self._piece = _piece_on(lengths.device)
+        piece_ends = torch.arange(1, math.ceil(max(self._size, 1) / self._piece)) * self._piece
+        part_ends = torch.cat([ends, piece_ends]).unique()
         part_ends = part_ends[part_ends > 0]
         part_lengths = part_ends.diff(prepend=part_ends.new_zeros(1))
         block_of_part = torch.searchsorted(ends, part_ends)
-        parts_per_piece = torch.bincount((part_ends - 1) // _PIECE, minlength=1).tolist()
+        parts_per_piece = torch.bincount((part_ends - 1) // self._piece, minlength=1).tolist()
         self._parts_per_block = torch.bincount(block_of_part, minlength=len(lengths))
         self._lengths, self._blocks = (
             parts.to(lengths.device).split(parts_per_piece) for parts in (part_lengths, block_of_part)
@@ -113,23 +117,25 @@ class Segments:
             raise ValueError(f"The blocks hold {self._size} entries in all, the vectors {len(theta)}.")
         # Results have memory of their own: small tensors that stay would fragment the memory of temporaries.
         counts = [len(lengths) for lengths in self._lengths]
-        parts, distance_square = _wide(theta.new_zeros(2, sum(counts))), _wide(theta.new_zeros(()))
-        pieces = zip(_pieces(theta, theta1, grad), self._lengths, parts.split(counts, dim=1), strict=True)
+        numbers = _wide(theta.new_zeros(2 * sum(counts) + 1))
+        parts, distance_square = numbers[:-1].view(2, -1), numbers[-1]
+        vectors = _pieces(theta, theta1, grad, size=self._piece)
+        pieces = zip(vectors, self._lengths, parts.split(counts, dim=1), strict=True)
         for (point, target, gradient), lengths, sums in pieces:
             distance, gradient = _wide(target - point), _wide(gradient)
             distance_square += distance.dot(distance)
             sums[0] = _sums(distance.mul_(gradient), lengths)
             sums[1] = _sums(gradient * gradient, lengths)
-        product, grad_square = (_sums(row, self._parts_per_block) for row in parts.cpu().double())
-        if self._sum_ is alone:
-            return _project(product, grad_square, distance_square.cpu().double(), alpha)
-        return self._project_shard(product, grad_square, distance_square.cpu().double(), alpha)
+        numbers = numbers.cpu().double()  # read from the device once
+        product, grad_square = (_sums(row, self._parts_per_block) for row in numbers[:-1].view(2, -1))
+        project = _project if self._sum_ is alone else self._project_shard
+        return project(product, grad_square, numbers[-1], alpha)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""
         # In fp64: a block may have a gradient so small that one over it is infinite in fp32.
         damping = torch.as_tensor(velocity.damping, dtype=torch.float64, device=out.device)
-        vectors = _pieces(out, velocity.theta, velocity.theta1, velocity.grad)
+        vectors = _pieces(out, velocity.theta, velocity.theta1, velocity.grad, size=self._piece)
         for (target, theta, theta1, grad), lengths, blocks in zip(vectors, self._lengths, self._blocks, strict=True):
             target.add_(theta1 - theta, alpha=scale * velocity.alpha)
             of_part = damping[blocks.to(out.device)]
@@ -208,7 +214,12 @@ def _project(products: Tensor, grad_squares: Tensor, distance_square: Tensor, al
 
 
 def _pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(vector.split(size or _PIECE) for vector in vectors), strict=True)
+    size = size or _piece_on(vectors[0].device)
+    return zip(*(vector.split(size) for vector in vectors), strict=True)
+
+
+def _piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+    return (on_cpu or _PIECE) if device.type == "cpu" else _PIECE_OF_DEVICE
 
 
 def _wide(vector: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.methods.linalg import exact, total
+from lightning_odem.methods.linalg import exact, exact_sum, total
 
 # Samples per squared gradient. Fewer samples come closer to the Fisher information and take more passes.
 _SAMPLES = 16
@@ -105,4 +105,4 @@ def _curvature(
 def _weighted_square(gradient: Tensor, start: Tensor, end: Tensor) -> float:
     """Sum of (d_i g_i)^2, in fp64 and piece by piece."""
     pieces = zip(*(vector.split(_PIECE) for vector in (gradient, start, end)), strict=True)
-    return math.fsum(float((exact(b - a) * exact(g)).square().sum()) for g, a, b in pieces)
+    return exact_sum((exact(b - a) * exact(g)).square().sum() for g, a, b in pieces)

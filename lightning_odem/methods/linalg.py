@@ -1,7 +1,7 @@
 """The linear algebra of the methods that look at weight matrices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -31,9 +31,14 @@ def total(number: float, sum_: Callable[[Tensor], None] | None) -> float:
     return numbers.item()
 
 
+def exact_sum(numbers: Iterable[Tensor]) -> float:
+    """The sum of scalars, rounded once; they are read from their device together."""
+    return math.fsum(torch.stack(list(numbers)).tolist())
+
+
 def norm(vector: Tensor, sum_: Callable[[Tensor], None] | None = None) -> float:
     """Euclidean norm of a vector, accumulated in fp64; with ``sum_``, that of the whole vector from its shards."""
-    square = math.fsum(float(exact(piece).square().sum()) for piece in vector.split(_BLOCK))
+    square = exact_sum(exact(piece).square().sum() for piece in vector.split(_BLOCK))
     return math.sqrt(total(square, sum_))
 
 
@@ -45,7 +50,7 @@ def cosine(a: Tensor, b: Tensor, sum_: Callable[[Tensor], None] | None = None) -
         (0.6, 0.0)
     """
     pieces = zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
-    product = total(math.fsum(float(exact(x).dot(exact(y))) for x, y in pieces), sum_)
+    product = total(exact_sum(exact(x).dot(exact(y)) for x, y in pieces), sum_)
     lengths = norm(a, sum_) * norm(b, sum_)
     return product / lengths if lengths else 0.0
 

@@ -1,14 +1,14 @@
 """A module's trainable parameters as one flat vector, and the names that decide which of them are merged."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lightning_odem.parameters.gradients import GradientSum
 from lightning_odem.parameters.shards import Shards, divisors, find_shards, local, reshard
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class ParameterVector:
                 "parameters out with exclude=."
             )
         self._module = module
+        self._gradients: GradientSum | None = None
         self._local_shapes = [local(parameter).shape for parameter in self.tensors]
         self._sizes = [shape.numel() for shape in self._local_shapes]
         self.device = self.tensors[0].device
@@ -157,9 +158,9 @@ class ParameterVector:
     def collect_gradient(self, out: Tensor | None = None) -> Iterator[Tensor]:
         """Add the gradients of every ``backward`` in the block into one vector and yield it.
 
-        Each parameter's gradient is added and freed as soon as autograd has it. The gradient of an excluded parameter
-        is only freed. So there is never a second full set besides the vector. This works wherever ``backward`` works,
-        including re-entrant activation checkpointing. Existing ``.grad`` are restored afterwards.
+        There is never a second full set of gradients besides the vector, see
+        :class:`~lightning_odem.parameters.gradients.GradientSum`. The gradient of an excluded parameter is freed.
+        Existing ``.grad`` are restored afterwards.
 
         For sharded parameters the gradients of all processes are added. Every process has to call ``backward`` equally
         often, each time on losses that depend on the same parameters.
@@ -171,39 +172,24 @@ class ParameterVector:
             NoGradientError: After the block, if none of the parameters received a gradient.
         """
         flat = torch.zeros(len(self), dtype=self.dtype, device=self.device) if out is None else out
-        parameters = [*self.tensors, *self._others]
-        scales = self._gradient_scales()
-        before = [parameter.grad for parameter in parameters]
-        reached = False
-
-        def sink(piece: Tensor | None) -> Callable[[Tensor], None]:
-            def add(parameter: Tensor) -> None:
-                nonlocal reached
-                if piece is not None:
-                    reached = True
-                    piece.add_(local(parameter.grad), alpha=scales.get(parameter, 1))  # type: ignore[arg-type]
-                parameter.grad = None
-
-            return add
-
-        handles = []
+        self._gradients = GradientSum(self.tensors, self.views(flat), self._others, self._gradient_scales())
         try:
-            for parameter, piece in zip_longest(parameters, self.views(flat)):
-                parameter.grad = None
-                handles.append(parameter.register_post_accumulate_grad_hook(sink(piece)))
             yield flat
+            is_reached = self._gradients.is_reached
             if self.adapters:
                 self.adapters.project_(dict(zip(self.names, self.views(flat), strict=True)))
         finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, grad in zip(parameters, before, strict=True):
-                parameter.grad = grad
-        if not reached:
+            self._gradients.close()
+            self._gradients = None
+        if not is_reached:
             raise NoGradientError(
                 f"The calibration loss has no gradient: backward reached none of {len(self.tensors)} parameters "
                 f"({', '.join(self.names[:3])}, ...). Return a loss that depends on them, without detach or no_grad."
             )
+
+    def collect_nothing(self) -> AbstractContextManager[None]:
+        """In a block within :meth:`collect_gradient`, gradients do not count; elsewhere this has no effect."""
+        return nullcontext() if self._gradients is None else self._gradients.paused()
 
     def _parts(self) -> list[Tensor]:
         """The parts of the parameters that this process holds, in their memory."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationOptions
 from lightning_odem.calibration.calibration_set import CalibrationSet
+from lightning_odem.calibration.placement import may_move
 from lightning_odem.calibration.prediction_loss import calibration_loss
 from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
@@ -265,7 +266,8 @@ class Stream:
         as_task = own_parameters(module, self.state.task_parameters)
         trainer: L.Trainer = module.trainer  # type: ignore[assignment]
         size = self.calibration.micro_batch_size(trainer.train_dataloader)
-        return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task)
+        keep_on_device = self.calibration.keep_on_device and may_move(module)  # type: ignore[arg-type]
+        return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task, keep_on_device)
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
         """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it gets places.

@@ -4,6 +4,7 @@ import pytest
 import sharded
 import torch
 from job import run_job
+from reads import Reads
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -266,3 +267,30 @@ def test_a_minibatch_without_any_target_has_no_loss_and_no_gradient():
     loss, gradient = objective.loss_and_grad(objective.vector.read(), [empty])
     assert loss == 0.0
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_step_may_take_gradients_and_reset_them_on_the_way_to_its_loss(set_to_none):
+    """As adversarial training does."""
+    plain, adversarial = (make_objective(make_net(), batch_size=2) for _ in range(2))
+    net, step = adversarial.vector._module, adversarial.batch_loss
+
+    def batch_loss(batch):
+        if torch.is_grad_enabled():
+            step(batch).backward()
+            net.zero_grad(set_to_none)
+        return step(batch)
+
+    adversarial.batch_loss = batch_loss
+    theta = plain.vector.read()
+    assert torch.equal(adversarial.loss_and_grad(theta)[1], plain.loss_and_grad(theta)[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_a_pass_reads_the_losses_of_all_micro_batches_at_once(batch_size):
+    objective = make_objective(make_net(), batch_size=batch_size)
+    theta = objective.vector.read()
+    for evaluate in (objective.loss, objective.loss_and_grad):
+        with Reads() as reads:
+            evaluate(theta)
+        assert reads.number == 1

@@ -1,0 +1,119 @@
+"""Time of a merge beside the forward and backward passes that it makes: all that is more is overhead.
+
+``python examples/flow_times.py MODEL`` takes a timm model, ``quickstart``, ``resnet20``, ``minilm`` or the folder of a
+Hugging Face text classifier, with random samples. Times are processor times of one thread, on a GPU wall times: the
+smallest of all turns, and the median of their overheads. Bare passes are plain torch, on the device. TFLOP/s are
+those of the passes over the time of the merge; the peak is a matrix product's. ``--sizes 32 64`` tries batch sizes.
+"""
+
+import argparse
+import time
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import lightning as L
+import torch
+from flow_models import SEEN, Classifier
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_odem.calibration import CalibrationOptions
+from lightning_odem.parameters.snapshot import take_snapshot, undisturbed
+from lightning_odem.stream.stream import Stream
+
+ON_GPU = torch.cuda.is_available()
+
+
+class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
+    def __init__(self, samples, turns, sizes, rows, **options):
+        self.n, self.turns, self.sizes, self.rows = samples, turns, sizes, rows
+        self.options = CalibrationOptions(**options)
+        self.table = Table("rule", "t", "samples", "bare s", "merge s", "overhead", "TFLOP/s", "of peak", "memory")
+
+    def on_fit_start(self, trainer, module):
+        self.module, self.plugin, size = module, trainer.precision_plugin, self.options.batch_size
+        base, first, second = take_snapshot(module), module.draw(self.n // 2), module.draw(self.n // 2)
+        incoming = {name: value + 1e-3 * torch.randn(value.shape).to(value.dtype) for name, value in base.items()}
+        self.drawn = trainer.strategy.batch_to_device(self.plugin.convert_input(first))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.bare(True, size)
+        flops, model_bytes = counter.get_total_flops() / len(first[1]), sum(value.nbytes for value in base.values())
+        factor = self.plugin.convert_input(torch.randn(*[8192 if ON_GPU else 1024] * 2, device=module.device))
+        with self.plugin.forward_context():
+            peak = 2 * len(factor) ** 3 / min(seconds(lambda: factor @ factor) for _ in range(9))
+        self.ms = {tried: 1000 * min(self.bare(True, tried) for _ in range(self.turns)) for tried in self.sizes}
+        for rule, t in self.rows:
+            turns = []
+            for _ in range(self.turns):
+                stream = Stream(rule, base=base, calibration_size=self.n, calibration=self.options)
+                stream.merge(module, incoming, "first", 1 / t - 1, first)
+                SEEN.clear()
+                before = memory(reset=True)
+                merged = seconds(lambda: stream.merge(module, incoming, "second", 1.0, second))  # noqa: B023
+                held, made = (memory() - before) / model_bytes, dict(SEEN)
+                turns.append((merged, sum(n * self.bare(gradient, size) for gradient, n in made.items()), held))
+            merged, bare, held = zip(*turns, strict=True)
+            speed = flops * (made.get(True, 0) + made.get(False, 0) / 3) / min(merged)
+            overhead = f"{100 * median(turn[0] / turn[1] - 1 for turn in turns):.1f} %" if made else "—"
+            cells = f"{min(bare):.3f}", f"{min(merged):.3f}", overhead
+            cells += f"{speed / 1e12:.4g}", f"{speed / peak:.0%}", f"{max(held):.1f}"
+            self.table.add_row(rule, f"{t:g}", f"{made.get(True, 0)} + {made.get(False, 0)}", *cells)
+
+    def bare(self, gradient, size):
+        """Seconds per sample of a plain loop over micro-batches."""
+        batches = list(zip(*(part.split(size) for part in self.drawn), strict=True))
+
+        def loop():
+            self.module.zero_grad()
+            for batch in batches:
+                with torch.set_grad_enabled(gradient), self.plugin.forward_context():
+                    loss = self.module.training_step(batch)
+                if gradient:
+                    loss.backward()
+
+        with undisturbed(self.module):
+            return seconds(loop) / len(self.drawn[1])
+
+
+def seconds(work):
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if ON_GPU else (time.process_time, int)
+    started = (wait(), clock())[1]
+    return (work(), wait(), clock())[2] - started
+
+
+def memory(reset=False):
+    """Bytes: the peak since the last reset; at a reset, what is held."""
+    if ON_GPU:
+        return (reset and torch.cuda.reset_peak_memory_stats(), torch.cuda.max_memory_allocated())[1]
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    for name, default in {"--batch-size": 128, "--samples": 1024, "--turns": 3}.items():
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--times", type=float, nargs="*", default=[0.5, 0.125])
+    parser.add_argument("--rules", nargs="*", default=["ode_paper", "ode", "isotropic"])
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--keep-on-device", action="store_true")
+    arguments = vars(parser.parse_args())
+    model, precision = map(arguments.pop, ("model", "precision"))
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    times = FlowTimes(rows=list(product(arguments.pop("rules"), arguments.pop("times"))), **arguments)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    trainer = L.Trainer(max_steps=0, devices=1, precision=precision, callbacks=[times], **quiet)
+    trainer.fit(Classifier(model), DataLoader([(torch.zeros(1), 0)]))
+    Console(width=120).print(times.table, "ms per sample by batch size:", times.ms)
+
+
+if __name__ == "__main__":
+    main()
