@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _DRAFT = re.compile(r"\..+\.\d+")
+_one_line = json.JSONEncoder(allow_nan=False).encode
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def json_lines(value: Any, depth: int, indent: str = "") -> str:
         }
     """
     if not depth or not value or not isinstance(value, (dict, list)):
-        return json.dumps(value, allow_nan=False)
+        return _one_line(value)
     inner = indent + " "
     lines = [json_lines(entry, depth - 1, inner) for entry in (value.values() if isinstance(value, dict) else value)]
     if isinstance(value, dict):

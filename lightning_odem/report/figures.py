@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lightning_odem.metrics import TaskMetric
 from lightning_odem.report.merge_record import MergeRecord
@@ -21,13 +21,14 @@ from lightning_odem.report.record import StreamReport
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 BLUE, ORANGE, GREEN, RED = COLORS[:4]
 MARKERS = "osD^vP*Xp<>"
+LONG = 30  # tasks; more of them cannot be told apart by name, number and colour
 
 
 def plot_accuracy_matrix(report: StreamReport) -> Figure:
     """Heat map of the score on each task, in percent or as it is: base and incoming models on top, merged models below.
 
     Brighter is better. If tasks have different metrics, colours go from the worst to the best score of each task. A
-    dash marks a score that was not measured.
+    dash marks a score that was not measured. Of more than 30 tasks the colours are shown without names and numbers.
 
     Args:
         report: A report of at least one merge.
@@ -36,10 +37,10 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
     scale = np.array([metric.scale for metric in metrics])
     references, merged = np.array([report.pretrained, report.fine_tuned]), report.matrix().numpy()
     values = scale * np.vstack([references, merged])
-    size = len(report.tasks)
+    size, shown = len(report.tasks), min(len(report.tasks), LONG)
     cell = 0.75 if size < 10 else 0.48
-    figure = new_figure(3.2 + cell * size, 1.8 + 0.36 * (size + 2))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, size])
+    figure = new_figure(3.2 + cell * shown, 1.8 + 0.36 * (shown + 2))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, shown])
     norm = _norm(values, shared)
     style = {"norm": norm, "cmap": "viridis" if shared is None or shared.higher_is_better else "viridis_r"}
     colors = _from_worst_to_best(values, metrics) if shared is None else values
@@ -51,7 +52,12 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
         labels = [f"{label}\n{metric.name}" for label, metric in zip(labels, metrics, strict=True)]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if 0.09 * longest > cell else {}
-    lower.set_xticks(range(size), labels, **tilt)
+    if size <= LONG:
+        lower.set_xticks(range(size), labels, **tilt)
+    else:
+        for axis in (lower.xaxis, lower.yaxis):
+            axis.set_major_locator(FixedLocator(np.linspace(0, size - 1, 6).round()))
+            axis.set_major_formatter(lambda place, _: f"{place + 1:.0f}")
     lower.set_xlabel("task")
     lower.set_ylabel("merged model")
     bar = figure.colorbar(
@@ -69,7 +75,8 @@ def plot_accuracy_matrix(report: StreamReport) -> Figure:
 def plot_accuracy_over_stream(report: StreamReport) -> Figure:
     """ACC_w (eq. 2) and the score on each task against the number of merges, in percent or as it is.
 
-    If tasks have different metrics, each metric has axes of its own and there is no mean.
+    If tasks have different metrics, each metric has axes of its own and there is no mean. Of more than 30 tasks the
+    range of the scores is shown, and that of the middle half.
 
     Args:
         report: A report of at least one merge.
@@ -80,18 +87,24 @@ def plot_accuracy_over_stream(report: StreamReport) -> Figure:
     shared = report.metric()
     panels = list(dict.fromkeys(map(report.metric_of, report.tasks)))
     colors = COLORS if size <= len(COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
-    figure = new_figure(7.2, max(2.0 + 2.0 * len(panels), 1.0 + 0.2 * size))
+    figure = new_figure(7.2, max(2.0 + 2.0 * len(panels), 1.0 + 0.2 * min(size, LONG)))
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     if shared is not None:
         name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
         mean = [shared.scale * report.acc(merge) for merge in range(size)]
-        grid[0].plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
-    for index, (task, label) in enumerate(zip(report.tasks, _task_labels(report), strict=True)):
-        metric = report.metric_of(task)
-        axes = grid[panels.index(metric)]
-        color, marker = colors[index], MARKERS[index % len(MARKERS)]
-        values = metric.scale * matrix[index:, index]
-        axes.plot(merges[index:], values, color=color, marker=marker, lw=1.2, ms=5, label=label)
+        dots = {"marker": "o", "ms": 8} if size <= LONG else {}
+        grid[0].plot(merges, mean, color="black", lw=3.5, label=name, **dots)
+    if size > LONG:
+        for axes, metric in zip(grid, panels, strict=True):
+            of_metric = [report.metric_of(task) == metric for task in report.tasks]
+            _plot_range(axes, merges, metric.scale * matrix[:, of_metric])
+    else:
+        for index, (task, label) in enumerate(zip(report.tasks, _task_labels(report), strict=True)):
+            metric = report.metric_of(task)
+            axes = grid[panels.index(metric)]
+            color, marker = colors[index], MARKERS[index % len(MARKERS)]
+            values = metric.scale * matrix[index:, index]
+            axes.plot(merges[index:], values, color=color, marker=marker, lw=1.2, ms=5, label=label)
     for axes, metric in zip(grid, panels, strict=True):
         axes.set_ylabel(metric.label)
         axes.set_xlim(0.5, size + 0.5)
@@ -212,8 +225,21 @@ def _from_worst_to_best(values: np.ndarray, metrics: list[TaskMetric]) -> np.nda
     return ((known - lowest) / np.ma.where(highest == lowest, 1, highest - lowest)).filled(np.nan)
 
 
+def _plot_range(axes: Axes, merges: np.ndarray, values: np.ndarray) -> None:
+    """Quantiles of scores [merges, tasks], of those that were measured after each merge."""
+    known = np.isfinite(values).any(axis=1)
+    quantiles = np.full((5, len(values)), np.nan)
+    quantiles[:, known] = np.nanquantile(values[known], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    lowest, lower, middle, upper, highest = quantiles
+    axes.fill_between(merges, lowest, highest, color=BLUE, alpha=0.15, lw=0, label="all tasks")
+    axes.fill_between(merges, lower, upper, color=BLUE, alpha=0.35, lw=0, label="middle half")
+    axes.plot(merges, middle, color=BLUE, lw=1.2, label="median")
+
+
 def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -> dict[tuple[int, int], str]:
-    """The texts in the cells of a heat map, by row and column."""
+    """The texts in the cells of a heat map, by row and column; none for a long stream."""
+    if len(report.tasks) > LONG:
+        return {}
     texts = {}
     for (row, column), value in np.ndenumerate(values):
         if not (triangular and column > row):
@@ -224,12 +250,13 @@ def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -
 def _heat_map(
     axes: Axes, values: np.ndarray, rows: list[str], cells: dict[tuple[int, int], str], style: dict[str, Any]
 ) -> AxesImage:
-    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", **style)
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest", **style)
     for (row, column), text in cells.items():
         place = style["norm"](values[row, column])
         dark = place < 0.5 if style["cmap"] == "viridis" else place > 0.5
         axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
-    axes.set_yticks(range(len(rows)), rows)
+    if len(rows) <= LONG:
+        axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image

@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_odem.parameters.files import remove_drafts
 from lightning_odem.parameters.frozen_base import Digests
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
-from lightning_odem.report import StreamReport
+from lightning_odem.report import StreamReport, save
 from lightning_odem.stream.merged_files import remove_unnamed, save_merged
 from lightning_odem.stream.report_files import ReportFiles
 from lightning_odem.stream.sections import check_sections
@@ -43,7 +43,9 @@ class RunDirectory:
         self.path: Path | None = None
         # The generation on disk that the state in memory comes from.
         self._number: int | None = None
+        self._written: int | None = None  # by this process, and its report after it
         self._directory: Path | None = None
+        self._files: ReportFiles
         self._store: StreamStore | None = None
         self._lock: StreamLock | None = None
         if dirpath is not None:
@@ -155,7 +157,7 @@ class RunDirectory:
         self._number = self._store.number
         if self._mapped:
             state.map(self._store.map)
-        ReportFiles(self.at("")).write(state.report, first_path=len(state.report.merges))
+        self._files.write(state.report, first_path=len(state.report.merges))
 
     def release(self) -> None:
         """Let other processes use the stream."""
@@ -214,8 +216,8 @@ class RunDirectory:
                 )
             newer = newer if further and not same else None
             self._number = number
-        if number is not None and trainer.is_global_zero:
-            ReportFiles(self.at("")).keep_evidence(on_disk)
+        if number is not None and number != self._written and trainer.is_global_zero:
+            self._files.keep_evidence(on_disk)
         self.path, state.dirpath = self._directory, str(self._directory)
         return newer
 
@@ -253,7 +255,7 @@ class RunDirectory:
         with Processes.current().together():
             if trainer.is_global_zero:
                 self._store.save(whole.state_dict())
-        self._number = self._store.number
+        self._number = self._written = self._store.number
         if self._mapped:
             state.map(self._store.map)
             state.cut(module)
@@ -289,14 +291,22 @@ class RunDirectory:
         If that fails there is only a warning, since they can be written again from the state.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            ReportFiles(self.path).write(report, first_path=-1)
+            self._files.write(report, first_path=-1)
+
+    @rank_zero_only
+    def finish_report(self, report: StreamReport) -> None:
+        """Draw the figures that were left as they were in a long stream, at its end."""
+        if self._directory is not None and self._files.behind:
+            with suppress(StreamInUseError), self.locked():
+                save(report, self._directory, first_path=len(report.merges))
+                self._files.behind = False
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:
         """Write the report again if it is behind the state, because a process died between writing the two."""
         if self._directory is None or not report.tasks:
             return
-        files = ReportFiles(self._directory)
+        files = self._files
         if files.hold(report):
             return
         try:
@@ -311,6 +321,7 @@ class RunDirectory:
         if directory.exists() and not directory.is_dir():
             raise MisconfigurationException(f"{directory} is a file; dirpath must name a directory.")
         self._directory = directory
+        self._files = ReportFiles(directory)
         self._store = StreamStore(directory / "stream")
         self._lock = StreamLock(directory / "stream" / "lock")
 
@@ -323,7 +334,7 @@ class RunDirectory:
     def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None, int | None]:
         """Report of the stream that the directory holds, its state and number."""
         if number is None:
-            return ReportFiles(self.at("")).read(), None, None
+            return self._files.read(), None, None
         state, number = self._load()
         assert state is not None, "it has a number"
         return StreamReport.from_dict(state["report"]), state, number
