@@ -160,9 +160,8 @@ class Session:
         self.fit.phase = Phase.MEASURED
         state, measure = self.state, self.measurement.with_weights
         with Processes.current().together():
-            pair = self.fit.sampling.pair() if self.fit.sampling is not None else None
-            if pair is not None:
-                rehearse(self.stream, module, pair)
+            if self.fit.sampling is not None:
+                rehearse(self.stream, module, self.fit.sampling)
             if "pretrained" not in state.started:
                 task = state.started["task"]
                 state.started["before_training"] = measure(module, state.merged, task)

@@ -18,7 +18,7 @@ from lightning_odem.report.record import StreamReport
 # rich's own open boxes draw the rule in characters that some file encodings lack
 RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _GAP = 2
-LAST = 30
+LAST = 20
 """Merges of a longer stream that tables show; ``report.json`` has all."""
 
 
@@ -27,7 +27,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
 
     Columns have the task names if these fit. Otherwise columns are numbered, and the rows tell which number is which
     task. Columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
-    undefined or was not measured. ACC and BWT are undefined if metrics differ. Of more than 30 tasks the last 30 are
+    undefined or was not measured. ACC and BWT are undefined if metrics differ. Of more than 20 tasks the last 20 are
     shown; ACC and BWT are those of all.
 
     Args:
@@ -66,7 +66,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
-    """Table of the effect of each of the last 30 merges on the calibration loss, and of its cost.
+    """Table of the effect of each of the last 20 merges on the calibration loss, and of its cost.
 
     Args:
         report: What to show.

@@ -169,7 +169,8 @@ class Measurement:
             if self._monitor is not None:
                 measured = self._monitor.measure(module, data)
             else:
-                measured = score(module, data, task, self._datamodules.get(task))
+                unseen = self._checked.get(task) is not data.batches
+                measured = score(module, data, task, self._datamodules.get(task), strict=unseen)
         self._checked[task] = data.batches
         return _agreed(measured, module.device)
 
