@@ -179,7 +179,7 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     del given.config
     try:
         merged = merge_checkpoints(**vars(given))
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
     print(*(f"{plain(note)}\n" for note in merged.notes), sep="", end="")

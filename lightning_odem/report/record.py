@@ -88,9 +88,7 @@ class StreamReport:
         """
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
         others = {task: metric for task, metric in {**self.metrics, **metrics}.items() if metric != ACCURACY}
-        report = replace(
-            self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others
-        )
+        report = replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
         if _but(others, record.task) == self.metrics:
             report._known = self._summarized()
         return report

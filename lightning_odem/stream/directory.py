@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_odem.parameters.files import remove_drafts
+from lightning_odem.parameters.files import make_writable, remove_drafts
 from lightning_odem.parameters.frozen_base import Digests
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
@@ -86,6 +86,7 @@ class RunDirectory:
             return
         with Processes.current().together():
             if trainer.is_global_zero:
+                make_writable(self.at(""))
                 self._lock.acquire()
                 remove_drafts(self._lock.path.parents[1])
 
@@ -348,7 +349,7 @@ class RunDirectory:
 
 def _make_next_version(root: Path) -> Path:
     """Make the next free directory; two processes at the same time get different ones."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_writable(root)
     while True:
         taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
         path = root / f"version_{max(taken, default=-1) + 1}"

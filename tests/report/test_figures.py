@@ -222,3 +222,17 @@ def test_unlike_metrics_are_coloured_by_task_and_have_axes_of_their_own(report: 
     assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy (%)", "MeanSquaredError (lower is better)"]
     assert list(lines(figure)) == ["a (w=2)", "c (w=1)"]
     assert_allclose(lines(figure, 1)["b (w=1)"][1], [0.7, 0.75])
+
+
+def test_figures_of_a_long_stream_are_of_bounded_size_and_number_the_tasks() -> None:
+    sizes = []
+    for size in (31, 300):
+        names = [f"task {k}" for k in range(size)]
+        measured = [[0.5] * size] * 3
+        report = StreamReport(names, [1.0] * size, [[nan] * k + [0.5] for k in range(size)], *measured)
+        matrix, over = plot_accuracy_matrix(report), plot_accuracy_over_stream(report)
+        assert not matrix.axes[1].texts
+        assert [tick_labels(axis)[-1] for axis in (matrix.axes[1].xaxis, matrix.axes[1].yaxis)] == [str(size)] * 2
+        assert list(lines(over)) == ["ACC", "median"]
+        sizes.append([tuple(figure.get_size_inches()) for figure in (matrix, over)])
+    assert sizes[0] == sizes[1]
