@@ -106,8 +106,8 @@ def make_writable(directory: str | os.PathLike) -> None:
             what = f"{place} is of user {found.st_uid} with permissions {stat.filemode(found.st_mode)}{user}"
         raise OSError(
             error.errno,
-            f"The directory {directory} cannot be written: {error.strerror or error}. {what}. Choose another directory, "
-            "or change what is there.",
+            f"The directory {directory} cannot be written: {error.strerror or error}. {what}. Choose another "
+            "directory, or change what is there.",
         ) from error
 
 

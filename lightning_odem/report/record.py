@@ -30,7 +30,6 @@ from lightning_odem.parameters.files import (
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 from lightning_odem.report.summaries import Summaries
 
-
 _LISTS = ("tasks", "weights", "pretrained", "fine_tuned", "before_training")
 
 
