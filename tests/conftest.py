@@ -29,7 +29,7 @@ def pytest_runtest_setup():
 def without_figures(monkeypatch):
     """Leave the figures out of the run directory: drawing them takes longer than all the rest of a small fit."""
 
-    def save(report, directory, first_path=0):
+    def save(report, directory, first_path=0, scores=True):
         return [report.save(directory / "report.json")]
 
     monkeypatch.setattr("lightning_odem.stream.report_files.save", save)

@@ -1,10 +1,14 @@
 """The calibration samples of the task that a Trainer fits."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
+from lightning_odem.calibration.batches import labels, select
 from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.containers import CannotBeKeptError
 from lightning_odem.calibration.item_loading import OnItem
@@ -76,6 +80,14 @@ class SampleCollector:
         if self._drawn is None:
             return None
         return self._added_to(CalibrationBuffer(capacity=2, balanced=self._buffer.balanced), self._drawn)
+
+    def some(self, choose: Callable[[Tensor], Tensor]) -> CalibrationBuffer | None:
+        """A buffer of the drawn samples whose indices are chosen by the class labels [n]; None if there are none."""
+        found = labels(self._drawn.samples) if self._drawn is not None else None
+        if self._drawn is None or found is None or not len(index := choose(found)):
+            return None
+        chosen = replace(self._drawn, samples=select(self._drawn.samples, index))
+        return self._added_to(CalibrationBuffer(capacity=len(index), balanced=False), chosen)
 
     def buffer(self) -> CalibrationBuffer:
         """A copy of the buffer with this task's samples added.

@@ -79,7 +79,8 @@ def _summary(report: StreamReport) -> str:
     if metric := report.metric():
         acc = "ACC" if metric == ACCURACY else f"ACC ({metric.name})"
         unit = f" {metric.unit}" if metric.unit else ""
-        summary = {acc: report.acc(), "BWT": report.bwt()}
+        means = report.summaries()
+        summary = {acc: means["acc"][-1], "BWT": means["bwt"][-1]}
         parts += [f"{name} {metric.text(value)}{unit}" for name, value in summary.items() if math.isfinite(value)]
     else:
         parts.append("no ACC and BWT of unlike metrics")

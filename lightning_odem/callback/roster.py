@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
+from weakref import ref
 
 import lightning as L
 
@@ -22,14 +23,15 @@ class Roster:
 
     def __init__(self, weights: Weights, evaluate: str | int | bool) -> None:
         self._weights, self._evaluate = weights, evaluate
-        self._names: dict[int, tuple[Any, str]] = {}  # with the datamodules, so that their ids stay theirs
+        self._names: dict[int, tuple[ref, str]] = {}  # with the datamodules, so that their ids stay theirs
         self._last: Any = None
 
     def call(self, tasks: Iterable[Data]) -> Iterator[tuple[str, Data]]:
         """Yield the tasks with their names; one without ``task_name`` is called ``task_<number>``."""
         for number, (task, is_last) in enumerate(self._with_last(tasks), start=1):
             name = str(getattr(task, "task_name", f"task_{number}"))
-            self._names[id(task)] = (task, name)
+            alive = {key: known for key, known in self._names.items() if known[0]() is not None}
+            self._names = {**alive, id(task): (ref(task), name)}
             self._last = task if is_last else None
             yield name, task
 
@@ -40,7 +42,8 @@ class Roster:
             ValueError: If the name is taken, or the weight is missing or no utility.
         """
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        task = next_task_name(datamodule, report.tasks, self._names.get(id(datamodule), (None, None))[1])
+        known, name = self._names.get(id(datamodule), (None, None))
+        task = next_task_name(datamodule, report.tasks, name if known and known() is datamodule else None)
         removed = [record.task for record in report.removed]
         weight = next_task_weight(self._weights, datamodule, report.tasks, task, removed)
         operating_time([*report.weights, weight])  # refuses what is no utility

@@ -97,6 +97,7 @@ class Session:
                 self.measurement.remember(name, task)
             else:
                 yield task
+        self.directory.finish_report(self.report)
 
     def load_checkpoint(self, state: dict[str, Any], fitting: bool) -> None:
         """Continue the stream of one of Lightning's checkpoints."""
@@ -159,15 +160,15 @@ class Session:
         self.fit.phase = Phase.MEASURED
         state, measure = self.state, self.measurement.with_weights
         with Processes.current().together():
-            pair = self.fit.sampling.pair() if self.fit.sampling is not None else None
-            if pair is not None:
-                rehearse(self.stream, module, pair)
+            if self.fit.sampling is not None:
+                rehearse(self.stream, module, self.fit.sampling)
             if "pretrained" not in state.started:
                 task = state.started["task"]
                 state.started["before_training"] = measure(module, state.merged, task)
                 state.started["pretrained"] = measure(module, state.base, task)
-            tasks = [*self.report.tasks, state.started["task"]]
-            self.measurement.check(module, tasks, self.report.measured(), state.task_parameters)
+            own = {**state.task_parameters, state.started["task"]: {}}
+            due = own if self._roster.is_due(module.trainer, len(own)) else [state.started["task"]]
+            self.measurement.check(module, due, self.report.measured, state.task_parameters)
 
     def abort(self, module: L.LightningModule) -> None:
         """Leave the module and the stream as they were before a fit that was refused; others may go on with it."""

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from lightning_odem.cli.load_check import check_by_loading
 from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import save_weights
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
-from lightning_odem.parameters.files import replacing_folder
+from lightning_odem.parameters.files import make_writable, replacing_folder
 from lightning_odem.parameters.lora_files import LORA_FILE, LoraFiles, is_lora_file
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
@@ -80,9 +79,8 @@ class FolderOutput:
             )
 
     def prepare(self) -> None:
-        """Try to make a folder there, so that an output that cannot be written is found before the work."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryDirectory(dir=self._path.parent, prefix=".trial").cleanup()
+        """Try to write there, so that an output that cannot be written is found before the work."""
+        make_writable(self._path.parent)
 
     def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
         """Write the folder.

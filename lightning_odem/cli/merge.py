@@ -209,7 +209,7 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     del given.config
     try:
         merged = merge_checkpoints(**vars(given))
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(merged.table())
     lines = [*merged.notes, *([merged.checked] if merged.checked else [])]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_odem.parameters.files import replacing
+from lightning_odem.parameters.files import make_writable, replacing
 
 
 class MergeOutput:
@@ -40,7 +40,7 @@ class MergeOutput:
 
     def prepare(self) -> None:
         """Make the directory, so that an output that cannot be written is found before the work."""
-        self.paths[0].parent.mkdir(parents=True, exist_ok=True)
+        make_writable(self.paths[0].parent)
 
     def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
         """Write the weights and their metadata.

@@ -10,9 +10,11 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 _DRAFT = re.compile(r"\..+\.\d+")
+_one_line = json.JSONEncoder(allow_nan=False).encode
 
 
 @contextmanager
@@ -84,6 +86,31 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def make_writable(directory: str | os.PathLike) -> None:
+    """Make a folder, and a file in it that goes again, so that what cannot be written is known before the work.
+
+    Raises:
+        OSError: If that fails; the message names the folder that is in the way, and its permissions.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        place = next(path for path in (directory, *directory.parents) if path.exists())
+        found = place.stat()
+        what = f"{place} is a file"
+        if place.is_dir():
+            user = f", and this is user {os.getuid()}" if hasattr(os, "getuid") else ""
+            what = f"{place} is of user {found.st_uid} with permissions {stat.filemode(found.st_mode)}{user}"
+        raise OSError(
+            error.errno,
+            f"The directory {directory} cannot be written: {error.strerror or error}. {what}. Choose another "
+            "directory, or change what is there.",
+        ) from error
+
+
 class NotRegularError(OSError):
     """A path that names a pipe or a device where a file was expected."""
 
@@ -150,7 +177,7 @@ def json_lines(value: Any, depth: int, indent: str = "") -> str:
         }
     """
     if not depth or not value or not isinstance(value, (dict, list)):
-        return json.dumps(value, allow_nan=False)
+        return _one_line(value)
     inner = indent + " "
     lines = [json_lines(entry, depth - 1, inner) for entry in (value.values() if isinstance(value, dict) else value)]
     if isinstance(value, dict):

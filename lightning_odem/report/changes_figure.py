@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lightning_odem.report.drawing import cell_size, heat_map, name_columns, new_figure, shown
+from lightning_odem.report.drawing import LONG, heat_map, map_size, name_columns, new_figure, shown
 from lightning_odem.report.record import StreamReport
 
 
@@ -14,7 +14,7 @@ def plot_changes(report: StreamReport) -> Figure:
     """Heat map of the score on each task after a merge minus before it, in percentage points or as it is.
 
     Blue is better and red is worse, also where lower scores are better. If tasks have different metrics, the colours of
-    each task go up to its own largest change.
+    each task go up to its own largest change. Of more than 30 tasks the colours are shown without names and numbers.
 
     Args:
         report: A report of at least one merge.
@@ -26,9 +26,12 @@ def plot_changes(report: StreamReport) -> Figure:
     largest = np.ma.masked_invalid(np.abs(better)).max(axis=None if shared else 0, keepdims=True).filled(0.0)
     colors = better / np.where(largest == 0.0, 1.0, largest)
     texts = {
-        (row, column): metrics[column].text(found[row, column], "+") for row in range(size) for column in range(row + 1)
+        (row, column): metrics[column].text(found[row, column], "+")
+        for row in range(size if size <= LONG else 0)
+        for column in range(row + 1)
     }
-    figure = new_figure(3.4 + 1.2 * cell_size(size) * size, 2.2 + 0.36 * size)
+    width, height = map_size(size, wider=1.2)
+    figure = new_figure(3.4 + width, 2.2 + height)
     axes = figure.subplots()
     names = [f"merge of {shown(task)}" for task in report.tasks]
     image = heat_map(axes, colors, names, texts, {"norm": Normalize(-1, 1), "cmap": "RdBu"})

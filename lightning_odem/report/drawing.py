@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FixedLocator
 
 from lightning_odem.report.plain import plain
 from lightning_odem.report.record import StreamReport
@@ -17,6 +18,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
 BLUE, ORANGE, GREEN, RED = COLORS[:4]
 MARKERS = "osD^vP*Xp<>"
 LONGEST_NAME = 44
+LONG = 30  # tasks; more of them cannot be told apart by name, number and colour
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -56,13 +58,27 @@ def task_labels(report: StreamReport) -> list[str]:
     return [f"{name} (w={weight:.4g})" for name, weight in zip(names, report.weights, strict=True)]
 
 
+def map_size(tasks: int, wider: float = 1.0) -> tuple[float, float]:
+    """Width and height in inches of a heat map of so many tasks; they stop growing at :data:`LONG` tasks."""
+    return wider * cell_size(tasks) * min(tasks, LONG), 0.36 * min(tasks, LONG)
+
+
 def cell_size(tasks: int) -> float:
     """Width in inches of a column of a heat map."""
     return 0.75 if tasks < 10 else 0.48
 
 
 def name_columns(axes: Axes, report: StreamReport) -> None:
-    """Write the tasks' names below a heat map, with their metrics if these differ; tilted if they are too long."""
+    """Write the tasks' names below a heat map, with their metrics if these differ; tilted if they are too long.
+
+    More than :data:`LONG` tasks are numbered, along both axes.
+    """
+    axes.set_xlabel("task")
+    if (size := len(report.tasks)) > LONG:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(FixedLocator(np.linspace(0, size - 1, 6).round()))
+            axis.set_major_formatter(lambda place, _: f"{place + 1:.0f}")
+        return
     labels = task_labels(report)
     if report.metric() is None:
         pairs = zip(labels, report.tasks, strict=True)
@@ -71,7 +87,6 @@ def name_columns(axes: Axes, report: StreamReport) -> None:
     is_tilted = 0.09 * longest > cell_size(len(labels))
     tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if is_tilted else {}
     axes.set_xticks(range(len(labels)), labels, **tilt)
-    axes.set_xlabel("task")
 
 
 def heat_map(
@@ -86,11 +101,12 @@ def heat_map(
         cells: Texts by row and column.
         style: ``norm`` and ``cmap``.
     """
-    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", **style)
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", interpolation="nearest", **style)
     for (row, column), text in cells.items():
         is_dark = np.isfinite(values[row, column]) and _luminance(image.to_rgba(values[row, column])) < 0.42
         axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if is_dark else "black")
-    axes.set_yticks(range(len(rows)), rows)
+    if len(rows) <= LONG:
+        axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image

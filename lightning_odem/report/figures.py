@@ -15,11 +15,12 @@ from lightning_odem.report.drawing import (
     BLUE,
     COLORS,
     GREEN,
+    LONG,
     MARKERS,
     ORANGE,
     RED,
-    cell_size,
     heat_map,
+    map_size,
     name_columns,
     new_figure,
     open_frame,
@@ -35,7 +36,7 @@ def plot_accuracy_matrix(report: StreamReport, joint: Mapping[str, float] | None
 
     References are the base model, the incoming models on their own tasks and, if it is given, joint training. Brighter
     is better. If tasks have different metrics, colours go from the worst to the best score of each task. A dash marks a
-    score that was not measured.
+    score that was not measured. Of more than 30 tasks the colours are shown without names and numbers.
 
     Args:
         report: A report of at least one merge.
@@ -48,8 +49,9 @@ def plot_accuracy_matrix(report: StreamReport, joint: Mapping[str, float] | None
     references, merged = np.array(list(rows.values())), report.matrix().numpy()
     values = scale * np.vstack([references, merged])
     size, above = len(report.tasks), len(rows)
-    figure = new_figure(3.2 + cell_size(size) * size, 1.8 + 0.36 * (size + above))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[above, size])
+    width, height = map_size(size)
+    figure = new_figure(3.2 + width, 1.8 + height + 0.36 * above)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[above, min(size, LONG)])
     norm = _norm(values, shared)
     style = {"norm": norm, "cmap": "viridis" if shared is None or shared.higher_is_better else "viridis_r"}
     colors = _from_worst_to_best(values, metrics) if shared is None else values
@@ -75,7 +77,7 @@ def plot_accuracy_over_stream(report: StreamReport, joint: Mapping[str, float] |
 
     Steps are references: the same mean over the tasks merged so far for the base model, for the incoming models, and
     for joint training if it is given. If tasks have different metrics, each metric has axes of its own and there is no
-    mean.
+    mean. Of more than 30 tasks the range of the scores is shown, and that of the middle half.
 
     Args:
         report: A report of at least one merge.
@@ -88,20 +90,27 @@ def plot_accuracy_over_stream(report: StreamReport, joint: Mapping[str, float] |
     panels = list(dict.fromkeys(map(report.metric_of, report.tasks)))
     colors = COLORS if size <= len(COLORS) else colormaps["viridis"](np.linspace(0.1, 0.9, size))
     labels = task_labels(report)
-    height = max(2.0 + 2.0 * len(panels), 1.6 + 0.2 * size)
-    figure = new_figure(max(7.2, 5.0 + 0.1 * max(map(len, labels))), height)
+    height = max(2.0 + 2.0 * len(panels), 1.6 + 0.2 * min(size, LONG))
+    longest = max(map(len, labels)) if size <= LONG else 0
+    figure = new_figure(max(7.2, 5.0 + 0.1 * longest), height)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     if shared is not None:
         name = r"$\mathrm{ACC}_w$" if len(set(report.weights)) > 1 else "ACC"
         mean = [shared.scale * report.acc(merge) for merge in range(size)]
-        grid[0].plot(merges, mean, color="black", lw=3.5, marker="o", ms=8, label=name)
+        dots = {"marker": "o", "ms": 8} if size <= LONG else {}
+        grid[0].plot(merges, mean, color="black", lw=3.5, label=name, **dots)
         _draw_references(grid[0], report, shared.scale, name, joint)
-    for index, (task, label) in enumerate(zip(report.tasks, labels, strict=True)):
-        metric = report.metric_of(task)
-        axes = grid[panels.index(metric)]
-        color, marker = colors[index], MARKERS[index % len(MARKERS)]
-        values = metric.scale * matrix[index:, index]
-        axes.plot(merges[index:], values, color=color, marker=marker, lw=1.2, ms=5, label=label)
+    if size > LONG:
+        for axes, metric in zip(grid, panels, strict=True):
+            of_metric = [report.metric_of(task) == metric for task in report.tasks]
+            _plot_range(axes, merges, metric.scale * matrix[:, of_metric])
+    else:
+        for index, (task, label) in enumerate(zip(report.tasks, labels, strict=True)):
+            metric = report.metric_of(task)
+            axes = grid[panels.index(metric)]
+            color, marker = colors[index], MARKERS[index % len(MARKERS)]
+            values = metric.scale * matrix[index:, index]
+            axes.plot(merges[index:], values, color=color, marker=marker, lw=1.2, ms=5, label=label)
     for axes, metric in zip(grid, panels, strict=True):
         axes.set_ylabel(metric.label)
         axes.set_xlim(0.5, size + 0.5)
@@ -228,8 +237,21 @@ def _from_worst_to_best(values: np.ndarray, metrics: list[TaskMetric]) -> np.nda
     return ((known - lowest) / np.ma.where(highest == lowest, 1, highest - lowest)).filled(np.nan)
 
 
+def _plot_range(axes: Axes, merges: np.ndarray, values: np.ndarray) -> None:
+    """Quantiles of scores [merges, tasks], of those that were measured after each merge."""
+    known = np.isfinite(values).any(axis=1)
+    quantiles = np.full((5, len(values)), np.nan)
+    quantiles[:, known] = np.nanquantile(values[known], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    lowest, lower, middle, upper, highest = quantiles
+    axes.fill_between(merges, lowest, highest, color=BLUE, alpha=0.15, lw=0, label="all tasks")
+    axes.fill_between(merges, lower, upper, color=BLUE, alpha=0.35, lw=0, label="middle half")
+    axes.plot(merges, middle, color=BLUE, lw=1.2, label="median")
+
+
 def _cells(report: StreamReport, values: np.ndarray, triangular: bool = False) -> dict[tuple[int, int], str]:
-    """The texts in the cells of a heat map, by row and column."""
+    """The texts in the cells of a heat map, by row and column; none for a long stream."""
+    if len(report.tasks) > LONG:
+        return {}
     texts = {}
     for (row, column), value in np.ndenumerate(values):
         if not (triangular and column > row):

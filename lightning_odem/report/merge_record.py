@@ -1,7 +1,7 @@
 """What is known about one merge, or one removal, as plain data."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
@@ -67,6 +67,18 @@ class MergeRecord:
             "calibration": dict(self.calibration),
             "further": {task: dict(values) for task, values in self.further.items()},
         }
+
+    def stored(self) -> dict[str, Any]:
+        """:meth:`as_dict` without what has its default value."""
+        return {name: value for name, value in self.as_dict().items() if not _is_default(name, value)}
+
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(MergeRecord)}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    default = {} if _DEFAULTS[name] is MISSING and isinstance(value, dict) else _DEFAULTS[name]
+    return value == default or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from lightning_odem.report.conclusions import conclude, worse_than_expected
 from lightning_odem.report.plain import plain
 from lightning_odem.report.record import StreamReport
 from lightning_odem.report.stopping import why_there
-from lightning_odem.report.tables import accuracy_cells, accuracy_title, removals
+from lightning_odem.report.tables import accuracy_cells, accuracy_title, first_shown, left_out, removals
 from lightning_odem.version import __version__
 
 CAPTIONS = {
@@ -29,7 +29,7 @@ _MOST_LETTERS = 100  # of names beside each other in the header of a table
 def render_page(report: StreamReport, figures: Mapping[str, bytes], paths: Mapping[int, bytes]) -> str:
     """Summary, table, figures and settings of a stream, and a section for each of its merges, as HTML.
 
-    Figures are part of the page. Names are text, whatever they are.
+    Figures are part of the page. Names are text, whatever they are. Of a long stream the last merges are shown.
 
     Args:
         report: A report of at least one merge.
@@ -42,17 +42,21 @@ def render_page(report: StreamReport, figures: Mapping[str, bytes], paths: Mappi
         >>> "<summary>1. &lt;b&gt;</summary>" in render_page(report, {}, {})
         True
     """
-    header, rows = accuracy_cells(report, numbered=sum(map(len, report.tasks)) > _MOST_LETTERS)
+    first, changed = first_shown(report), changes(report)
+    header, rows = accuracy_cells(report, numbered=sum(map(len, report.tasks[first:])) > _MOST_LETTERS)
     return _template().render(
         tasks=len(report.tasks),
         conclusion=conclude(report),
         title=accuracy_title(report),
         header=["\n".join(map(plain, name.split("\n"))) for name in header],
         rows=[list(map(plain, row)) for row in rows],
-        remarks=list(map(plain, removals(report))),
+        remarks=list(map(plain, [*left_out(report), *removals(report)])),
         figures={CAPTIONS[name]: _embedded(figures[name]) for name in CAPTIONS if name in figures},
         settings=_settings(report),
-        merges=[_merge(report, index, row, paths.get(index)) for index, row in enumerate(changes(report))],
+        merges=[
+            _merge(report, index, row, paths.get(index)) for index, row in list(enumerate(changes(report)))[first:]
+        ],
+        first=first,
     )
 
 

@@ -28,7 +28,9 @@ from lightning_odem.parameters.files import (
     replacing,
 )
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
-from lightning_odem.report.summaries import summarize_merges
+from lightning_odem.report.summaries import Summaries
+
+_LISTS = ("tasks", "weights", "pretrained", "fine_tuned", "before_training")
 
 
 @dataclass
@@ -63,6 +65,8 @@ class StreamReport:
     removed: list[RemovalRecord] = field(default_factory=list)
     metrics: dict[str, TaskMetric] = field(default_factory=dict)
 
+    _known = Summaries()  # of earlier merges, so that one more costs its own numbers alone
+
     def with_merge(
         self,
         record: MergeRecord,
@@ -83,7 +87,10 @@ class StreamReport:
         """
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
         others = {task: metric for task, metric in {**self.metrics, **metrics}.items() if metric != ACCURACY}
-        return replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
+        report = replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
+        if _but(others, record.task) == self.metrics:
+            report._known = self._summarized()
+        return report
 
     def without(self, task: str) -> "StreamReport":
         """Return a report without a task's row and column but with a record of it; this one stays as it is."""
@@ -103,7 +110,9 @@ class StreamReport:
     def keeping_checkpoints(self, count: int) -> "StreamReport":
         """Return a report that names the checkpoints of the last merges only; this one stays as it is."""
         older = [replace(record, checkpoint=None) if record.checkpoint else record for record in self.merges[:-count]]
-        return replace(self, merges=[*older, *self.merges[-count:]])
+        report = replace(self, merges=[*older, *self.merges[-count:]])
+        report._known = self._known
+        return report
 
     def metric_of(self, task: str) -> TaskMetric:
         """The metric of a task."""
@@ -111,8 +120,16 @@ class StreamReport:
 
     def measured(self) -> dict[str, TaskMetric]:
         """The metric of each task that has a score."""
-        scores = {task: [row[index] for row in self.accuracy[index:]] for index, task in enumerate(self.tasks)}
-        return {task: self.metric_of(task) for task, found in scores.items() if not all(map(math.isnan, found))}
+        return {
+            task: self.metric_of(task)
+            for index, task in enumerate(self.tasks)
+            if not all(math.isnan(row[index]) for row in self.accuracy[index:])
+        }
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any task was measured after a merge."""
+        return any(first < size for size, first in enumerate(self._summarized().unmeasured, start=1))
 
     def metric(self, size: int | None = None) -> TaskMetric | None:
         """The common metric of the first tasks, or of all; None if they differ, and means over them are NaN."""
@@ -148,40 +165,73 @@ class StreamReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, with ACC_w, BWT_w, forgetting and forward transfer after every merge added."""
-        lists = ("tasks", "weights", "pretrained", "fine_tuned", "before_training")
         return {
-            **{name: list(getattr(self, name)) for name in lists[:2]},
+            **{name: list(getattr(self, name)) for name in _LISTS[:2]},
             "accuracy": [list(row) for row in self.accuracy],
-            **{name: list(getattr(self, name)) for name in lists[2:]},
+            **{name: list(getattr(self, name)) for name in _LISTS[2:]},
             "merges": [record.as_dict() for record in self.merges],
-            "removed": [asdict(record) for record in self.removed],
-            "metrics": {task: asdict(metric) for task, metric in self.metrics.items()},
+            **self._notes(),
             **self.summaries(),
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """:meth:`as_dict` without what can be computed from the rest, has its default value, or was not measured.
+
+        So a stored report of a long stream grows by as much as was measured. :meth:`from_dict` reads it too.
+        """
+        unmeasured = self._summarized().unmeasured
+        return {
+            **{name: list(getattr(self, name)) for name in _LISTS},
+            "accuracy": [row[first:] for row, first in zip(self.accuracy, unmeasured, strict=True)],
+            "unmeasured": list(unmeasured),
+            "merges": [record.stored() for record in self.merges],
+            **self._notes(),
         }
 
     def summaries(self) -> dict[str, list[float]]:
         """``acc``, ``bwt``, ``forgetting`` and ``fwt`` after every merge, see the methods of these names."""
+        found = self._summarized()
+        return {name: list(getattr(found, name)) for name in ("acc", "bwt", "forgetting", "fwt")}
+
+    def _summarized(self) -> Summaries:
+        found = self._known
         kinds = [self.metric_of(task) for task in self.tasks]
         alike = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
         sign = 1.0 if not kinds or kinds[0].higher_is_better else -1.0
-        return summarize_merges(
-            self.matrix(), self.weights, self.before_training, self.pretrained, sign=sign, up_to=alike
-        )
+        for size in range(len(found.acc) + 1, len(self.accuracy) + 1):
+            scores = (values[:size] for values in (self.weights, self.before_training, self.pretrained))
+            found = found.with_merge(self.accuracy[size - 1], *scores, sign=sign, alike=size <= alike)
+        return found
+
+    def _notes(self) -> dict[str, Any]:
+        return {
+            "removed": [asdict(record) for record in self.removed],
+            "metrics": {task: asdict(metric) for task, metric in self.metrics.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "StreamReport":
-        """Rebuild a report from :meth:`as_dict` or from the parsed ``report.json``."""
+        """Rebuild a report from :meth:`as_dict`, :meth:`stored` or the parsed ``report.json``."""
         data = {"removed": [], "metrics": {}, **data}  # older reports lack these
         values = {entry.name: data[entry.name] for entry in fields(cls)}
+        if "unmeasured" in data:
+            rows = zip(data["unmeasured"], values["accuracy"], strict=True)
+            values["accuracy"] = [[math.nan] * first + row for first, row in rows]
         values["merges"] = [MergeRecord(**record) for record in values["merges"]]
         values["removed"] = [RemovalRecord(**record) for record in values["removed"]]
         values["metrics"] = {task: TaskMetric(**metric) for task, metric in values["metrics"].items()}
         return cls(**values)
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the report as JSON, in one step: a reader sees the old file or the new one, never half of it."""
-        path = Path(path)
-        text = json_lines(map_values(self.as_dict(), nan_to_none), depth=2)
+        """Write the report as JSON, in one step: a reader sees the old file or the new one, never half of it.
+
+        A row of ``accuracy`` is empty if nothing was measured after its merge.
+        """
+        path, data = Path(path), self.as_dict()
+        unmeasured = self._summarized().unmeasured
+        rows = zip(data["accuracy"], unmeasured, strict=True)
+        data["accuracy"] = [[] if first == len(row) else row for row, first in rows]
+        text = json_lines(map_values(data, nan_to_none), depth=2)
         with replacing(path) as draft:
             draft.write_text(text + "\n", encoding="utf-8")
         return path
@@ -195,6 +245,7 @@ class StreamReport:
         """
         try:
             report = cls.from_dict(map_values(json.loads(read_regular(path)), none_to_nan))
+            report.accuracy = [row or [math.nan] * size for size, row in enumerate(report.accuracy, start=1)]
             lengths = [len(row) for row in report.accuracy]
         except (NotRegularError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a merge report: {error!r}.") from error

@@ -21,11 +21,11 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
     """
     record, task = report.merges[-1], report.tasks[-1]
     shared = report.metric()
+    latest = {name: values[-1] for name, values in report.summaries().items()}
+    acc = latest.pop("acc")
     scalars = {
-        **({_key(shared): report.acc()} if shared else {}),
-        "bwt": report.bwt(),
-        "forgetting": report.forgetting(),
-        "fwt": report.fwt(),
+        **({_key(shared): acc} if shared else {}),
+        **latest,
         **{
             f"{_key(report.metric_of(task))}/{task}": value
             for task, value in zip(report.tasks, report.accuracy[-1], strict=True)

@@ -1,7 +1,8 @@
-"""The summary numbers of a stream after every one of its merges, at the cost of reading its matrix once."""
+"""The summary numbers of a stream after every one of its merges, at the cost of reading each of its scores once."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,57 +10,82 @@ from torch import Tensor
 from lightning_odem.metrics.functional import weighted_mean
 
 
-def summarize_merges(
-    matrix: Tensor,
-    weights: Sequence[float],
-    before_training: Sequence[float],
-    pretrained: Sequence[float],
-    *,
-    sign: float = 1.0,
-    up_to: int | None = None,
-) -> dict[str, list[float]]:
-    """ACC_w, BWT_w, forgetting and forward transfer after every merge of a stream of K tasks.
+@dataclass(frozen=True)
+class Summaries:
+    """ACC_w, BWT_w, forgetting and forward transfer after each of the first K merges of a stream.
 
     Each is what :func:`~lightning_odem.metrics.weighted_accuracy`, :func:`~lightning_odem.metrics.backward_transfer`,
     :func:`~lightning_odem.metrics.forgetting` and :func:`~lightning_odem.metrics.forward_transfer` give for the first
-    tasks, bit for bit. Those read a whole matrix for every merge, which costs K^3 in all; this costs K^2.
+    tasks, bit for bit. Those read a whole matrix for every merge. Here one more merge costs its row of the matrix.
 
     Args:
-        matrix: Scores, shape [K, K], fp64; entries above the diagonal are ignored.
-        weights: Utility weight of each task.
-        before_training: Score of the merged model on each task before its training.
-        pretrained: Score of the base model on each task.
-        sign: -1 if lower scores are better.
-        up_to: Merges whose tasks have a common metric; after later ones all is NaN.
-
-    Returns:
-        Lists of K numbers by the names ``acc``, ``bwt``, ``forgetting`` and ``fwt``.
+        acc: ACC_w after each merge.
+        bwt: BWT_w after each merge.
+        forgetting: Forgetting after each merge.
+        fwt: Forward transfer after each merge.
+        unmeasured: How many scores of each row were not measured, before the first one that was.
+        gain: Score of each task after its own merge, shape [K], fp64; with its sign changed if lower is better.
+        best: Best score of each task so far, likewise.
 
     Example:
-        >>> matrix = torch.tensor([[0.7, math.nan], [0.6, 0.8]], dtype=torch.float64)
-        >>> found = summarize_merges(matrix, [1.0, 1.0], [math.nan, 0.5], [0.1, 0.25])
-        >>> found["acc"], found["fwt"]
+        >>> first = Summaries().with_merge([0.7], [1.0], [math.nan], [0.1])
+        >>> both = first.with_merge([0.6, 0.8], [1.0, 1.0], [math.nan, 0.5], [0.1, 0.25])
+        >>> both.acc, both.fwt
         ([0.7, 0.7], [nan, 0.25])
     """
-    count = len(matrix)
-    shares, signed = torch.tensor(weights, dtype=torch.float64), sign * matrix
-    above = torch.ones_like(matrix, dtype=torch.bool).triu(1)
-    best = signed.masked_fill(above, -math.inf).cummax(dim=0).values if count else signed
-    gain = signed.diagonal()
-    forward = sign * torch.tensor(before_training, dtype=torch.float64) - sign * torch.tensor(
-        pretrained, dtype=torch.float64
-    )
-    found: dict[str, list[float]] = {"acc": [], "bwt": [], "forgetting": [], "fwt": []}
-    counts = (shares > 0).tolist()
-    for last in range(count):
-        size, now = last + 1, signed[last, :last]
+
+    acc: Sequence[float] = ()
+    bwt: Sequence[float] = ()
+    forgetting: Sequence[float] = ()
+    fwt: Sequence[float] = ()
+    unmeasured: Sequence[int] = ()
+    gain: Tensor = torch.zeros(0, dtype=torch.float64)
+    best: Tensor = torch.zeros(0, dtype=torch.float64)
+
+    def with_merge(
+        self,
+        row: Sequence[float],
+        weights: Sequence[float],
+        before_training: Sequence[float],
+        pretrained: Sequence[float],
+        *,
+        sign: float = 1.0,
+        alike: bool = True,
+    ) -> "Summaries":
+        """The summaries with one more merge; these stay as they are.
+
+        Args:
+            row: Scores on all tasks after the merge, shape [K + 1].
+            weights: Utility weight of each task.
+            before_training: Score of the merged model on each task before its training.
+            pretrained: Score of the base model on each task.
+            sign: -1 if lower scores are better.
+            alike: Whether the tasks have a common metric; otherwise all four are NaN.
+        """
+        last = len(row) - 1
+        scores, shares, before, base = (
+            torch.tensor(values, dtype=torch.float64) for values in (row, weights, before_training, pretrained)
+        )
+        signed = sign * scores
+        now = signed[:last]
+        found = [math.nan] * 4
         # The metrics refuse weights of which none is positive, but a stream may start with tasks of weight 0.
-        if not any(counts[:size]) or (up_to is not None and size > up_to):
-            for values in found.values():
-                values.append(math.nan)
-            continue
-        found["acc"].append(weighted_mean(matrix[last, :size], shares[:size]).item())
-        found["bwt"].append(weighted_mean(now - gain[:last], shares[:last]).item())
-        found["forgetting"].append(weighted_mean(best[last - 1, :last] - now, shares[:last]).item())
-        found["fwt"].append(weighted_mean(forward[1:size], shares[1:size]).item())
-    return found
+        if alike and shares.any():
+            means = (
+                weighted_mean(scores, shares),
+                weighted_mean(now - self.gain, shares[:last]),
+                weighted_mean(self.best - now, shares[:last]),
+                weighted_mean((sign * before - sign * base)[1:], shares[1:]),
+            )
+            found = [mean.item() for mean in means]
+        known = (~scores.isnan()).nonzero()
+        first = int(known[0]) if len(known) else len(row)
+        lists = (self.acc, self.bwt, self.forgetting, self.fwt, self.unmeasured)
+        acc, bwt, forgetting, fwt, unmeasured = (
+            [*values, value] for values, value in zip(lists, [*found, first], strict=True)
+        )
+        gain = torch.cat([self.gain, signed[last:]])
+        best = torch.cat([torch.maximum(self.best, now), signed[last:]])
+        return replace(
+            self, acc=acc, bwt=bwt, forgetting=forgetting, fwt=fwt, unmeasured=unmeasured, gain=gain, best=best
+        )

@@ -18,6 +18,8 @@ from lightning_odem.report.record import StreamReport
 # rich's own open boxes draw the rule in characters that some file encodings lack
 RULE_BELOW_HEADER = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _GAP = 2
+LAST = 20
+"""Merges of a longer stream that tables show; ``report.json`` has all."""
 
 
 def render_table(report: StreamReport, width: int | None = None) -> str:
@@ -25,7 +27,8 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
 
     Columns have the task names if these fit. Otherwise columns are numbered, and the rows tell which number is which
     task. Columns that still do not fit beside each other continue in further blocks below. A dash marks a value that is
-    undefined or was not measured. ACC and BWT are undefined if metrics differ.
+    undefined or was not measured. ACC and BWT are undefined if metrics differ. Of more than 20 tasks the last 20 are
+    shown; ACC and BWT are those of all.
 
     Args:
         report: What to show.
@@ -54,7 +57,7 @@ def render_table(report: StreamReport, width: int | None = None) -> str:
         header, rows = accuracy_cells(report, numbered)
         if columns_per_block(column_widths([header, *rows]), width) == len(header) - 1:
             break
-    below = [*unlike(report), *removals(report)]
+    below = [*left_out(report), *unlike(report), *removals(report)]
     return render(accuracy_title(report), header, rows, width) + "".join(f"\n{fill(line, width)}\n" for line in below)
 
 
@@ -76,7 +79,7 @@ def accuracy_cells(report: StreamReport, numbered: bool = False) -> tuple[list[s
 
 
 def render_costs(report: StreamReport, width: int | None = None) -> str:
-    """Table of the effect of each merge on the calibration loss, and of its cost.
+    """Table of the effect of each of the last 20 merges on the calibration loss, and of its cost.
 
     Args:
         report: What to show.
@@ -87,7 +90,7 @@ def render_costs(report: StreamReport, width: int | None = None) -> str:
         "gradient\nevaluations", "seconds", "overhead",
     ]  # fmt: skip
     title = "Merges (overhead: time beyond the gradient evaluations, relative to them)"
-    return render(title, header, [_cost_row(record) for record in report.merges], width or Console().width)
+    return render(title, header, [_cost_row(record) for record in report.merges[-LAST:]], width or Console().width)
 
 
 def render_summary(report: StreamReport, width: int | None = None) -> str:
@@ -96,6 +99,17 @@ def render_summary(report: StreamReport, width: int | None = None) -> str:
     if report.merges:
         parts.append(render_costs(report, width))
     return "\n".join(parts)
+
+
+def left_out(report: StreamReport) -> list[str]:
+    """How many tasks the table does not show, if there are any."""
+    first = first_shown(report)
+    return [f"These are the last {LAST} of {len(report.tasks)} tasks; report.json has all."] if first else []
+
+
+def first_shown(report: StreamReport) -> int:
+    """Index of the first task and merge that are shown: those of a long stream are left out."""
+    return max(len(report.tasks) - LAST, 0)
 
 
 def unlike(report: StreamReport) -> list[str]:
@@ -117,29 +131,31 @@ def removals(report: StreamReport) -> list[str]:
 
 def _accuracy_names(report: StreamReport, numbered: bool) -> tuple[list[str], list[str]]:
     """Header and row labels of the accuracy table."""
-    weighted = len(set(report.weights)) > 1
-    columns = [f"#{k}" for k in range(1, len(report.tasks) + 1)] if numbered else report.tasks
-    merged = [f"{k} {task}" for k, task in zip(columns, report.tasks, strict=True)] if numbered else report.tasks
+    first = first_shown(report)
+    tasks, weighted = report.tasks[first:], len(set(report.weights)) > 1
+    columns = [f"#{k}" for k in range(first + 1, len(report.tasks) + 1)] if numbered else tasks
+    merged = [f"{k} {task}" for k, task in zip(columns, tasks, strict=True)] if numbered else tasks
     if weighted:
-        columns = [f"{column}\nw={weight:.4g}" for column, weight in zip(columns, report.weights, strict=True)]
+        columns = [f"{column}\nw={weight:.4g}" for column, weight in zip(columns, report.weights[first:], strict=True)]
     if report.metric() is None:
-        names = [f"{metric.name} {metric.unit}".strip() for metric in _metrics(report)]
+        names = [f"{metric.name} {metric.unit}".strip() for metric in _metrics(report)[first:]]
         columns = [f"{column}\n{name}" for column, name in zip(columns, names, strict=True)]
     summary = ["ACC_w", "BWT_w"] if weighted else ["ACC", "BWT"]
     return ["", *columns, *summary], ["pretrained", "fine-tuned", *(f"after {name}" for name in merged)]
 
 
 def _accuracy_rows(report: StreamReport) -> list[list[str]]:
-    metrics, shared = _metrics(report), report.metric()
+    first, shared = first_shown(report), report.metric()
+    metrics = _metrics(report)[first:]
     rows = []
     for reference in (report.pretrained, report.fine_tuned):
-        rows.append([*_texts(reference, metrics), _summary(shared, report.weighted_accuracy(reference)), ""])
+        rows.append([*_texts(reference[first:], metrics), _summary(shared, report.weighted_accuracy(reference)), ""])
     means = report.summaries()
-    for merge, accuracies in enumerate(report.accuracy):
+    for merge, accuracies in list(enumerate(report.accuracy))[first:]:
         unseen = [""] * (len(report.tasks) - len(accuracies))
         so_far = report.metric(merge + 1)
         summary = [_summary(so_far, means["acc"][merge]), _summary(so_far, means["bwt"][merge], "+")]
-        rows.append([*_texts(accuracies, metrics), *unseen, *summary])
+        rows.append([*_texts(accuracies[first:], metrics), *unseen, *summary])
     return rows
 
 

@@ -12,23 +12,25 @@ from lightning_odem.report.merge_record import MergeRecord
 from lightning_odem.report.page import CAPTIONS, render_page
 from lightning_odem.report.record import StreamReport
 from lightning_odem.report.search_figure import plot_search
-from lightning_odem.report.tables import render_summary
+from lightning_odem.report.tables import first_shown, render_summary
 
 # Bytes of a task's name in the name of a file; file systems allow 255 in all, and a draft has a longer name.
 _LONGEST = 200
 
 
-def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0) -> list[Path]:
+def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0, scores: bool = True) -> list[Path]:
     """Write ``report.json``, ``report.html``, ``table.txt`` and the figures; files of the same names are replaced.
 
     The figures are ``accuracy_matrix.png``, ``accuracy_over_stream.png``, ``changes.png`` and, for every merge that
-    followed a path, ``path-<number>-<task>.png``. The page has those that are in the directory.
+    followed a path, ``path-<number>-<task>.png``. The page has those that are in the directory. Without any score there
+    are no figures of scores.
 
     Args:
         report: What to write.
         directory: Directory to write to. It is created if it does not exist.
         first_path: Index of the first merge whose path is drawn, -1 for the last one. Earlier figures stay as they are,
             so they are not all drawn again after every merge.
+        scores: Whether the page is written and, if anything was measured, the figures of scores are drawn.
 
     Returns:
         The files written.
@@ -39,7 +41,7 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
     with replacing(written[0]) as draft:
         draft.write_text(render_summary(report, width=120), encoding="utf-8")
     figures = {}
-    if report.merges:
+    if scores and report.has_scores:
         figures["accuracy_matrix"] = plot_accuracy_matrix(report)
         figures["accuracy_over_stream"] = plot_accuracy_over_stream(report)
         figures["changes"] = plot_changes(report)
@@ -50,7 +52,7 @@ def save(report: StreamReport, directory: str | os.PathLike, first_path: int = 0
         written.append(directory / f"{name}.png")
         with replacing(written[-1]) as draft:
             figure.savefig(draft, format="png")
-    if report.merges:
+    if scores and report.merges:
         written.append(directory / "report.html")
         with replacing(written[-1]) as draft:
             draft.write_text(_page(report, directory), encoding="utf-8")
@@ -70,7 +72,7 @@ def _page(report: StreamReport, directory: Path) -> str:
     figures = {name: _read(directory, name) for name in CAPTIONS}
     paths = {
         index: _read(directory, _path_name(index + 1, record))
-        for index, record in enumerate(report.merges)
+        for index, record in list(enumerate(report.merges))[first_shown(report) :]
         if len(record.path.get("t", [])) > 1
     }
     return render_page(

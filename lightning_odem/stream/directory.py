@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_odem.parameters.files import remove_drafts
+from lightning_odem.parameters.files import make_writable, remove_drafts
 from lightning_odem.parameters.frozen_base import Digests
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
-from lightning_odem.report import StreamReport
+from lightning_odem.report import StreamReport, save
 from lightning_odem.stream.merged_files import remove_unnamed, save_merged
 from lightning_odem.stream.report_files import ReportFiles
 from lightning_odem.stream.sections import check_sections
@@ -43,7 +43,9 @@ class RunDirectory:
         self.path: Path | None = None
         # The generation on disk that the state in memory comes from.
         self._number: int | None = None
+        self._written: int | None = None  # by this process, and its report after it
         self._directory: Path | None = None
+        self._files: ReportFiles
         self._store: StreamStore | None = None
         self._lock: StreamLock | None = None
         if dirpath is not None:
@@ -84,6 +86,7 @@ class RunDirectory:
             return
         with Processes.current().together():
             if trainer.is_global_zero:
+                make_writable(self.at(""))
                 self._lock.acquire()
                 remove_drafts(self._lock.path.parents[1])
 
@@ -155,7 +158,7 @@ class RunDirectory:
         self._number = self._store.number
         if self._mapped:
             state.map(self._store.map)
-        ReportFiles(self.at("")).write(state.report, first_path=len(state.report.merges))
+        self._files.write(state.report, first_path=len(state.report.merges))
 
     def release(self) -> None:
         """Let other processes use the stream."""
@@ -214,8 +217,8 @@ class RunDirectory:
                 )
             newer = newer if further and not same else None
             self._number = number
-        if number is not None and trainer.is_global_zero:
-            ReportFiles(self.at("")).keep_evidence(on_disk)
+        if number is not None and number != self._written and trainer.is_global_zero:
+            self._files.keep_evidence(on_disk)
         self.path, state.dirpath = self._directory, str(self._directory)
         return newer
 
@@ -253,7 +256,7 @@ class RunDirectory:
         with Processes.current().together():
             if trainer.is_global_zero:
                 self._store.save(whole.state_dict())
-        self._number = self._store.number
+        self._number = self._written = self._store.number
         if self._mapped:
             state.map(self._store.map)
             state.cut(module)
@@ -289,15 +292,23 @@ class RunDirectory:
         If that fails there is only a warning, since they can be written again from the state.
         """
         if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return ReportFiles(self.path).write(report, first_path=-1)
+            return self._files.write(report, first_path=-1)
         return []
+
+    @rank_zero_only
+    def finish_report(self, report: StreamReport) -> None:
+        """Draw the figures that were left as they were in a long stream, at its end."""
+        if self._directory is not None and self._files.behind:
+            with suppress(StreamInUseError), self.locked():
+                save(report, self._directory, first_path=len(report.merges))
+                self._files.behind = False
 
     @rank_zero_only
     def mend_report(self, report: StreamReport) -> None:
         """Write the report again if it is behind the state, because a process died between writing the two."""
         if self._directory is None or not report.tasks:
             return
-        files = ReportFiles(self._directory)
+        files = self._files
         if files.hold(report):
             return
         try:
@@ -312,6 +323,7 @@ class RunDirectory:
         if directory.exists() and not directory.is_dir():
             raise MisconfigurationException(f"{directory} is a file; dirpath must name a directory.")
         self._directory = directory
+        self._files = ReportFiles(directory)
         self._store = StreamStore(directory / "stream")
         self._lock = StreamLock(directory / "stream" / "lock")
 
@@ -324,7 +336,7 @@ class RunDirectory:
     def _held(self, number: int | None) -> tuple[StreamReport, dict[str, Any] | None, int | None]:
         """Report of the stream that the directory holds, its state and number."""
         if number is None:
-            return ReportFiles(self.at("")).read(), None, None
+            return self._files.read(), None, None
         state, number = self._load()
         assert state is not None, "it has a number"
         return StreamReport.from_dict(state["report"]), state, number
@@ -338,7 +350,7 @@ class RunDirectory:
 
 def _make_next_version(root: Path) -> Path:
     """Make the next free directory; two processes at the same time get different ones."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_writable(root)
     while True:
         taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
         path = root / f"version_{max(taken, default=-1) + 1}"

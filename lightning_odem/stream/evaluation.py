@@ -40,7 +40,13 @@ class Score:
     further: dict[str, float] = field(default_factory=dict)
 
 
-def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str, datamodule: Any = None) -> Score:
+def score(
+    module: L.LightningModule,
+    data: Iterable | EvaluationData,
+    task: str,
+    datamodule: Any = None,
+    strict: bool = False,
+) -> Score:
     """Measure a task's metric on its data; the module should be in eval mode.
 
     The module or the datamodule gives the metric by ``task_metric(task)``; by default it is accuracy. Predictions and
@@ -53,12 +59,13 @@ def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str,
         data: Batches; ``limit_test_batches`` applies to them unless they are validation data.
         task: Name of the task.
         datamodule: The task's datamodule, if it may give the metric.
+        strict: Whether labels for which there is no class score are refused; otherwise their samples are wrong.
 
     Raises:
         ValueError: If there is no sample, the metric cannot read predictions and targets, or its result is not one
             number.
     """
-    meter = _Meter(module, task, find_metric(task, module, datamodule))
+    meter = _Meter(module, task, find_metric(task, module, datamodule), strict)
     processes = Processes.current()
     with validating(module.trainer), processes.together():
         batches = _limited(data, module.trainer)
@@ -72,7 +79,7 @@ def score(module: L.LightningModule, data: Iterable | EvaluationData, task: str,
 
 def check_score(module: L.LightningModule, data: Iterable | EvaluationData, task: str, datamodule: Any = None) -> None:
     """Refuse on the first batch of a task's data what :func:`score` would refuse of it."""
-    meter = _Meter(module, task, find_metric(task, module, datamodule))
+    meter = _Meter(module, task, find_metric(task, module, datamodule), strict=True)
     with validating(module.trainer):
         for batch in _limited(data, module.trainer):
             meter.update(batch)
@@ -103,10 +110,15 @@ class _Undefined(ValueError):
 
 
 class _Meter:
-    """Updates a metric with a module's predictions, and computes the score."""
+    """Updates a metric with a module's predictions, and computes the score.
 
-    def __init__(self, module: L.LightningModule, task: str, metric: Metric | MetricCollection) -> None:
-        self.module, self.task = module, task
+    If it is strict, it refuses labels for which predictions of class scores have no column.
+    """
+
+    def __init__(
+        self, module: L.LightningModule, task: str, metric: Metric | MetricCollection, strict: bool = False
+    ) -> None:
+        self.module, self.task, self.strict = module, task, strict
         self.metric, self.kind = metric.to(module.device), TaskMetric.of(metric)
         self.samples = 0
 
@@ -122,7 +134,18 @@ class _Meter:
                 raise
             except Exception as error:
                 raise self._unsuited(*found, error) from error
+            if self.strict and isinstance(self.metric, ClassAccuracy) and predictions.dim() == 2:
+                self._check_labels(predictions, targets)
         self.samples += len(targets) if isinstance(targets, Tensor) and targets.dim() else 1
+
+    def _check_labels(self, predictions: Tensor, targets: Tensor) -> None:
+        largest, classes = int(targets.max()) if len(targets) else 0, predictions.shape[1]
+        if largest >= classes:
+            raise ValueError(
+                f"The data that measures task {self.task!r} has a sample of label {largest}, but "
+                f"{type(self.module).__name__} predicts scores of {classes} classes (labels 0 to {classes - 1}), so it "
+                "can never be right. Give the module as many outputs as there are classes, or number the labels from 0."
+            )
 
     def update_together(self, batches: Iterator, processes: Processes) -> None:
         """Take every n-th batch of n processes; all of them run as many passes, which sharded modules need.

@@ -1,7 +1,7 @@
 """Scores of a module on tasks, with the parameters that they are measured with."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import lightning as L
@@ -70,7 +70,7 @@ class Measurement:
 
     def remember(self, task: str, datamodule: L.LightningDataModule) -> None:
         """Measure an earlier task on the data of its datamodule, unless the user chose other data."""
-        if task not in self.given:
+        if self._enabled and task not in self.given:
             self.given[task] = datamodule
             self._remembered.add(task)
 
@@ -93,7 +93,7 @@ class Measurement:
         self,
         module: L.LightningModule,
         tasks: Iterable[str],
-        known: Mapping[str, TaskMetric],
+        measured: Callable[[], Mapping[str, TaskMetric]],
         task_parameters: Mapping[str, Snapshot] = {},
     ) -> None:
         """Refuse predictions that a metric cannot read, on the first batch of each task's data.
@@ -104,12 +104,13 @@ class Measurement:
         Args:
             module: The module.
             tasks: The tasks.
-            known: The metric of each task so far.
+            measured: Gives the metric of each task so far.
             task_parameters: The parameters that each earlier task keeps for itself.
 
         Raises:
             ValueError: As :func:`~lightning_odem.stream.evaluation.score`, and if a task has another metric now.
         """
+        known = measured() if self._enabled else {}
         for task in tasks:
             data = self._data(task)
             if data is None or data.limit(module.trainer) == 0:
@@ -168,7 +169,8 @@ class Measurement:
             if self._monitor is not None:
                 measured = self._monitor.measure(module, data)
             else:
-                measured = score(module, data, task, self._datamodules.get(task))
+                unseen = self._checked.get(task) is not data.batches
+                measured = score(module, data, task, self._datamodules.get(task), strict=unseen)
         self._checked[task] = data.batches
         return _agreed(measured, module.device)
 

@@ -1,13 +1,17 @@
 """The report of a stream on disk: what can always be written again from the state."""
 
 import itertools
+import math
 import os
+import time
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_odem.report import StreamReport, save
 from lightning_odem.report.plain import plain
+
+ALWAYS_DRAWN = 20
 
 
 class ReportFiles:
@@ -20,6 +24,9 @@ class ReportFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._path = directory / "report.json"
+        self._drawn, self._cost = -math.inf, 0.0  # when the figures of scores were drawn, and in what time
+        self.behind = False
+        """Whether the figures of scores lack merges of the report."""
 
     def read(self) -> StreamReport:
         """The report on disk; an empty one if there is none.
@@ -40,12 +47,21 @@ class ReportFiles:
     def write(self, report: StreamReport, first_path: int) -> list[Path]:
         """Write the report and return its files; if that fails there is only a warning.
 
+        In a stream of more than 20 tasks, the page and the figures of scores are left as they are while to draw them
+        would take more than a twentieth of the time.
+
         Args:
             report: The report.
             first_path: Index of the first merge whose path is drawn, see :func:`~lightning_odem.report.save`.
         """
+        started = time.monotonic()
+        due = len(report.tasks) <= ALWAYS_DRAWN or started - self._drawn >= 20 * self._cost
         try:
-            return save(report, self._directory, first_path=first_path)
+            written = save(report, self._directory, first_path=first_path, scores=due)
+            self.behind = not due
+            if due:
+                self._drawn, self._cost = time.monotonic(), time.monotonic() - started
+            return written
         except OSError as error:
             rank_zero_warn(
                 f"The stream is written and kept, but its report could not be written: {error}. The next merge, or "

@@ -78,7 +78,7 @@ class StreamState:
         changing = {
             "started": dict(self.started),
             "buffer": self.buffer.state_dict(),
-            "report": self.report.as_dict(),
+            "report": self.report.stored(),
         }
         return {"version": 1, **plain, **changing}
 

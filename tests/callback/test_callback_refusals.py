@@ -212,6 +212,43 @@ def test_labels_outside_the_head_are_found_before_training():
     assert same(weights(module), before)
 
 
+def test_a_single_label_outside_the_head_is_named_before_training_with_task_and_classes():
+    module, task = Classifier(), Task(0, "digits", size=200)
+    before = weights(module)
+    task.train_set.tensors[1][150] = 98
+    with pytest.raises(ValueError, match="'digits' has a training sample of label 98, but .* 3 classes"):
+        fit(module, task, ContinualMergeCallback())
+    assert same(weights(module), before)
+
+
+def test_a_label_without_a_score_is_named_before_training_where_no_samples_are_kept():
+    module, task = Classifier(), Task(0, "digits")
+    before = weights(module)
+    task.test_set.tensors[1][2] = 98
+    with pytest.raises(ValueError, match="'digits' has a sample of label 98, but Classifier predicts .* 3 classes"):
+        fit(module, task, ContinualMergeCallback("average"))
+    assert same(weights(module), before)
+
+
+class Mapped(Classifier):
+    """Labels are numbers of the user's own, which the loss maps to classes or leaves out."""
+
+    def training_step(self, batch, batch_idx):
+        labels = torch.where(batch[1] < 0, batch[1], batch[1] % 10)
+        return F.cross_entropy(self(batch[0]), labels, ignore_index=-7)
+
+    def prediction_step(self, batch, task):
+        return self(batch[0]), batch[1] % 10
+
+
+def test_labels_that_the_module_maps_or_leaves_out_are_merged():
+    module, task = Mapped(), Task(0)
+    task.train_set.tensors[1][5:] += 40
+    task.train_set.tensors[1][9] = -7
+    fit(module, task, merge := ContinualMergeCallback(calibration_size=24))
+    assert merge.report.tasks == ["task_1"]
+
+
 class OneOutput(Classifier):
     """A regression, or one logit of a binary classification, by ``loss`` and ``squeeze``."""
 

@@ -104,7 +104,7 @@ def outcome(directory: Path) -> dict:
 
 def main(calls: int, every: int = 1) -> None:
     # Drawing takes longer than all the rest, and a figure is written like the table.
-    report_files.save = lambda report, directory, first_path=0: [report.save(Path(directory) / "report.json")]
+    report_files.save = lambda report, directory, **_: [report.save(Path(directory) / "report.json")]
     root = Path(tempfile.mkdtemp())
     assert forked(root / "whole", log=True)
     expected = outcome(root / "whole")

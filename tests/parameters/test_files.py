@@ -6,6 +6,7 @@ import pytest
 
 from lightning_odem.parameters.files import (
     NotRegularError,
+    make_writable,
     map_values,
     nan_to_none,
     none_to_nan,
@@ -121,3 +122,35 @@ def test_a_pipe_in_the_place_of_a_draft_or_of_the_file_is_replaced(tmp_path):
         with replacing(path) as draft:
             draft.write_text("complete")
         assert path.read_text() == "complete"
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+    make_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(OSError, match=f"{tmp_path}/a/b cannot be written: Not a directory. {tmp_path}/a is a file"):
+        make_writable(tmp_path / "a" / "b")
+
+
+def test_the_folder_whose_permissions_are_in_the_way_is_named_with_them(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o555)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    reading, writing = os.pipe()
+    if not (process := os.fork()):
+        if os.getuid() == 0:
+            os.setuid(65534)  # permissions do not bind the superuser
+        try:
+            make_writable(tmp_path / "closed" / "run")
+        except PermissionError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.waitpid(process, 0)
+    os.close(writing)
+    with open(reading) as message:
+        found = message.read()
+    assert f"{tmp_path}/closed/run cannot be written: Permission denied. {tmp_path}/closed is of user" in found
+    assert "with permissions dr-xr-xr-x" in found

@@ -8,6 +8,7 @@ from torch import nan
 
 from lightning_odem.metrics import TaskMetric
 from lightning_odem.report import MergeRecord, StreamReport, plot_accuracy_matrix, plot_accuracy_over_stream, plot_path
+from lightning_odem.report.changes_figure import plot_changes
 
 
 @pytest.fixture
@@ -248,3 +249,19 @@ def test_references_that_were_not_measured_are_left_out(report: StreamReport) ->
 
 def test_the_end_of_a_path_is_the_merged_model() -> None:
     assert_allclose(lines(plot_path(record(loss_incoming=0.6)))["merged model, 0.8 (before: 1)"], [[0.5], [0.8]])
+
+
+def test_figures_of_a_long_stream_are_of_bounded_size_and_number_the_tasks() -> None:
+    sizes = []
+    for size in (31, 300):
+        names = [f"task {k}" for k in range(size)]
+        measured = [[0.5] * size] * 3
+        report = StreamReport(names, [1.0] * size, [[nan] * k + [0.5] for k in range(size)], *measured)
+        matrix, over = plot_accuracy_matrix(report), plot_accuracy_over_stream(report)
+        changed = plot_changes(report)
+        assert not matrix.axes[1].texts
+        assert not changed.axes[0].texts
+        assert [tick_labels(axis)[-1] for axis in (matrix.axes[1].xaxis, matrix.axes[1].yaxis)] == [str(size)] * 2
+        assert list(lines(over)) == ["ACC", "median"]
+        sizes.append([tuple(figure.get_size_inches()) for figure in (matrix, over, changed)])
+    assert sizes[0] == sizes[1]

@@ -92,3 +92,58 @@ def test_what_a_report_gives_away_is_not_its_own():
 def test_a_report_comes_back_from_its_plain_form(size):
     report = long_report(size)
     assert StreamReport.from_dict(report.as_dict()) == report
+
+
+def test_merges_added_one_by_one_give_the_summaries_of_all_at_once():
+    whole = long_report(7)
+    whole.accuracy[3][1] = math.nan
+    grown = StreamReport()
+    for index, record in enumerate(whole.merges):
+        measured = {name: getattr(whole, name)[index] for name in ("pretrained", "fine_tuned", "before_training")}
+        grown = grown.with_merge(record, weight=1.0, accuracy=whole.accuracy[index], **measured)
+        grown = grown.keeping_checkpoints(2)
+    for name, values in whole.summaries().items():
+        assert bits(grown.summaries()[name]) == bits(values)
+
+
+def test_a_task_whose_metric_is_known_later_changes_the_summaries_before():
+    first = StreamReport().with_merge(MergeRecord("a", 1.0, "ode"), weight=1.0, accuracy=[math.nan], **UNMEASURED)
+    second = first.with_merge(MergeRecord("b", 0.5, "ode"), weight=1.0, accuracy=[2.0, 1.0], **UNMEASURED)
+    report = second.with_merge(
+        MergeRecord("c", 0.3, "ode"),
+        weight=1.0,
+        accuracy=[3.0, 1.0, 1.0],
+        metrics=dict.fromkeys("abc", ERROR),
+        **UNMEASURED,
+    )
+    assert report.summaries()["fwt"][0:1] != [0.0]
+    assert report.summaries() == pytest.approx(StreamReport.from_dict(report.as_dict()).summaries(), nan_ok=True)
+
+
+UNMEASURED = dict.fromkeys(("pretrained", "fine_tuned", "before_training"), math.nan)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_a_stored_report_has_what_was_measured_and_comes_back(size):
+    report = long_report(size)
+    for row in report.accuracy[:3]:
+        row[:] = [math.nan] * len(row)
+    stored = report.stored()
+    assert "acc" not in stored
+    assert stored["accuracy"][:3] == [[], [], []][:size]
+    restored = StreamReport.from_dict(stored)
+    assert repr(restored) == repr(report)
+
+
+def test_an_unmeasured_stream_grows_by_the_same_at_each_task(tmp_path):
+    sizes = []
+    for size in (50, 100, 150):
+        report = long_report(size)
+        report.accuracy = [[math.nan] * (row + 1) for row in range(size)]
+        for record in report.merges:
+            record.calibration = {}
+        path = report.save(tmp_path / "report.json")
+        assert repr(StreamReport.load(path).accuracy) == repr(report.accuracy)
+        sizes.append((path.stat().st_size, len(str(report.stored()))))
+    for before, middle, after in zip(*sizes, strict=True):
+        assert after - middle < 1.1 * (middle - before)

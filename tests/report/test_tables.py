@@ -171,3 +171,15 @@ def test_unlike_metrics_are_named_and_the_missing_means_explained() -> None:
     assert "accuracy %  R2Score" in text
     assert "after task_b         2.0    0.021    —    —\n" in text
     assert "\nNo ACC and BWT: the tasks are measured by unlike metrics, accuracy (%), R2Score.\n" in text
+
+
+def test_of_a_long_stream_the_last_tasks_are_shown_with_the_means_of_all() -> None:
+    report = make_report(60)
+    report.tasks = [f"t{k}" for k in range(60)]
+    text = render_table(report, 120)
+    assert [line.split()[0:3] for line in text.splitlines() if line.startswith("after")][:1] == [
+        ["after", "#41", "t40"]
+    ]
+    assert "These are the last 20 of 60 tasks; report.json has all." in text
+    assert cell(text, "after #60 t59", "ACC") == f"{100 * report.acc():.1f}"
+    assert len(render_costs(report, 120).splitlines()) < 30

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lightning_odem.parameters.files import read_regular, replacing
+from lightning_odem.parameters.files import make_writable, read_regular, replacing
 from lightning_odem.stream.store.error import StreamInUseError
 
 
@@ -49,8 +49,8 @@ class StreamLock:
         """
         if self._lock.is_locked:
             return
+        make_writable(self.path.parent)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
             with replacing(self._owner) as draft:
