@@ -53,9 +53,7 @@ def render_page(report: StreamReport, figures: Mapping[str, bytes], paths: Mappi
         remarks=list(map(plain, [*left_out(report), *removals(report)])),
         figures={CAPTIONS[name]: _embedded(figures[name]) for name in CAPTIONS if name in figures},
         settings=_settings(report),
-        merges=[
-            _merge(report, index, row, paths.get(index)) for index, row in list(enumerate(changes(report)))[first:]
-        ],
+        merges=[_merge(report, index, changed[index], paths.get(index)) for index in range(first, len(changed))],
         first=first,
     )
 
