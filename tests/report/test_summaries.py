@@ -116,8 +116,7 @@ def test_a_task_whose_metric_is_known_later_changes_the_summaries_before():
         metrics=dict.fromkeys("abc", ERROR),
         **UNMEASURED,
     )
-    assert report.summaries()["fwt"][0:1] != [0.0]
-    assert report.summaries() == pytest.approx(StreamReport.from_dict(report.as_dict()).summaries(), nan_ok=True)
+    assert repr(report.summaries()) == repr(StreamReport.from_dict(report.as_dict()).summaries())
 
 
 UNMEASURED = dict.fromkeys(("pretrained", "fine_tuned", "before_training"), math.nan)
