@@ -80,12 +80,17 @@ class Summaries:
             found = [mean.item() for mean in means]
         known = (~scores.isnan()).nonzero()
         first = int(known[0]) if len(known) else len(row)
-        lists = (self.acc, self.bwt, self.forgetting, self.fwt, self.unmeasured)
-        acc, bwt, forgetting, fwt, unmeasured = (
-            [*values, value] for values, value in zip(lists, [*found, first], strict=True)
-        )
+        lists = (self.acc, self.bwt, self.forgetting, self.fwt)
+        acc, bwt, forgetting, fwt = ([*values, value] for values, value in zip(lists, found, strict=True))
         gain = torch.cat([self.gain, signed[last:]])
         best = torch.cat([torch.maximum(self.best, now), signed[last:]])
         return replace(
-            self, acc=acc, bwt=bwt, forgetting=forgetting, fwt=fwt, unmeasured=unmeasured, gain=gain, best=best
+            self,
+            acc=acc,
+            bwt=bwt,
+            forgetting=forgetting,
+            fwt=fwt,
+            unmeasured=[*self.unmeasured, first],
+            gain=gain,
+            best=best,
         )
