@@ -40,6 +40,8 @@ class MergeContext(EarlierFields):
         shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
         discarded: By how much the stream's merged task vector differs from what the method made, relative to its norm,
             when a task is taken out: updates of adapters are cut to their rank.
+        whole: Shapes of all merged parameters by name, if the vectors hold only some of them, see
+            :attr:`MergeMethod.by_tensor`; otherwise None.
 
     Example:
         >>> import torch
@@ -58,6 +60,7 @@ class MergeContext(EarlierFields):
     transposed: frozenset[str] = frozenset()
     shares: Sequence[float] = ()
     discarded: float = 0.0
+    whole: Mapping[str, tuple[int, ...]] | None = None
 
     def __getitem__(self, need: type[Need[T]]) -> T:
         """Return what a need has brought.
@@ -78,6 +81,11 @@ class MergeContext(EarlierFields):
 
     def __contains__(self, need: object) -> bool:
         return need in self.needed
+
+    @property
+    def all_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of all merged parameters by name, also of those that are not in the vectors."""
+        return dict(zip(self.names, self.shapes, strict=True)) if self.whole is None else self.whole
 
     @property
     def local_shapes(self) -> list[tuple[int, ...]]:
@@ -121,6 +129,9 @@ class MergeMethod(ABC):
         sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
             then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
             dicts of tensors by parameter name may be shards; they are saved whole.
+        by_tensor: Whether what the rule does with a parameter depends on that parameter alone. Files are then merged a
+            few parameters at a time, each from the first checkpoint to the last, so that models larger than the memory
+            can be merged. It may depend on the settings.
 
     Example:
         >>> import torch
@@ -133,6 +144,7 @@ class MergeMethod(ABC):
 
     needs: Sequence[Need[Any]] = ()
     sharded: bool = False
+    by_tensor: bool = False
 
     @abstractmethod
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,8 @@ def read_file(path: str | os.PathLike) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
-            # Nothing else would notice a changed byte in mapped tensors.
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of its entry {broken} is wrong")
+            found = path.stat()
+            _check_archive(str(path.resolve()), found.st_mtime_ns, found.st_size)
         # Only the zip format can be mapped, which torch has used since 1.6.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -115,6 +114,17 @@ def read_file(path: str | os.PathLike) -> Any:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
+
+
+@lru_cache
+def _check_archive(path: str, changed: int, size: int) -> None:
+    """Check a zip file's checksums, once for each time and size that it has.
+
+    Nothing else would notice a changed byte in mapped tensors.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its entry {broken} is wrong")
 
 
 def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:

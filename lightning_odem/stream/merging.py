@@ -71,6 +71,7 @@ def merging(
     batch_norm: str = "average",
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
+    whole: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Iterator[Merge]:
     """Merge the incoming model that a module holds into the merged model; the module holds the result.
 
@@ -90,6 +91,7 @@ def merging(
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the method needs of the incoming model's training.
         on_step: Called with the number of steps done and that of all steps.
+        whole: Shapes of all merged parameters by name, if the module holds only some of them.
 
     Yields:
         The merge. The block belongs to the transaction. An exception in the merge or in the block leaves the module
@@ -135,6 +137,7 @@ def merging(
                     shards=vector.shards,
                     groups=number_of_groups(layers),
                     transposed=inputs_first(layers) | adapters.inputs_first,
+                    whole=whole,
                 )
                 if merged is None:
                     result = method.start(incoming, context)

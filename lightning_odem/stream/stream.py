@@ -1,7 +1,7 @@
 """The stream of tasks that are merged, one model after the other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -49,6 +49,8 @@ class Stream:
         growing: Patterns of parameters that may get further rows between tasks.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
         calibration: Further settings of the calibration.
+        whole: Shapes of all merged parameters by name, if the modules hold only some of them. The method must then be
+            one that merges :attr:`by_tensor <lightning_odem.methods.MergeMethod>`.
 
     Attributes:
         state: All that the stream keeps, a :class:`~lightning_odem.stream.state.StreamState`. A merge replaces it.
@@ -73,12 +75,14 @@ class Stream:
         growing: tuple[str, ...] = (),
         batch_norm: str = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
+        whole: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.division = Division(exclude, self._frozen_names)
         self.growing = growing
         self.batch_norm = batch_norm
         self.calibration = calibration
+        self.whole = whole
         self.state = StreamState(calibration.buffer(calibration_size), base=base)
 
     @property
@@ -232,6 +236,7 @@ class Stream:
             batch_norm=self.batch_norm,
             trace=trace,
             on_step=on_step,
+            whole=self.whole,
         ) as merge:
             yield Addition(before, self.method, self.division, merge, task, weight, own, buffer, names, digest)
 
