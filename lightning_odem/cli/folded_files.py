@@ -87,9 +87,10 @@ class FoldedFiles:
                 f"{', '.join(self._files.like)}."
             )
         self._incoming, self._base, self._device, self._dtype = incoming, base, device, dtype
-        self._method, self._options = method, options
         self._module = self._empty(self._files.like, "meta")
-        Stream(method, **options).division.check(self._module)
+        self._stream = Stream(method, **options)
+        self._stream.division.check(self._module)
+        self._new = self._stream.state
         self.like = self._rounded({name: each.to("meta") for name, each in self._files.like.items()})
         self.records: list[MergeRecord] = []
         self._done = 0
@@ -102,7 +103,7 @@ class FoldedFiles:
         found: Snapshot = {}
         for entry in self._incoming:
             found |= self._files.read_excluded(entry.path)
-        return self._rounded(found)
+        return found
 
     @property
     def size(self) -> int:
@@ -145,7 +146,8 @@ class FoldedFiles:
             base = self._adapters.no_update()
         like = {name: self._files.like[name] for name in names}
         module = self._empty(like, self._device)
-        stream = Stream(self._method, base=base, whole=whole, **self._options)
+        stream = self._stream
+        stream.state, stream.whole = replace(self._new, base=base), whole
         size = sum(each.nbytes for each in like.values())
         records = []
         for path, task, weight in self._incoming:
@@ -164,7 +166,7 @@ class FoldedFiles:
         others = [name for name, _ in self._module.named_buffers()]
         wide = {tensor.dtype == torch.float64 for tensor in self._module.parameters()}
         # In one vector, all parameters are as wide as the widest.
-        if not self._method.by_tensor or self._adapters is not None or len(wide) > 1:
+        if not self._stream.method.by_tensor or self._adapters is not None or len(wide) > 1:
             return [[*parameters, *others]]
         pieces, held = [others], 0
         most = max(_PIECE, _SHARE * sum(parameters.values()))

@@ -37,6 +37,7 @@ class FolderOutput:
         adapters: The inputs as adapters; by default they are whole models.
         shard_size: Largest number of bytes of a file of weights; a single tensor may be larger. By default each module
             has one file.
+        dtype: Dtype that the weights are written in, for the configuration; by default it stays.
 
     Raises:
         ValueError: If an input is in the way, the first one is no folder with a configuration, or an existing folder
@@ -51,8 +52,10 @@ class FolderOutput:
         overwrite: bool = False,
         adapters: AdapterFolders | None = None,
         shard_size: int | None = None,
+        dtype: str | None = None,
     ) -> None:
         self._path = Path(path)
+        self._dtype = dtype
         self._shard_size = shard_size
         self._adapters = adapters
         if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
@@ -147,6 +150,11 @@ class FolderOutput:
                 (draft / name).write_text(json.dumps(self._adapters.config, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(self._first.path / name, draft / name)
+        # transformers loads weights in the dtype of the configuration.
+        config = self._first.config() if self._dtype is not None else {}
+        if known := [key for key in ("dtype", "torch_dtype") if key in config]:
+            text = json.dumps(config | dict.fromkeys(known, self._dtype), indent=2) + "\n"
+            (draft / "config.json").write_text(text, encoding="utf-8")
 
     def _own_names(self, own: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, str]:
         """The merged name of each tensor that is merged, by its name in the result."""

@@ -31,7 +31,6 @@ from lightning_odem.report.plain import plain
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.tasks import TaskStream
 
-
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -140,7 +139,7 @@ def merge_checkpoints(
         place = MergeOutput(output, inputs, overwrite)
     else:
         size = None if shard_size is None else read_size(shard_size)
-        place = FolderOutput(output, inputs, overwrite, adapters, size)
+        place = FolderOutput(output, inputs, overwrite, adapters, size, dtype)
     metadata = _metadata(method, base)
     if model is not None and data is not None:
         if dtype is not None:

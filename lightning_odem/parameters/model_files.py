@@ -1,7 +1,7 @@
 """Checkpoints of one architecture, read under one set of names."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.folder_comparison import explain_difference, is_tied
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.tied_tensors import copies, fill_head, fill_tied
-from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
+from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded, is_finite
 
 _COUNTER = "num_batches_tracked"
 
@@ -99,10 +99,11 @@ class ModelFiles:
         Raises:
             ValueError: If a weight is not finite.
         """
-        tensors = self._tensors(path)
         wanted = self.like if names is None else names
-        found = {name: tensors[there] for name, there in self._places[str(path)].items() if name in wanted}
-        broken = [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]
+        places = {name: there for name, there in self._places[str(path)].items() if name in wanted}
+        tensors = self._tensors(path, set(places.values()))
+        found = {name: tensors[there] for name, there in places.items()}
+        broken = [name for name, tensor in found.items() if not is_finite(tensor)]
         if broken:
             raise ValueError(
                 f"{path} holds infinite or NaN values in {', '.join(broken)}; merged they would spoil the other models "
@@ -115,8 +116,14 @@ class ModelFiles:
         """The tensors of one of the models that are not to be merged, under the names in the file."""
         return {name: tensor for name, tensor in self._tensors(path).items() if is_excluded(name, self._exclude)}
 
-    def _tensors(self, path: str | os.PathLike) -> Snapshot:
-        return {canonical_name(name): tensor for name, tensor in (self._read or read_checkpoint)(path).items()}
+    def _tensors(self, path: str | os.PathLike, names: Container[str] | None = None) -> Snapshot:
+        if self._read is not None:
+            found = self._read(path)
+        elif names is None:
+            found = read_checkpoint(path)
+        else:
+            found = read_checkpoint(path, lambda name: canonical_name(name) in names)
+        return {canonical_name(name): tensor for name, tensor in found.items()}
 
     def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot, dict[str, str]]:
         """Tensors of a model to be merged, others, and the name in the file of each of the first."""

@@ -5,12 +5,13 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -72,13 +73,20 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
     return sorted(ignored)
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The named tensors of a ``.safetensors`` file, a plain state dict or a Lightning checkpoint, on the CPU.
+
+    Args:
+        path: The file.
+        select: Selects tensors of a ``.safetensors`` file by name; by default all are read.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is corrupt, needs code to be read or holds no state dict.
     """
+    if select is not None and Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if select(name)}  # noqa: SIM118 (no mapping)
     return _state_dict_in(read_file(path), path)
 
 
