@@ -158,7 +158,7 @@ class FoldedFiles:
         return records, stream.state.merged or {}
 
     def _step(self, advance: Advance, what: str, size: int, done: int, steps: int) -> None:
-        advance(what, self._done + size * done // steps)
+        advance(what, self._done + size * done // max(steps, 1))
 
     def _pieces(self) -> list[list[str]]:
         """The tensors divided into those that are merged together, in the order of the flat vector."""
