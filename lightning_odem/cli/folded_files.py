@@ -1,20 +1,28 @@
 """Checkpoints folded by their tensors alone, for any architecture."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.methods import MergeMethod
+from lightning_odem.methods.base import Whole
 from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.checkpoint import read_hyper_parameters
 from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import is_excluded
 from lightning_odem.report import MergeRecord
+from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.stream import Stream
 
 # Bytes that are merged together, and their share of large models. Less would open the files more often.
@@ -110,25 +118,45 @@ class FoldedFiles:
         """Bytes that are merged, of all checkpoints together."""
         return len(self._incoming) * sum(each.nbytes for each in self._files.like.values())
 
-    def merged(self, advance: Advance) -> Iterator[Snapshot]:
-        """Merge, and yield the merged tensors as they are done."""
+    def merged(self, advance: Advance, scratch: str | os.PathLike) -> Iterator[Snapshot]:
+        """Merge, and yield the merged tensors as they are done.
+
+        Args:
+            advance: Told of the progress.
+            scratch: A folder with room for the merged model in fp32, for methods that look at all parameters between
+                two merges.
+        """
         pieces = self._pieces()
-        whole = {name: tuple(tensor.shape) for name, tensor in self._module.named_parameters()}
-        for names in pieces:
-            records, merged = self._merge(names, whole if len(pieces) > 1 else None, advance)
-            seconds = [record.merge_seconds for record in self.records] or [0.0] * len(records)
-            self.records = [
-                replace(record, merge_seconds=record.merge_seconds + before)
-                for record, before in zip(records, seconds, strict=True)
-            ]
-            if self._dtype is None:
-                merged = {name: tensor.to(self._files.like[name].dtype) for name, tensor in merged.items()}
-            yield self._rounded(merged)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._module.named_parameters()}
+        in_step = self._stream.method.by_tensor == "sums" and len(pieces) > 1
+        whole = Whole(shapes) if len(pieces) > 1 else None
+        with TemporaryDirectory(dir=scratch, prefix=".merging") if in_step else nullcontext() as folder:
+            kept = [_Kept(names, self._new, folder and Path(folder, str(index))) for index, names in enumerate(pieces)]
+            for entry in self._incoming if in_step else ():
+                sums = _Sums()
+                while not sums.are_known:
+                    for piece in kept:
+                        with suppress(_UnknownSumError):
+                            self._merge(piece, [entry], Whole(shapes, sums.next_part()), advance)
+                    sums.end_pass()
+            while kept:
+                if not in_step:
+                    self._merge(kept[0], self._incoming, whole, advance)
+                piece = kept.pop(0)
+                seconds = [record.merge_seconds for record in self.records] or [0.0] * len(piece.records)
+                self.records = [
+                    replace(record, merge_seconds=record.merge_seconds + before)
+                    for record, before in zip(piece.records, seconds, strict=True)
+                ]
+                merged = piece.state(None).merged or {}
+                if self._dtype is None:
+                    merged = {name: tensor.to(self._files.like[name].dtype) for name, tensor in merged.items()}
+                yield self._rounded(merged)
 
     def merged_adapter(self, advance: Advance) -> Snapshot:
         """Merge, and give the factors of the merged updates."""
         assert self._adapters is not None, "the checkpoints are adapters"
-        updates = {name: each for piece in self.merged(advance) for name, each in piece.items()}
+        updates = {name: each for piece in self.merged(advance, os.curdir) for name, each in piece.items()}
         state, cut = self._adapters.factors(updates)
         if cut > 1e-5:
             self.notes.append(
@@ -137,25 +165,23 @@ class FoldedFiles:
             )
         return self._rounded(state)
 
-    def _merge(
-        self, names: Collection[str], whole: Mapping[str, tuple[int, ...]] | None, advance: Advance
-    ) -> tuple[list[MergeRecord], Snapshot]:
-        """Merge some of the tensors from the first checkpoint to the last."""
+    def _merge(self, piece: "_Kept", incoming: Sequence[Incoming], whole: Whole | None, advance: Advance) -> None:
+        """Merge some of the tensors of some checkpoints."""
+        names = piece.names
         base = self._files.read(self._base, names) if self._base is not None else None
         if self._base is None and self._adapters is not None:
             base = self._adapters.no_update()
         like = {name: self._files.like[name] for name in names}
         module = self._empty(like, self._device)
         stream = self._stream
-        stream.state, stream.whole = replace(self._new, base=base), whole
+        stream.state, stream.whole = piece.state(base), whole
         size = sum(each.nbytes for each in like.values())
-        records = []
-        for path, task, weight in self._incoming:
-            step = partial(self._step, advance, f"{next(iter(names))} of {task}", size)
+        for path, task, weight in incoming:
+            step = partial(self._step, advance, f"{names[0]} of {task}", size)
             step(0, 1)
-            records.append(stream.merge(module, self._files.read(path, names), task, weight, on_step=step))
+            piece.records.append(stream.merge(module, self._files.read(path, names), task, weight, on_step=step))
             self._done += size
-        return records, stream.state.merged or {}
+        piece.keep(stream.state)
 
     def _step(self, advance: Advance, what: str, size: int, done: int, steps: int) -> None:
         advance(what, self._done + size * done // max(steps, 1))
@@ -204,3 +230,68 @@ class FoldedFiles:
         ]:
             raise ValueError(f"{', '.join(broken)} hold values that are too large for {self._dtype}.")
         return rounded
+
+
+class _Kept:
+    """Some of the tensors, and the state of their stream between two merges.
+
+    Args:
+        names: Names of the tensors.
+        new: The state before the first merge.
+        path: Where the merged tensors lie meanwhile; by default in memory.
+    """
+
+    def __init__(self, names: list[str], new: StreamState, path: Path | None) -> None:
+        self.names, self._state, self._path = names, new, path
+        self.records: list[MergeRecord] = []
+
+    def state(self, base: Snapshot | None) -> StreamState:
+        """The state, with a base model."""
+        on_disk = self._path is not None and self._path.exists()
+        return replace(self._state, base=base, merged=load_file(self._path) if on_disk else self._state.merged)
+
+    def keep(self, state: StreamState) -> None:
+        """Keep the next state, without the base model."""
+        self._state = replace(state, base=None)
+        if self._path is not None:
+            draft = self._path.with_suffix(".next")  # the file may be mapped
+            save_file(state.merged or {}, draft)
+            draft.replace(self._path)
+            self._state = replace(self._state, merged=None)
+
+
+class _UnknownSumError(Exception):
+    """A method needs a sum that has not been taken over all parameters yet."""
+
+
+class _Sums:
+    """Sums over parameters that are merged one after the other, found in several passes over all of them.
+
+    In each pass, every part runs until it needs a sum that is not known yet, and adds what it has to this sum. The next
+    pass knows it.
+    """
+
+    def __init__(self) -> None:
+        self.are_known = False
+        self._totals: list[Tensor] = []
+        self._next: Tensor | None = None
+
+    def next_part(self) -> Callable[[Tensor], None]:
+        """The sums for the next part: each call is another one."""
+        known = iter(self._totals)
+
+        def sum_(numbers: Tensor) -> None:
+            total = next(known, None)
+            if total is None:
+                self._next = numbers.clone() if self._next is None else self._next + numbers
+                raise _UnknownSumError
+            numbers.copy_(total)
+
+        return sum_
+
+    def end_pass(self) -> None:
+        """All parts have run."""
+        self.are_known = self._next is None
+        if self._next is not None:
+            self._totals.append(self._next)
+        self._next = None

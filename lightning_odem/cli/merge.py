@@ -172,7 +172,7 @@ def merge_checkpoints(
         else:
             excluded = {} if isinstance(place, FolderOutput) else files.excluded
             with place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write:
-                for piece in files.merged(advance):
+                for piece in files.merged(advance, Path(output).absolute().parent):
                     write(piece)
                 write(excluded)
     return Merged(incoming, files.records, place.paths, [*notes, *files.notes])

@@ -1,7 +1,7 @@
 """The stream of tasks that are merged, one model after the other."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
+from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.division import Division
@@ -49,8 +50,8 @@ class Stream:
         growing: Patterns of parameters that may get further rows between tasks.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
         calibration: Further settings of the calibration.
-        whole: Shapes of all merged parameters by name, if the modules hold only some of them. The method must then be
-            one that merges :attr:`by_tensor <lightning_odem.methods.MergeMethod>`.
+        whole: The model, if the modules hold only some of its parameters. The method must then be one that merges
+            :attr:`by_tensor <lightning_odem.methods.MergeMethod>`.
 
     Attributes:
         state: All that the stream keeps, a :class:`~lightning_odem.stream.state.StreamState`. A merge replaces it.
@@ -75,7 +76,7 @@ class Stream:
         growing: tuple[str, ...] = (),
         batch_norm: str = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
-        whole: Mapping[str, tuple[int, ...]] | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.division = Division(exclude, self._frozen_names)
