@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from lightning_odem.cli.pieces import Piece, PieceSums, UnknownSumError
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.methods import MergeMethod
 from lightning_odem.methods.base import Whole
@@ -22,7 +21,6 @@ from lightning_odem.parameters.model_files import ModelFiles
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import is_excluded
 from lightning_odem.report import MergeRecord
-from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.stream import Stream
 
 # Bytes that are merged together, and their share of large models. Less would open the files more often.
@@ -131,12 +129,12 @@ class FoldedFiles:
         in_step = self._stream.method.by_tensor == "sums" and len(pieces) > 1
         whole = Whole(shapes) if len(pieces) > 1 else None
         with TemporaryDirectory(dir=scratch, prefix=".merging") if in_step else nullcontext() as folder:
-            kept = [_Kept(names, self._new, folder and Path(folder, str(index))) for index, names in enumerate(pieces)]
+            kept = [Piece(names, self._new, folder and Path(folder, str(index))) for index, names in enumerate(pieces)]
             for entry in self._incoming if in_step else ():
-                sums = _Sums()
+                sums = PieceSums()
                 while not sums.are_known:
                     for piece in kept:
-                        with suppress(_UnknownSumError):
+                        with suppress(UnknownSumError):
                             self._merge(piece, [entry], Whole(shapes, sums.next_part()), advance)
                     sums.end_pass()
             while kept:
@@ -165,7 +163,7 @@ class FoldedFiles:
             )
         return self._rounded(state)
 
-    def _merge(self, piece: "_Kept", incoming: Sequence[Incoming], whole: Whole | None, advance: Advance) -> None:
+    def _merge(self, piece: Piece, incoming: Sequence[Incoming], whole: Whole | None, advance: Advance) -> None:
         """Merge some of the tensors of some checkpoints."""
         names = piece.names
         base = self._files.read(self._base, names) if self._base is not None else None
@@ -230,68 +228,3 @@ class FoldedFiles:
         ]:
             raise ValueError(f"{', '.join(broken)} hold values that are too large for {self._dtype}.")
         return rounded
-
-
-class _Kept:
-    """Some of the tensors, and the state of their stream between two merges.
-
-    Args:
-        names: Names of the tensors.
-        new: The state before the first merge.
-        path: Where the merged tensors lie meanwhile; by default in memory.
-    """
-
-    def __init__(self, names: list[str], new: StreamState, path: Path | None) -> None:
-        self.names, self._state, self._path = names, new, path
-        self.records: list[MergeRecord] = []
-
-    def state(self, base: Snapshot | None) -> StreamState:
-        """The state, with a base model."""
-        on_disk = self._path is not None and self._path.exists()
-        return replace(self._state, base=base, merged=load_file(self._path) if on_disk else self._state.merged)
-
-    def keep(self, state: StreamState) -> None:
-        """Keep the next state, without the base model."""
-        self._state = replace(state, base=None)
-        if self._path is not None:
-            draft = self._path.with_suffix(".next")  # the file may be mapped
-            save_file(state.merged or {}, draft)
-            draft.replace(self._path)
-            self._state = replace(self._state, merged=None)
-
-
-class _UnknownSumError(Exception):
-    """A method needs a sum that has not been taken over all parameters yet."""
-
-
-class _Sums:
-    """Sums over parameters that are merged one after the other, found in several passes over all of them.
-
-    In each pass, every part runs until it needs a sum that is not known yet, and adds what it has to this sum. The next
-    pass knows it.
-    """
-
-    def __init__(self) -> None:
-        self.are_known = False
-        self._totals: list[Tensor] = []
-        self._next: Tensor | None = None
-
-    def next_part(self) -> Callable[[Tensor], None]:
-        """The sums for the next part: each call is another one."""
-        known = iter(self._totals)
-
-        def sum_(numbers: Tensor) -> None:
-            total = next(known, None)
-            if total is None:
-                self._next = numbers.clone() if self._next is None else self._next + numbers
-                raise _UnknownSumError
-            numbers.copy_(total)
-
-        return sum_
-
-    def end_pass(self) -> None:
-        """All parts have run."""
-        self.are_known = self._next is None
-        if self._next is not None:
-            self._totals.append(self._next)
-        self._next = None
