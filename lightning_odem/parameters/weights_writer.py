@@ -77,14 +77,14 @@ class WeightsWriter:
 
     def _put(self, place: int, content: Tensor) -> None:
         self._file.seek(place)
-        left = memoryview(content.numpy())
+        left = content.numpy().data
         while left:
             left = left[self._file.write(left) :]
 
     def _get(self, place: int, size: int) -> Tensor:
         self._file.seek(place)
         content = torch.empty(size, dtype=torch.uint8)
-        left = memoryview(content.numpy())
+        left = content.numpy().data
         while left and (read := self._file.readinto(left)):
             left = left[read:]
         return content
