@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_odem.arguments import check_integer
 from lightning_odem.cli.load_check import check_adapter_by_loading
 from lightning_odem.cli.loaders import Loaded, NotLoadableError, load_transformers, quiet
-from lightning_odem.cli.output import save_weights
 from lightning_odem.parameters.files import replacing_folder
 from lightning_odem.parameters.low_rank import FactorPair
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
+from lightning_odem.parameters.weights_writer import WeightsWriter
 from lightning_odem.report.plain import plain
 
 
@@ -97,7 +97,9 @@ def extract_adapter(model: str, base: str, output: str, rank: int = 8, overwrite
     config = _config(base, own, result.modules, rank, turned)
     with replacing_folder(output) as draft:
         (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_weights(tensors, draft / "adapter_model.safetensors", {"model": model, "base": base})
+        header = {"format": "pt", "model": model, "base": base}
+        with WeightsWriter(draft / "adapter_model.safetensors", tensors, header) as writer:
+            writer.write(tensors)
         result.checked = check_adapter_by_loading(draft, own, Path(base))
     return result
 

@@ -3,21 +3,25 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_odem.cli.load_check import check_by_loading
 from lightning_odem.cli.model_card import CARD, model_card
-from lightning_odem.cli.output import save_weights
+from lightning_odem.cli.output import Write
 from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
 from lightning_odem.parameters.files import make_writable, replacing_folder
 from lightning_odem.parameters.lora_files import LORA_FILE, LoraFiles, is_lora_file
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 from lightning_odem.parameters.vector import canonical_name
+from lightning_odem.parameters.weights_shards import divide, is_shard
+from lightning_odem.parameters.weights_writer import WeightsWriter
 
 _CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "open_clip_config.json", LORA_FILE)
 
@@ -33,6 +37,9 @@ class FolderOutput:
         inputs: The checkpoints that are merged, and the base model. They are never overwritten.
         overwrite: Whether an existing folder is replaced.
         adapters: The inputs as adapters; by default they are whole models.
+        shard_size: Largest number of bytes of a file of weights; a single tensor may be larger. By default each module
+            has one file.
+        dtype: Dtype that the weights are written in, for the configuration; by default it stays.
 
     Attributes:
         paths: The files to be written.
@@ -50,8 +57,12 @@ class FolderOutput:
         inputs: Sequence[str | os.PathLike],
         overwrite: bool = False,
         adapters: AdapterFolders | None = None,
+        shard_size: int | None = None,
+        dtype: str | None = None,
     ) -> None:
         self._path = Path(path)
+        self._dtype = dtype
+        self._shard_size = shard_size
         self._adapters = adapters
         self.checked = ""
         if not any(Path(inputs[0], name).is_file() for name in _CONFIGS):
@@ -72,7 +83,11 @@ class FolderOutput:
         if found and not overwrite:
             raise FileExistsError(f"{path} exists already, with files in it. Choose another output, or overwrite it.")
         names = {*self._weights.values(), *self._others}
-        if more := [str(file.relative_to(target)) for file in found if file.relative_to(target) not in names]:
+        if more := [
+            str(file.relative_to(target))
+            for file in found
+            if file.relative_to(target) not in names and not is_shard(file)
+        ]:
             raise FileExistsError(
                 f"{path} has files that a merge would not write: {', '.join(sorted(more)[:5])}. Overwriting "
                 "would lose them; choose another output."
@@ -82,55 +97,95 @@ class FolderOutput:
         """Try to write there, so that an output that cannot be written is found before the work."""
         make_writable(self._path.parent)
 
-    def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
-        """Write the folder.
+    @contextmanager
+    def writing(
+        self, like: Mapping[str, Tensor], metadata: Mapping[str, str], hyper_parameters: Mapping[str, Any] = {}
+    ) -> Iterator[Write]:
+        """Write the folder, its weights as they come; it gets its name when the block ends without an error.
 
         Args:
-            state: The merged tensors on the CPU by name, without shared memory.
+            like: The merged tensors by name, with shapes and dtypes; values may be missing.
             metadata: Metadata for the headers of the weights and for the model card.
             hyper_parameters: Not used: a folder has its configuration.
+
+        Yields:
+            A function that writes some of the tensors, which lie on the CPU.
 
         Raises:
             OSError: If the weights do not come back as written.
             ValueError: If the library of the first folder does not load the merged one rightly.
         """
-        whole = self._complete(state)
-        written: dict[str, dict[str, Tensor]] = {}
+        own = {canonical_name(name): tensor for name, tensor in self._first.read().items()}
+        names = self._own_names(own, like)
+        whole = {**own, **{name: like[there] for name, there in names.items()}}
         with replacing_folder(self._path) as draft:
-            for name in self._others:
-                (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                if name == Path(CARD):
-                    (draft / name).write_text(model_card(self._first.path / name, metadata), encoding="utf-8")
-                elif name == Path(ADAPTER_CONFIG) and self._adapters is not None:
-                    (draft / name).write_text(json.dumps(self._adapters.config, indent=2) + "\n", encoding="utf-8")
-                else:
-                    shutil.copyfile(self._first.path / name, draft / name)
-            for place, file in self._weights.items():
-                # A module in a sub-folder has its tensors under the name of the folder.
-                others = tuple(f"{other}." for other in self._weights if other)
-                mine = {
-                    name.removeprefix(f"{place}.") if place else name: tensor
-                    for name, tensor in whole.items()
-                    if (name.startswith(f"{place}.") if place else not name.startswith(others))
-                }
-                (draft / file).parent.mkdir(parents=True, exist_ok=True)
-                save_weights(mine, draft / file, metadata)
-                written[place] = mine
+            self._write_others(draft, metadata)
+            files: dict[str, list[Path]] = {}
+            with ExitStack() as stack:
+                place_of: dict[str, tuple[WeightsWriter, str]] = {}
+                for place, file in self._weights.items():
+                    # A module in a sub-folder has its tensors under the name of the folder.
+                    others = tuple(f"{other}." for other in self._weights if other)
+                    mine = {
+                        name.removeprefix(f"{place}.") if place else name: tensor
+                        for name, tensor in whole.items()
+                        if (name.startswith(f"{place}.") if place else not name.startswith(others))
+                    }
+                    (draft / file).parent.mkdir(parents=True, exist_ok=True)
+                    shards = divide(draft / file, mine, self._shard_size)
+                    files[place] = list(shards)
+                    for shard, tensors in shards.items():
+                        writer = stack.enter_context(WeightsWriter(shard, tensors, {"format": "pt", **metadata}))
+                        place_of |= {f"{place}.{name}" if place else name: (writer, name) for name in tensors}
+
+                def write(tensors: Mapping[str, Tensor]) -> None:
+                    for name, tensor in tensors.items():
+                        writer, there = place_of[name]
+                        writer.write({there: tensor})
+
+                back = {there: name for name, there in names.items()}
+                yield lambda tensors: write({back[name]: tensor for name, tensor in tensors.items() if name in back})
+                write({name: tensor for name, tensor in own.items() if name not in names})
+            written = {
+                place: {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+                for place, shards in files.items()
+            }
             self.checked = check_by_loading(draft, self._first.path, written)
 
-    def _complete(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the first folder, merged where they were merged; of adapters also the other modules."""
-        own = {canonical_name(name): tensor for name, tensor in self._first.read().items()}
-        if self._adapters is not None:
-            return {**own, **state}
-        merged = {name: state[there] for name, there in match_names(own, state).items() if there in state}
-        if len(merged) < sum(tensor.is_floating_point() for tensor in state.values()):
+    def write(
+        self, state: Mapping[str, Tensor], metadata: Mapping[str, str], hyper_parameters: Mapping[str, Any] = {}
+    ) -> None:
+        """Write merged tensors that lie on the CPU, see :meth:`writing`."""
+        with self.writing(state, metadata) as write:
+            write(state)
+
+    def _write_others(self, draft: Path, metadata: Mapping[str, str]) -> None:
+        """Write all files that are not weights."""
+        for name in self._others:
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == Path(CARD):
+                (draft / name).write_text(model_card(self._first.path / name, metadata), encoding="utf-8")
+            elif name == Path(ADAPTER_CONFIG) and self._adapters is not None:
+                (draft / name).write_text(json.dumps(self._adapters.config, indent=2) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(self._first.path / name, draft / name)
+        # transformers loads weights in the dtype of the configuration.
+        config = self._first.config() if self._dtype is not None else {}
+        if known := [key for key in ("dtype", "torch_dtype") if key in config]:
+            text = json.dumps(config | dict.fromkeys(known, self._dtype), indent=2) + "\n"
+            (draft / "config.json").write_text(text, encoding="utf-8")
+
+    def _own_names(self, own: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, str]:
+        """The merged name of each tensor that is merged, by its name in the result."""
+        if self._adapters is not None:  # also of modules that the first does not adapt
+            return {name: name for name in like}
+        names = {name: there for name, there in match_names(own, like).items() if there in like}
+        if len(names) < sum(tensor.is_floating_point() for tensor in like.values()):
             raise ValueError(
-                f"The merged tensors do not have the names of those in {self._first.path}: {', '.join(state)}. Write a "
+                f"The merged tensors do not have the names of those in {self._first.path}: {', '.join(like)}. Write a "
                 ".safetensors file instead of a folder."
             )
-        # Tied tensors of the first may share their memory.
-        return {**{name: tensor.clone() for name, tensor in own.items() if name not in merged}, **merged}
+        return names
 
 
 def find_adapters(

@@ -1,5 +1,6 @@
 """The check of a merged folder: its library loads it, and it computes what the merged weights compute."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,13 +10,15 @@ from torch import Tensor, nn
 from lightning_odem.cli.loaders import Loaded, NotLoadableError, inputs_for, load_folder, outputs, quiet
 from lightning_odem.parameters.model_files import match_names
 
+_COPIES = 3  # of the model in memory, while one is loaded and another compared with it
+
 
 def check_by_loading(draft: Path, first: Path, written: Mapping[str, Mapping[str, Tensor]]) -> str:
     """Load a merged folder with the library that it is for, and compare it with the merged weights.
 
     The expected outputs are those of the first folder's model with the merged tensors copied into it by name, so they
     need neither the file nor the configuration that was written. Inputs are sentences, by the folder's tokenizer, and a
-    photograph.
+    photograph. A model that is too large for the free memory is not loaded.
 
     Args:
         draft: The merged folder.
@@ -28,6 +31,9 @@ def check_by_loading(draft: Path, first: Path, written: Mapping[str, Mapping[str
     Raises:
         ValueError: If the first folder can be loaded and the merged one cannot, or computes something else.
     """
+    size = sum(tensor.nbytes for tensors in written.values() for tensor in tensors.values())
+    if _COPIES * size > _free_memory():
+        return f"Not checked by loading: {_COPIES} models of {size / 1e9:.1f} GB need more than the free memory."
     with quiet():
         try:
             model = load_folder(first)
@@ -95,6 +101,15 @@ def check_adapter_by_loading(draft: Path, adapted: Loaded, base: Path) -> str:
         found, name = outputs(loaded, inputs), f"{loaded.library} ({loaded.kind})"
     _compare_outputs(expected, found, name)
     return f"Checked by loading with {name}: its outputs for {_described(inputs)} are those of the extracted updates."
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that are free or hold nothing but copies of files; infinite where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def _fill(model: Loaded, written: Mapping[str, Mapping[str, Tensor]]) -> bool:

@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
+import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lightning_odem import version
@@ -26,10 +28,13 @@ from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.adapted_base import AdaptedBase
 from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
 from lightning_odem.parameters.folder_comparison import compare_folders
+from lightning_odem.parameters.weights_shards import read_size
 from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
 from lightning_odem.stream.merging import check_needs
 from lightning_odem.tasks import TaskStream
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ def merge_checkpoints(
     data: TaskStream | None = None,
     calibration_size: int = 1024,
     device: str = "cpu",
+    dtype: Dtype | None = None,
+    shard_size: str | None = None,
     overwrite: bool = False,
     adapter_into: str | None = None,
     rank: int | None = None,
@@ -81,8 +88,10 @@ def merge_checkpoints(
 ) -> "Merged":
     """Fold checkpoints into one, in the order given, and write it.
 
-    One incoming model is in memory at a time. Mismatches are found before the first merge. Without a ``model``, half
-    precision is merged in fp32 and rounded at the end.
+    Mismatches are found before the first merge. Without a ``model``, half precision is merged in fp32 and rounded at
+    the end. Methods that look at one parameter at a time then read, merge and write a few tensors at a time, so that
+    models may be larger than the memory; with others, one incoming model is in memory at a time. A merge that is
+    interrupted leaves no output and begins anew.
 
     Args:
         checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints or folders of
@@ -99,6 +108,9 @@ def merge_checkpoints(
         data: Stream with the checkpoints' tasks, found by name, or in order if it has none of the names.
         calibration_size: Samples kept for all tasks together.
         device: Where merges are computed, such as cpu or cuda:0.
+        dtype: Dtype of the floating tensors that are merged and written: float32, float16 or bfloat16. By default the
+            widest that each tensor has in the checkpoints.
+        shard_size: Largest size of a file of weights in a folder, such as 5GB; by default there is one file.
         overwrite: Replace an output that exists.
         adapter_into: Folder of the adapters' base model. The output is then a whole model: this one, with the merged
             updates in its weights.
@@ -133,47 +145,63 @@ def merge_checkpoints(
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
     _check_needs(method, has_base, batch_norm, model, data)
     place: MergeOutput | FolderOutput
+    size = None if shard_size is None else read_size(shard_size)
     whole = None
     if adapter_into is not None:
         if adapters is None:
             raise ValueError(f"adapter_into is for adapters, but {checkpoints[0]} is none.")
+        if dtype is not None or rank is not None or energy is not None:
+            raise ValueError("adapter_into goes without dtype, rank and energy: the output is like the base model.")
         whole = AdaptedBase(adapter_into, adapters)
-        place = FolderOutput(output, [adapter_into, *inputs], overwrite)
+        place = FolderOutput(output, [adapter_into, *inputs], overwrite, shard_size=size)
     elif Path(output).suffix == ".safetensors":
+        if shard_size is not None:
+            raise ValueError(f"shard_size={shard_size!r} divides the weights of a folder, but {output} is one file.")
         place = MergeOutput(output, inputs, overwrite)
     else:
-        place = FolderOutput(output, inputs, overwrite, adapters)
-    folded: FoldedFiles | FoldedStream
+        place = FolderOutput(output, inputs, overwrite, adapters, size, dtype)
+    metadata = _metadata(method, adapter_into or base)
     if model is not None and data is not None:
+        if dtype is not None:
+            raise ValueError("dtype goes without model and data: with them, the output has the dtypes of the module.")
         chosen = choose_tasks(data, names, by_name=tasks is not None)
         names = [task.task_name for task in chosen]
         weights = [task.task_weight for task in chosen] if weights is None else weights
         incoming = list(map(Incoming, checkpoints, names, weights))
         check_same_vocabularies(checkpoints, base, exclude)
-        folded = FoldedStream(
+        stream = FoldedStream(
             model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
         )
-    else:
-        incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
-        read = None
-        if adapters is None:
-            aligned = AlignedFolders(checkpoints, [entry.weight for entry in incoming], base, exclude)
-            read = aligned.read if aligned.moved else None
-            notes += aligned.notes
-        folded = FoldedFiles(incoming, base, device, exclude, adapters, read, method=method, batch_norm=batch_norm)
+        place.prepare()
+        records = []
+        with _progress(len(incoming)) as advance:
+            for number, entry in enumerate(incoming):
+                records.append(stream.fold(entry, partial(_step, advance, entry.task, number)))
+        state = stream.merged() if isinstance(place, FolderOutput) else stream.state()
+        place.write(state, metadata | _sources(incoming), stream.hyper_parameters)
+        return Merged(incoming, records, place.paths, [*notes, *stream.notes], place.checked)
+    incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
+    kind = None if dtype is None else getattr(torch, dtype)
+    read = None
+    if adapters is None:
+        aligned = AlignedFolders(checkpoints, [entry.weight for entry in incoming], base, exclude)
+        read = aligned.read if aligned.moved else None
+        notes += aligned.notes
+    files = FoldedFiles(incoming, base, device, exclude, adapters, read, kind, method=method, batch_norm=batch_norm)
+    metadata |= _sources(incoming)
     place.prepare()
-    records = []
-    with _progress(len(incoming)) as advance:
-        for number, entry in enumerate(incoming):
-            records.append(folded.fold(entry, advance(number, entry.task)))
-    if whole is not None and isinstance(folded, FoldedFiles):
-        state = whole.state(folded.updates())
-    else:
-        state = folded.merged() if isinstance(place, FolderOutput) else folded.state()
-    header = {} if adapters is None or whole is not None else adapters.header
-    place.write(state, {**header, **_metadata(method, incoming, adapter_into or base)}, folded.hyper_parameters)
-    checked = place.checked if isinstance(place, FolderOutput) else ""
-    return Merged(incoming, records, place.paths, [*notes, *folded.notes], checked)
+    with _progress(files.size, in_bytes=True) as advance:
+        if whole is not None:
+            place.write(whole.state(files.updates(advance)), metadata, files.hyper_parameters)
+        elif adapters is not None:
+            place.write(files.merged_adapter(advance), {**adapters.header, **metadata}, files.hyper_parameters)
+        else:
+            excluded = {} if isinstance(place, FolderOutput) else files.excluded
+            with place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write:
+                for piece in files.merged(advance, Path(output).absolute().parent):
+                    write(piece)
+                write(excluded)
+    return Merged(incoming, files.records, place.paths, [*notes, *files.notes], place.checked)
 
 
 def task_names(checkpoints: Sequence[str]) -> list[str]:
@@ -245,27 +273,32 @@ def _check_needs(method: MergeMethod, has_base: bool, batch_norm: str, model: ob
         ) from error
 
 
-def _metadata(method: MergeMethod, incoming: Sequence[Incoming], base: str | None) -> dict[str, str]:
+def _metadata(method: MergeMethod, base: str | None) -> dict[str, str]:
     settings = describe_method(method)
     return {
         "method": settings.pop("name"),
         "settings": json.dumps(settings),
-        "tasks": json.dumps([entry.task for entry in incoming]),
-        "weights": json.dumps([entry.weight for entry in incoming]),
         "base": "" if base is None else str(base),
         "version": version.__version__,
     }
 
 
+def _sources(incoming: Sequence[Incoming]) -> dict[str, str]:
+    return {
+        "tasks": json.dumps([entry.task for entry in incoming]),
+        "weights": json.dumps([entry.weight for entry in incoming]),
+    }
+
+
+def _step(advance: Callable[[str, float], None], task: str, number: int, done: int, steps: int) -> None:
+    advance(task, number + done / max(steps, 1))
+
+
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, str], Callable[[int, int], None]]]:
-    """A progress bar over checkpoints and, within each of them, over the steps of its merge."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+def _progress(total: float, in_bytes: bool = False) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar over checkpoints and, within each of them, over the steps of its merge; or over bytes."""
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         line = progress.add_task("merging", total=total)
-
-        def start(number: int, task: str) -> Callable[[int, int], None]:
-            progress.update(line, description=plain(f"merging {task}"), completed=number)
-            return lambda done, steps: progress.update(line, completed=number + done / steps)
-
-        yield start
+        yield lambda what, done: progress.update(line, description=plain(f"merging {what}"), completed=done)

@@ -1,17 +1,21 @@
 """The files that an offline merge writes."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_odem.parameters.files import make_writable, replacing
+from lightning_odem.parameters.weights_writer import WeightsWriter
+
+Write = Callable[[Mapping[str, Tensor]], None]
+"""Writes some of the tensors of an output."""
 
 
 class MergeOutput:
@@ -24,6 +28,10 @@ class MergeOutput:
         inputs: The checkpoints that are merged, and the base model. They are never overwritten.
         overwrite: Whether existing files are replaced.
 
+    Attributes:
+        paths: The files to be written.
+        checked: Empty; no library has a format of single files to check them by.
+
     Raises:
         ValueError: If an input is in the way.
         FileExistsError: If the output exists and ``overwrite`` is off.
@@ -31,6 +39,7 @@ class MergeOutput:
 
     def __init__(self, path: str | os.PathLike, inputs: Sequence[str | os.PathLike], overwrite: bool = False) -> None:
         path = Path(path)
+        self.checked = ""
         self.paths = [path, path.with_suffix(".ckpt")]
         occupied = {Path(entry).resolve() for entry in inputs}
         if any(found.resolve() in occupied for found in self.paths):
@@ -42,37 +51,40 @@ class MergeOutput:
         """Make the directory, so that an output that cannot be written is found before the work."""
         make_writable(self.paths[0].parent)
 
-    def write(self, state: Mapping[str, Tensor], metadata: dict[str, str], hyper_parameters: dict[str, Any]) -> None:
-        """Write the weights and their metadata.
+    @contextmanager
+    def writing(
+        self, like: Mapping[str, Tensor], metadata: Mapping[str, str], hyper_parameters: Mapping[str, Any]
+    ) -> Iterator[Write]:
+        """Write the weights as they come; the files get their names when the block ends without an error.
 
         Args:
-            state: Tensors on the CPU by name, without shared memory.
+            like: All tensors by name, with shapes and dtypes; values may be missing.
             metadata: Metadata for the header of the ``.safetensors`` file; a checkpoint has it under
                 ``"lightning_odem"``.
             hyper_parameters: Entries from which ``load_from_checkpoint`` makes its module.
+
+        Yields:
+            A function that writes some of the tensors, which lie on the CPU.
         """
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
         with ExitStack() as stack:
             weights, beside = [stack.enter_context(replacing(path)) for path in self.paths]
-            save_weights(state, weights, metadata)
+            with WeightsWriter(weights, like, {"format": "pt", **metadata}) as writer:
+                yield writer.write
             # Required by load_from_checkpoint and trainer.test(ckpt_path=...); there is no training to resume.
             kept = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
-            torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": metadata}, beside)
+            state = load_mapped(weights, like)
+            torch.save({"state_dict": state, **kept, **hyper_parameters, "lightning_odem": dict(metadata)}, beside)
+            del state  # some systems cannot rename a file that is mapped
+
+    def write(
+        self, state: Mapping[str, Tensor], metadata: Mapping[str, str], hyper_parameters: Mapping[str, Any]
+    ) -> None:
+        """Write weights that lie on the CPU, see :meth:`writing`."""
+        with self.writing(state, metadata, hyper_parameters) as write:
+            write(state)
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a ``.safetensors`` file, read it back and compare it with what was to be written.
-
-    Raises:
-        OSError: If they differ.
-    """
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, {"format": "pt", **metadata})
+def load_mapped(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file in the order of ``names``, mapped into memory."""
     found = load_file(path)
-    if wrong := [name for name, tensor in state.items() if name not in found or not _is_same(tensor, found[name])]:
-        raise OSError(f"{', '.join(wrong)} did not come back from {path.parent} as written. Check the disk.")
-
-
-def _is_same(tensor: Tensor, found: Tensor) -> bool:
-    # By their bytes, since NaN is not equal to itself.
-    first, second = (each.contiguous().flatten().view(torch.uint8) for each in (tensor, found))
-    return tensor.dtype == found.dtype and tensor.shape == found.shape and torch.equal(first, second)
+    return {name: found[name] for name in names}

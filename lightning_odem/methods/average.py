@@ -18,6 +18,7 @@ class AverageMerge(MergeMethod):
 
     sharded = True
     linear = True
+    by_tensor = True
 
     def merge(self, merged: Tensor, incoming: Tensor, t: float, context: MergeContext) -> MergeResult:
         """Interpolate in the memory of ``merged``."""

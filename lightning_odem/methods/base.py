@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from lightning_odem.parameters.shards import Shards
 
 T = TypeVar("T")
+
+
+class Whole(NamedTuple):
+    """A model of which a merge sees some parameters at a time.
+
+    Args:
+        shapes: Shapes of all merged parameters by name.
+        sum_: Sums numbers over all parameters in place; None for methods that need no sums.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    sum_: Callable[[Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,8 @@ class MergeContext:
         shares: Shares of all tasks in the stream when a task is taken out; they sum to 1.
         discarded: By how much the stream's merged task vector differs from what the method made, relative to its norm,
             when a task is taken out: updates of adapters are cut to their rank.
+        whole: The model that the parameters are of, if the vectors hold only some of them, see
+            :attr:`MergeMethod.by_tensor`; otherwise None.
 
     Example:
         >>> import torch
@@ -58,6 +72,7 @@ class MergeContext:
     ranks: Mapping[str, int] = field(default_factory=dict)
     shares: Sequence[float] = ()
     discarded: float = 0.0
+    whole: Whole | None = None
 
     def __getitem__(self, need: type[Need[T]]) -> T:
         """Return what a need has brought.
@@ -80,6 +95,11 @@ class MergeContext:
         return need in self.needed
 
     @property
+    def all_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of all merged parameters by name, also of those that are not in the vectors."""
+        return dict(zip(self.names, self.shapes, strict=True)) if self.whole is None else self.whole.shapes
+
+    @property
     def local_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the parameters' parts in the vectors: the whole shapes, or the shapes of this process's shards."""
         if self.shards is None:
@@ -88,8 +108,14 @@ class MergeContext:
 
     @property
     def sum_(self) -> Callable[[Tensor], None] | None:
-        """Sums numbers over the processes in place if the vectors are shards; every process has to call it."""
-        return None if self.shards is None else self.shards.sum_
+        """Sums numbers over the parts of the model in place, if the vectors are a part of it.
+
+        Parts are the shards of processes, or parameters that are merged one after the other. All of them have to call
+        it equally often.
+        """
+        if self.shards is None:
+            return None if self.whole is None else self.whole.sum_
+        return self.shards.sum_
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,10 @@ class MergeMethod(ABC):
             the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as
             factors of low rank, and the vectors have three coefficients in place of each update. A subclass with a
             ``merge`` or ``start`` of its own has to say so again.
+        by_tensor: Whether what the rule does with a parameter depends on that parameter alone. Files are then merged a
+            few parameters at a time, each from the first checkpoint to the last, so that models larger than the memory
+            can be merged. It may depend on the settings. ``"sums"`` if it also depends on sums over all entries, taken
+            with ``context.sum_``: the method then keeps no state, and is called several times for one merge.
 
     Example:
         >>> import torch
@@ -138,6 +168,7 @@ class MergeMethod(ABC):
     needs: Sequence[Need[Any]] = ()
     sharded: bool = False
     linear: bool = False
+    by_tensor: Literal[False, True, "sums"] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

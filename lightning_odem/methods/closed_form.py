@@ -46,6 +46,8 @@ class ClosedFormMerge(ExactStream):
             nothing.
     """
 
+    by_tensor = True
+
     def __init__(
         self,
         ridge: float = 0.1,

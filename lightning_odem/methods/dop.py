@@ -151,6 +151,7 @@ class DOPMerge(MergeMethod):
     """
 
     needs = (BaseModel(),)
+    by_tensor = True
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class LinearInterpolation(MergeMethod):
 
     sharded = True
     linear = True
+    by_tensor = True
 
     def __init__(self, coefficient: float = 0.5) -> None:
         self.coefficient = check_range("coefficient", coefficient, 0, 1)

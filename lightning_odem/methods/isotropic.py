@@ -88,6 +88,7 @@ class IsotropicMerge(ExactStream):
         else:
             scale = check_range("scale", scale, 0, open_low=True)
         self.scale = scale
+        self.by_tensor = not isinstance(scale, str)  # else the norm of all matrices together counts
         self.layers = check_patterns("layers", layers)
 
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:

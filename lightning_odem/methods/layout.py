@@ -48,19 +48,27 @@ def weight_matrices(
         >>> weight_matrices(context), weight_matrices(context, ["fc"])
         (['conv.weight', 'fc.weight'], ['fc.weight'])
     """
+    held = set(context.names)
+    return [name for name in all_weight_matrices(context, layers, convolutions=convolutions) if name in held]
+
+
+def all_weight_matrices(
+    context: MergeContext, layers: Sequence[str] | None = None, *, convolutions: bool = True
+) -> list[str]:
+    """List the weight matrices of the whole model, also those that are not in the vectors; see above."""
     names = [
         name
-        for name, shape in zip(context.names, context.shapes, strict=True)
+        for name, shape in context.all_shapes.items()
         if len(shape) >= 2
         and min(shape[0] // context.groups.get(name, 1), math.prod(shape[1:])) > 1
         and (convolutions or len(shape) == 2)
     ]
-    if layers is None:
-        return names
-    idle = [pattern for pattern in layers if not any(is_excluded(name, [pattern]) for name in names)]
-    if idle:
-        raise ValueError(f"layers={idle} matches no weight matrix; the weight matrices are: {', '.join(names)}.")
-    return [name for name in names if is_excluded(name, layers)]
+    if layers is not None:
+        idle = [pattern for pattern in layers if not any(is_excluded(name, [pattern]) for name in names)]
+        if idle:
+            raise ValueError(f"layers={idle} matches no weight matrix; the weight matrices are: {', '.join(names)}.")
+        names = [name for name in names if is_excluded(name, layers)]
+    return names
 
 
 def matrices(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

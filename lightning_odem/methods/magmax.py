@@ -36,6 +36,7 @@ class MagMaxMerge(MergeMethod):
 
     needs = (BaseModel(),)
     sharded = True
+    by_tensor = True
 
     def __init__(self, scale: float = 0.5) -> None:
         self.scale = check_range("scale", scale, 0, open_low=True)

@@ -1,5 +1,6 @@
 """NUFILT: null-space filtering of task vectors, with a learned correction."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lightning_odem.arguments import check_choice, check_integer, check_patterns, check_range, check_seed
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.layout import matrices, others, weight_matrices
+from lightning_odem.methods.layout import all_weight_matrices, matrices, others, weight_matrices
 from lightning_odem.methods.linalg import singular
 from lightning_odem.methods.needs import BaseModel
 
@@ -57,7 +58,7 @@ def correction(
     # What tau B A should do on V and on U; on U the filter leaves nothing to undo.
     wanted = torch.cat([task_vector @ seen @ (seen.T @ own) - update @ own, torch.zeros_like(update @ seen)], dim=1)
     inputs = task_vector.shape[1]
-    right = 0.02 * torch.randn(lora_rank, inputs, generator=generator).to(task_vector)
+    right = first_values(lora_rank, inputs, generator).to(task_vector)
     left = torch.zeros(inputs, lora_rank).to(task_vector)
     optimizer = torch.optim.Adam([right.requires_grad_(), left.requires_grad_()], lr=lr)
     with torch.enable_grad():
@@ -66,6 +67,11 @@ def correction(
             (wanted - task_vector @ left @ (right @ directions)).square().sum().backward()
             optimizer.step()
     return (left @ right).detach()
+
+
+def first_values(rank: int, inputs: int, generator: torch.Generator) -> Tensor:
+    """The random A [rank, inputs] that the optimisation begins with."""
+    return 0.02 * torch.randn(rank, inputs, generator=generator)
 
 
 class NUFILTMerge(MergeMethod):
@@ -101,6 +107,7 @@ class NUFILTMerge(MergeMethod):
     """
 
     needs = (BaseModel(),)
+    by_tensor = True
 
     def __init__(
         self,
@@ -142,7 +149,12 @@ class NUFILTMerge(MergeMethod):
             return MergeResult(merged)
         generator = torch.Generator().manual_seed(self.seed)
         names = weight_matrices(context, self.layers)
-        for base, old, new in matrices(context, names, context[BaseModel], merged, incoming):
+        every = iter(all_weight_matrices(context, self.layers))
+        views = matrices(context, names, context[BaseModel], merged, incoming)
+        for name, (base, old, new) in zip(names, views, strict=True):
+            # A matrix gets the same numbers whichever others are merged along with it.
+            for other in iter(lambda: next(every), name):
+                first_values(self.lora_rank, math.prod(context.all_shapes[other][1:]), generator)
             old += self._filtered(new - base, old - base, generator)
         if self.others == "average":
             for old, new in others(context, names, merged, incoming):

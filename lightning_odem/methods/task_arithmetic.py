@@ -51,6 +51,7 @@ class TaskArithmeticMerge(MergeMethod):
     needs = (BaseModel(),)
     sharded = True
     linear = True
+    by_tensor = True
 
     def __init__(self, scale: float = 0.3, recursion: Recursion = "utility") -> None:
         self.scale = check_range("scale", scale, 0, open_low=True)

@@ -46,6 +46,7 @@ class TaskSingularVectorsMerge(MergeMethod):
     """
 
     needs = (BaseModel(),)
+    by_tensor = True
 
     def __init__(self, scale: float = 1.0, layers: Sequence[str] | None = None, recursion: bool = False) -> None:
         self.scale = check_range("scale", scale, 0, open_low=True)

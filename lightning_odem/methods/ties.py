@@ -1,6 +1,6 @@
 """Continual TIES-Merging: trim, elect a sign, merge what agrees with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -8,10 +8,57 @@ from torch import Tensor
 
 from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.linalg import total
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 
 Combine = Literal["sum", "mean"]
+Sum = Callable[[Tensor], None]
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_BLOCK = 1 << 20
+
+
+def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = None) -> list[Tensor]:
+    """Find the magnitude of the smallest entry that :func:`trim` keeps, for each of some vectors of one dtype.
+
+    The bits of positive numbers are ordered like the numbers. So the digits of the threshold to the base 2^16 are found
+    one after the other, by counting how many entries have each.
+
+    Args:
+        vectors: The vectors, or parts of them.
+        density: Fraction of entries to keep.
+        sum_: Sums over the parts in place, see :class:`~lightning_odem.methods.MergeContext`.
+
+    Example:
+        >>> thresholds([torch.tensor([3.0, -1.0, 2.0, -4.0])], 0.5)
+        [tensor(3.)]
+    """
+    dtype = vectors[0].dtype
+    found, ranks = [0] * len(vectors), [0] * len(vectors)
+    for shift in range(torch.finfo(dtype).bits - 16, -1, -16):
+        counts = torch.stack([_digits(vector, shift, known) for vector, known in zip(vectors, found, strict=True)])
+        if sum_ is not None:
+            sum_(counts)
+        for index, count in enumerate(counts):
+            if not found[index] and not ranks[index]:
+                ranks[index] = max(round(density * int(count.sum())), 1)
+            larger = count.flip(0).cumsum(0)
+            skipped = int((larger < ranks[index]).sum())
+            ranks[index] -= int(larger[skipped - 1]) if skipped else 0
+            found[index] = found[index] << 16 | (len(count) - 1 - skipped)
+    return [torch.tensor(bits, dtype=_BITS[dtype], device=vectors[0].device).view(dtype) for bits in found]
+
+
+def _digits(vector: Tensor, shift: int, known: int) -> Tensor:
+    """How many entries have each digit, of those whose digits before it are known; on the CPU, in fp64."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for piece in vector.split(_BLOCK):
+        bits = piece.abs().view(_BITS[vector.dtype])
+        if shift + 16 < torch.finfo(vector.dtype).bits:
+            bits = bits[bits >> (shift + 16) == known]
+        counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+    return counts.double()
 
 
 def trim(vector: Tensor, density: float) -> Tensor:
@@ -23,12 +70,14 @@ def trim(vector: Tensor, density: float) -> Tensor:
         >>> trim(torch.tensor([3.0, -1.0, 2.0, -4.0]), 0.5)
         tensor([ 3.,  0.,  0., -4.])
     """
-    kept = max(round(density * vector.numel()), 1)
-    magnitude = vector.abs()
-    return vector.where(magnitude >= magnitude.kthvalue(vector.numel() - kept + 1).values, 0)
+    return _trim(vector, thresholds([vector], density)[0])
 
 
-def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
+def _trim(vector: Tensor, threshold: Tensor) -> Tensor:
+    return vector.where(vector.abs() >= threshold, 0)
+
+
+def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
     """Return the sign of the sum of the vectors in each entry; where the sum is 0, the sign that most entries have.
 
     Example:
@@ -36,7 +85,8 @@ def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
         tensor([1., 1., 1.])
     """
     sign = sum(vectors[1:], start=vectors[0]).sign()
-    return torch.where(sign == 0, sign.sum().sign(), sign)
+    majority = total(float(torch.count_nonzero(sign > 0) - torch.count_nonzero(sign < 0)), sum_)
+    return sign.masked_fill_(sign == 0, (majority > 0) - (majority < 0))
 
 
 def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "sum") -> Tensor:
@@ -55,10 +105,11 @@ def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "
     return total if combine == "sum" else total / count.clamp_(min=1)
 
 
-def ties(vectors: Sequence[Tensor], density: float = 0.2, combine: Combine = "sum") -> Tensor:
+def ties(vectors: Sequence[Tensor], density: float = 0.2, combine: Combine = "sum", sum_: Sum | None = None) -> Tensor:
     """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge."""
-    trimmed = [trim(vector, density) for vector in vectors]
-    return disjoint_merge(trimmed, elect_sign(trimmed), combine)
+    least = thresholds(vectors, density, sum_)
+    trimmed = [_trim(vector, threshold) for vector, threshold in zip(vectors, least, strict=True)]
+    return disjoint_merge(trimmed, elect_sign(trimmed, sum_), combine)
 
 
 class TiesMerge(MergeMethod):
@@ -97,6 +148,8 @@ class TiesMerge(MergeMethod):
     """
 
     needs = (BaseModel(),)
+    sharded = True
+    by_tensor = "sums"
 
     def __init__(
         self, scale: float = 0.3, density: float = 0.2, combine: Combine = "sum", recursion: Recursion = "utility"
@@ -119,4 +172,5 @@ class TiesMerge(MergeMethod):
         update, task_vector = merged - context[BaseModel], incoming - context[BaseModel]
         if self.recursion == "utility":
             update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), merged.copy_(context[BaseModel])
-        return MergeResult(merged.add_(ties([update, task_vector], self.density, self.combine), alpha=self.scale))
+        both = ties([update, task_vector], self.density, self.combine, context.sum_)
+        return MergeResult(merged.add_(both, alpha=self.scale))

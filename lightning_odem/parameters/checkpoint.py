@@ -1,7 +1,7 @@
 """Checkpoints of whole models on disk: files, and folders in the layout of Hugging Face."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from lightning_odem.parameters.weights_file import read_file, read_weights
 _HYPER_PARAMETERS = ("hparams_name", "hyper_parameters")
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_checkpoint(path: str | os.PathLike, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint by name, on the CPU; no code from it is run.
 
     Args:
         path: A ``.safetensors`` file; a torch file with a state dict, plain or under ``state_dict`` as in Lightning
             checkpoints; or a folder, see :class:`~lightning_odem.parameters.model_folder.ModelFolder`, whole or in
             shards. Tensors are mapped into memory if the format allows it. Do not write to them.
+        select: Selects tensors by name, so that not all of a large model are opened; others may come along.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or a shard is missing.
@@ -35,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         {'weight': tensor([1., 1.])}
     """
     path = Path(path)
-    return ModelFolder(path).read() if path.is_dir() else read_weights(path)
+    return ModelFolder(path).read(select) if path.is_dir() else read_weights(path, select)
 
 
 def read_hyper_parameters(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints of one architecture, read under one set of names."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from lightning_odem.parameters.checkpoint import read_checkpoint
 from lightning_odem.parameters.folder_comparison import explain_difference, is_tied
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.tied_tensors import copies, fill_head, fill_tied
-from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded
+from lightning_odem.parameters.vector import canonical_name, check_same_shapes, is_excluded, is_finite
 
 _COUNTER = "num_batches_tracked"
 
@@ -75,6 +75,8 @@ class ModelFiles:
         self._exclude = exclude
         self._origin = str(checkpoints[0]) if own is None else "module's"
         self.excluded: set[str] = set()
+        # Name in the file for each common name, by path.
+        self._places: dict[str, dict[str, str]] = {}
         self.like = {
             name: _without_memory(tensor)
             for name, tensor in (self._divide(checkpoints[0])[0] if own is None else own).items()
@@ -87,36 +89,55 @@ class ModelFiles:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def read(self, path: str | os.PathLike) -> Snapshot:
-        """Read the tensors to be merged from one of the models, all of them, under the common names.
+    def read(self, path: str | os.PathLike, names: Collection[str] | None = None) -> Snapshot:
+        """Read the tensors to be merged from one of the models, under the common names.
+
+        Args:
+            path: The model.
+            names: Those to read; by default all.
 
         Raises:
             ValueError: If a weight is not finite.
         """
-        shared = self._divide(path)[0]
-        found = {name: shared[there] for name, there in self._names(shared).items()}
-        broken = [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]
+        wanted = self.like if names is None else names
+        places = {name: there for name, there in self._places[str(path)].items() if name in wanted}
+        tensors = self._tensors(path, set(places.values()))
+        found = {name: tensors[there] for name, there in places.items()}
+        broken = [name for name, tensor in found.items() if not is_finite(tensor)]
         if broken:
             raise ValueError(
                 f"{path} holds infinite or NaN values in {', '.join(broken)}; merged they would spoil the other models "
                 "as well. Leave this checkpoint out."
             )
-        return {**{name: tensor for name, tensor in self.like.items() if not tensor.is_meta}, **found}
+        fixed = {name: self.like[name] for name in wanted if not self.like[name].is_meta}
+        return {**fixed, **found}
 
     def read_excluded(self, path: str | os.PathLike) -> Snapshot:
-        """Copy the tensors of one of the models that are not to be merged, under the names in the file."""
-        return {name: tensor.clone() for name, tensor in self._divide(path)[1].items()}
+        """The tensors of one of the models that are not to be merged, under the names in the file."""
+        return {name: tensor for name, tensor in self._tensors(path).items() if is_excluded(name, self._exclude)}
 
-    def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot]:
+    def _tensors(self, path: str | os.PathLike, names: Container[str] | None = None) -> Snapshot:
+        if self._read is not None:
+            found = self._read(path)
+        elif names is None:
+            found = read_checkpoint(path)
+        else:
+            found = read_checkpoint(path, lambda name: canonical_name(name) in names)
+        return {canonical_name(name): tensor for name, tensor in found.items()}
+
+    def _divide(self, path: str | os.PathLike) -> tuple[Snapshot, Snapshot, dict[str, str]]:
+        """Tensors of a model to be merged, others, and the name in the file of each of the first."""
         shared: Snapshot = {}
         excluded: Snapshot = {}
-        for name, tensor in (self._read or read_checkpoint)(path).items():
-            name = canonical_name(name)
+        tensors = self._tensors(path)
+        for name, tensor in tensors.items():
             (excluded if is_excluded(name, self._exclude) else shared)[name] = tensor
-        return self._as_tied(path, shared), excluded
+        shared = self._as_tied(path, shared)
+        origins = {id(tensor): name for name, tensor in tensors.items()}
+        return shared, excluded, {name: origins[id(tensor)] for name, tensor in shared.items()}
 
     def _find_tied(self, first: str | os.PathLike) -> dict[str, str]:
-        shared, excluded = self._divide(first)
+        shared, excluded, _ = self._divide(first)
         tied = copies({**shared, **excluded})
         # Elsewhere, equal tensors may be two that began as one.
         for pair in tied.items() if is_tied(first) else ():
@@ -145,9 +166,10 @@ class ModelFiles:
 
     def _problem(self, path: str | os.PathLike, is_base: bool = False) -> str:
         """List how a model differs from the others; take its dtypes into account if it does not differ."""
-        shared, excluded = self._divide(path)
+        shared, excluded, origins = self._divide(path)
         self.excluded |= excluded.keys()
         names = self._names(shared)
+        self._places[str(path)] = {name: origins[there] for name, there in names.items()}
         shapes = {name: shared[there].shape for name, there in names.items()}
         if not is_base:
             more = shared.keys() - names.values()

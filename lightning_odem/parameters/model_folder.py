@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,12 +108,18 @@ class ModelFolder:
             )
             yield Path(directory)
 
-    def read(self) -> dict[str, Tensor]:
-        """The tensors by name, on the CPU; no code is run. Do not write to them."""
+    def read(self, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        """The tensors by name, on the CPU; no code is run. Do not write to them.
+
+        Args:
+            select: Selects tensors by name, so that not all files are opened; others may come along.
+        """
         state: dict[str, Tensor] = {}
         for place, file in self.weights.items():
-            found = _read_shards(file) if file.suffix == ".json" else read_weights(file)
-            state |= {f"{place}.{name}" if place else name: tensor for name, tensor in found.items()}
+            prefix = f"{place}." if place else ""
+            chosen = None if select is None else partial(_select_within, prefix, select)
+            found = _read_shards(file, chosen) if file.suffix == ".json" else read_weights(file, chosen)
+            state |= {f"{prefix}{name}": tensor for name, tensor in found.items()}
         return state
 
     def others(self) -> Iterator[Path]:
@@ -149,9 +156,14 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _select_within(prefix: str, select: Callable[[str], bool], name: str) -> bool:
+    return select(f"{prefix}{name}")
+
+
+def _read_shards(index: Path, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {name: file for name, file in shards.items() if select is None or select(name)}
         names = sorted(set(shards.values()))
         # The index is untrusted and must not lead out of its folder.
         outside = [name for name in names if Path(name).name != name]
@@ -161,7 +173,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"{index} names shards outside its folder: {', '.join(outside)}.")
     state: dict[str, Tensor] = {}
     for name in names:
-        state |= read_weights(index.parent / name)
+        state |= read_weights(index.parent / name, select)
     if absent := [name for name in shards if name not in state]:
         raise ValueError(f"{index} lists tensors that no shard has: {', '.join(absent)}. Download the folder again.")
     return state

@@ -31,6 +31,12 @@ def is_excluded(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite. If they are, that takes one fast pass and reads one number from the device."""
+    # Infinite and NaN entries make the sum so; it may also overflow.
+    return bool(_sum(tensor).isfinite()) or bool(tensor.isfinite().all())
+
+
 class NoGradientError(ValueError):
     """The loss depends on none of the parameters."""
 
@@ -138,8 +144,7 @@ class ParameterVector:
 
         If there are none, this takes one pass over the vector and reads one number from the device.
         """
-        largest = torch.linalg.vector_norm(flat, torch.inf) if len(flat) else flat.new_zeros(())
-        broken = (~largest.isfinite()).double()
+        broken = (~_sum(flat).isfinite()).double()  # or the sum overflows
         if self.shards is not None:
             self.shards.sum_(broken)
         if not broken.item():
@@ -237,6 +242,10 @@ def check_same_shapes(
             f"The {expected_in} and the {found_in} model differ in {len(problems)} places; only models of one "
             f"architecture can be merged ({remedy}):\n  " + "\n  ".join(problems)
         )
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _is_low(tensor: Tensor) -> bool:

@@ -5,11 +5,13 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,13 +73,20 @@ def load_weights(module: nn.Module, path: str | os.PathLike) -> list[str]:
     return sorted(ignored)
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The named tensors of a ``.safetensors`` file, a plain state dict or a Lightning checkpoint, on the CPU.
+
+    Args:
+        path: The file.
+        select: Selects tensors of a ``.safetensors`` file by name; by default all are read.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is corrupt, needs code to be read or holds no state dict.
     """
+    if select is not None and Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if select(name)}  # noqa: SIM118 (no mapping)
     return _state_dict_in(read_file(path), path)
 
 
@@ -97,10 +106,8 @@ def read_file(path: str | os.PathLike) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
-            # Nothing else would notice a changed byte in mapped tensors.
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of its entry {broken} is wrong")
+            found = path.stat()
+            _check_archive(str(path.resolve()), found.st_mtime_ns, found.st_size)
         # Only the zip format can be mapped, which torch has used since 1.6.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -115,6 +122,17 @@ def read_file(path: str | os.PathLike) -> Any:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise ValueError(f"{path} is corrupt or not a file of weights: {type(error).__name__} {error}") from error
+
+
+@lru_cache
+def _check_archive(path: str, changed: int, size: int) -> None:
+    """Check a zip file's checksums, once for each time and size that it has.
+
+    Nothing else would notice a changed byte in mapped tensors.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its entry {broken} is wrong")
 
 
 def _state_dict_in(content: Any, path: str | os.PathLike) -> dict[str, Tensor]:

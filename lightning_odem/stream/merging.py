@@ -13,6 +13,7 @@ from lightning_odem.calibration.batch_norm import BatchNormStatistics
 from lightning_odem.calibration.calibration_set import CalibrationSet
 from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
+from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.needs import Offer, Sources
 from lightning_odem.methods.sharding import check_sharding
@@ -72,6 +73,7 @@ def merging(
     batch_norm: str = "average",
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
+    whole: Whole | None = None,
 ) -> Iterator[Merge]:
     """Merge the incoming model that a module holds into the merged model; the module holds the result.
 
@@ -91,6 +93,7 @@ def merging(
         batch_norm: Policy for running statistics, see :class:`BatchNormStatistics`.
         trace: What the method needs of the incoming model's training.
         on_step: Called with the number of steps done and that of all steps.
+        whole: The model, if the module holds only some of its parameters.
 
     Yields:
         The merge. The block belongs to the transaction. An exception in the merge or in the block leaves the module
@@ -138,6 +141,7 @@ def merging(
                     groups=number_of_groups(layers),
                     transposed=inputs_first(layers) | adapters.inputs_first,
                     ranks=adapters.ranks,
+                    whole=whole,
                 )
                 if merged is None:
                     result = method.start(incoming, context)

@@ -18,6 +18,7 @@ from lightning_odem.calibration.scaling import loss_scale
 from lightning_odem.calibration.source import draw_by_index
 from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
+from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.division import Division
@@ -50,6 +51,8 @@ class Stream:
         growing: Patterns of parameters that may get further rows between tasks.
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
         calibration: Further settings of the calibration.
+        whole: The model, if the modules hold only some of its parameters. The method must then be one that merges
+            :attr:`by_tensor <lightning_odem.methods.MergeMethod>`.
 
     Attributes:
         state: All that the stream keeps, a :class:`~lightning_odem.stream.state.StreamState`. A merge replaces it.
@@ -74,12 +77,14 @@ class Stream:
         growing: tuple[str, ...] = (),
         batch_norm: str = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
+        whole: Whole | None = None,
     ) -> None:
         self.method = resolve_method(method)
         self.division = Division(exclude, self._frozen_names)
         self.growing = growing
         self.batch_norm = batch_norm
         self.calibration = calibration
+        self.whole = whole
         self.state = StreamState(calibration.buffer(calibration_size), base=base)
 
     @property
@@ -233,6 +238,7 @@ class Stream:
             batch_norm=self.batch_norm,
             trace=trace,
             on_step=on_step,
+            whole=self.whole,
         ) as merge:
             yield Addition(before, self.method, self.division, merge, task, weight, own, buffer, names, digest)
 

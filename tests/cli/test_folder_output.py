@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import same
 
-from lightning_odem.cli import output
 from lightning_odem.cli.command_line import main
 from lightning_odem.cli.merge import merge_checkpoints
+from lightning_odem.parameters.weights_writer import WeightsWriter
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
@@ -200,10 +200,13 @@ def test_a_folder_with_other_files_is_never_replaced():
 def test_a_folder_whose_weights_are_not_what_was_to_be_written_gets_no_name(monkeypatch):
     paths = [save("a", gpt(0)), save("b", gpt(1))]
 
-    def damaged(state, path, metadata):
-        save_file({**state, "transformer.ln_f.bias": state["transformer.ln_f.bias"] + 1}, path, metadata)
+    put = WeightsWriter._put
 
-    monkeypatch.setattr(output, "save_file", damaged)
+    def damaged(writer, place, content):
+        there = writer._start + writer._places["transformer.ln_f.bias"][0]
+        put(writer, place, content + 1 if place == there else content)
+
+    monkeypatch.setattr(WeightsWriter, "_put", damaged)
     with pytest.raises(OSError, match=r"transformer\.ln_f\.bias did not come back"):
         merge_checkpoints(paths, "merged")
     assert sorted(path.name for path in pathlib.Path().iterdir()) == ["a", "b"]

@@ -29,6 +29,7 @@ from lightning_odem.methods import (
     ODEMerge,
     PaperODEMerge,
     TaskArithmeticMerge,
+    TiesMerge,
 )
 from lightning_odem.methods.needs import BaseModel, Calibration
 from lightning_odem.parameters.processes import Processes
@@ -47,6 +48,7 @@ METHODS = {
     "task_arithmetic sum": TaskArithmeticMerge(recursion="sum"),
     "ode": ODEMerge(batch_size=8, descent=0.02),
     "isotropic": IsotropicMerge(0.5),
+    "ties": TiesMerge(),
     "ode_paper search": PaperODEMerge(0.25, solver=ReusedGradient(times=2), operating_time="search"),
     "ode_paper became": PaperODEMerge(0.25, operating_time="became", step_control=StepControl()),
     "ode_paper heun": PaperODEMerge(0.25, solver="heun"),
