@@ -129,7 +129,10 @@ class FoldedFiles:
         in_step = self._stream.method.by_tensor == "sums" and len(pieces) > 1
         whole = Whole(shapes) if len(pieces) > 1 else None
         with TemporaryDirectory(dir=scratch, prefix=".merging") if in_step else nullcontext() as folder:
-            kept = [Piece(names, self._new, folder and Path(folder, str(index))) for index, names in enumerate(pieces)]
+            kept = [
+                Piece(names, self._new, Path(folder, str(index)) if folder else None)
+                for index, names in enumerate(pieces)
+            ]
             for entry in self._incoming if in_step else ():
                 sums = PieceSums()
                 while not sums.are_known:

@@ -155,9 +155,11 @@ def merge_checkpoints(
         records = []
         with _progress(len(incoming)) as advance:
             for number, entry in enumerate(incoming):
-                records.append(
-                    stream.fold(entry, lambda done, steps, at=number, task=entry.task: advance(task, at + done / steps))
-                )
+
+                def on_step(done: int, steps: int, at: int = number, task: str = entry.task) -> None:
+                    advance(task, at + done / max(steps, 1))
+
+                records.append(stream.fold(entry, on_step))
         state = stream.merged() if isinstance(place, FolderOutput) else stream.state()
         place.write(state, metadata | _sources(incoming), stream.hyper_parameters)
         return Merged(incoming, records, place.paths, [*notes, *stream.notes])

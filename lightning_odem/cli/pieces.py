@@ -31,7 +31,7 @@ class Piece:
     def state(self, base: Snapshot | None) -> StreamState:
         """The state, with a base model."""
         on_disk = self._path is not None and self._path.exists()
-        return replace(self._state, base=base, merged=load_file(self._path) if on_disk else self._state.merged)
+        return replace(self._state, base=base, merged=load_file(str(self._path)) if on_disk else self._state.merged)
 
     def keep(self, state: StreamState) -> None:
         """Keep the next state, without the base model."""
