@@ -120,11 +120,11 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         parser_kwargs={
-            "epilog": "To see it work: lightning-odem quickstart, which takes the options of fit_tasks. To fold "
-            "checkpoints that exist already into one: lightning-odem merge --help. To write the difference of two "
-            "models as an adapter: lightning-odem extract --help. To take a task out of a stream: "
-            "lightning-odem remove --help. A function of your own that a configuration names in an argument of "
-            "lightning-odem, such as train_transform: --trust MODULE, on the command line only"
+            "epilog": "Further commands: lightning-odem merge --help (folds checkpoints that exist already into one), "
+            "lightning-odem remove --help (takes a task out of a stream), lightning-odem extract --help (writes the "
+            "difference of two models as an adapter), lightning-odem quickstart (shows how it works, with the options of "
+            "fit_tasks). A function of your own that a configuration names in an argument of lightning-odem, such as "
+            "train_transform, needs --trust MODULE, on the command line only"
         },
         args=args if args is None and not (trusted or is_quickstart) else given,
         trusted=trusted,
