@@ -98,7 +98,7 @@ def make_writable(directory: str | os.PathLike) -> None:
         with TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        place = next(path for path in (directory, *directory.parents) if path.exists())
+        place = next(path for path in (directory, *directory.parents) if os.path.exists(path))  # seen by this user
         found = place.stat()
         what = f"{place} is a file"
         if place.is_dir():

@@ -23,6 +23,7 @@ class GradientSum:
         scales: Factors on the gradients of parameters that are shards, by parameter; 1 for those that are missing.
 
     Example:
+        >>> import torch
         >>> weight, total = torch.nn.Parameter(torch.ones(2)), torch.zeros(2)
         >>> gradients = GradientSum([weight], [total])
         >>> for slope in (1.0, 2.0):
