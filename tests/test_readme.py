@@ -13,13 +13,12 @@ from lightning_odem import ContinualMergeCallback, ContinualTrainer, TaskClassif
 from lightning_odem.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE, EXTENDING = (
-    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/guide.md", "docs/extending.md")
-)
+README, EXTENDING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/extending.md"))
+GUIDES = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "guides").glob("*.md")))
 
 
 def block_with(text):
-    blocks = re.findall(r"```python\n(.*?)```", README + GUIDE + EXTENDING, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README + GUIDES + EXTENDING, re.DOTALL)
     return next(block for block in blocks if text in block)
 
 

@@ -47,7 +47,7 @@ class ContinualMergeCallback(L.Callback):
 
     Every fit fine-tunes from the base model, the module's weights at the first fit. When a training ends, its model is
     merged with the share :math:`t_k = w_k / (w_1 + \dots + w_k)`, and the module holds the merged model. All tasks are
-    measured; the numbers go to the loggers, :attr:`report` and ``dirpath``. See ``docs/guide.md``.
+    measured; the numbers go to the loggers, :attr:`report` and ``dirpath``. See ``docs/guides``.
 
     Args:
         method: A merge method or its name in :data:`~lightning_odem.methods.METHODS`.
