@@ -133,6 +133,8 @@ class StreamReport:
 
     def metric(self, size: int | None = None) -> TaskMetric | None:
         """The common metric of the first tasks, or of all; None if they differ, and means over them are NaN."""
+        if not self.metrics:
+            return ACCURACY
         found = {self.metric_of(task) for task in self.tasks[:size]}
         return found.pop() if len(found) == 1 else None if found else ACCURACY
 
