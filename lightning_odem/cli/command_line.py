@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 import lightning_odem.classifiers  # noqa: F401 (registers the short class names that a YAML may use)
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.cli import extract as extract_command
+from lightning_odem.cli import into as into_command
 from lightning_odem.cli import merge as merge_command
 from lightning_odem.cli import remove as removal_command
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths, take_trusted
@@ -99,7 +100,10 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         sys.path.insert(0, os.getcwd())
     trusted, given = take_trusted(sys.argv[1:] if args is None else args)
     if given[:1] == ["merge"]:
-        merge_command.main(given[1:], trusted)
+        if into_command.is_meant(given):
+            into_command.main(given[1:])
+        else:
+            merge_command.main(given[1:], trusted)
         return None
     if given[:1] == ["extract"]:
         extract_command.main(given[1:])
@@ -122,9 +126,9 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         parser_kwargs={
             "epilog": "Further commands: lightning-odem merge --help (folds checkpoints that exist already into one), "
             "lightning-odem remove --help (takes a task out of a stream), lightning-odem extract --help (writes the "
-            "difference of two models as an adapter), lightning-odem quickstart (shows how it works, with the options of "
-            "fit_tasks). A function of your own that a configuration names in an argument of lightning-odem, such as "
-            "train_transform, needs --trust MODULE, on the command line only"
+            "difference of two models as an adapter), lightning-odem quickstart (shows how it works, with the "
+            "options of fit_tasks). A function of your own that a configuration names in an argument of "
+            "lightning-odem, such as train_transform, needs --trust MODULE, on the command line only"
         },
         args=args if args is None and not (trusted or is_quickstart) else given,
         trusted=trusted,

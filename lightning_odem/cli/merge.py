@@ -138,7 +138,7 @@ def merge_checkpoints(
     """
     method = resolve_method(method)
     names = task_names(checkpoints) if tasks is None else tasks
-    _check(checkpoints, names, weights, exclude)
+    check_lists(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = find_adapters(inputs, output, model, rank, energy)
     notes = compare_folders(inputs) if adapters is None else []
@@ -221,7 +221,9 @@ def task_names(checkpoints: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None:
     """Run ``lightning-odem merge``; ``trusted`` as in :class:`~lightning_odem.cli.ContinualCLI`."""
-    parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
+    further = "With --into STREAM, checkpoints are folded into a stream instead: lightning-odem merge --into --help."
+    description = f"Fold checkpoints into one, in the order given. {further}"
+    parser = ArgumentParser(prog="lightning-odem merge", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
     parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite", "adapter_into"}, as_group=False)
@@ -246,7 +248,14 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 
 
-def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object) -> None:
+def check_lists(
+    checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object
+) -> None:
+    """Check that there is a name and a weight for each checkpoint.
+
+    Raises:
+        ValueError: If there is not.
+    """
     if not checkpoints:
         raise ValueError("There is nothing to merge: no checkpoint was given.")
     if isinstance(exclude, str):
