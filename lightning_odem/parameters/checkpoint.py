@@ -55,9 +55,12 @@ def hash_checkpoint(path: str | os.PathLike) -> dict[str, str]:
     files = ModelFolder(path).weight_files() if path.is_dir() else [path]
     digests = {}
     for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        sha = hashlib.sha256()
         with file.open("rb") as content:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
+            while part := content.read(1 << 20):
+                sha.update(part)
+        digests[name] = sha.hexdigest()
     return digests
 
 
