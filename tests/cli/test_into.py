@@ -208,3 +208,15 @@ def test_what_a_task_keeps_for_itself_is_needed_and_a_new_name_for_it_is_given_b
         merge_into(["hats.ckpt"], "streams/shop")
     merge_into(["hats.ckpt"], "streams/shop", exclude=["heads"])
     assert torch.equal(read(method="average").state_dict()["task_parameters"]["hats"]["heads.hats"], torch.ones(3))
+
+
+def test_a_stream_of_an_earlier_version_is_refused_until_the_callback_has_merged_into_it():
+    merge = stream("shoes", "hats", method="average")
+    state = merge._directory.read(merge._state)
+    state.layout = {}
+    merge._directory.rewrite(state)
+    with pytest.raises(ValueError, match="was merged by an earlier version"):
+        merge_into(["fine_tuned/hats.ckpt"], "streams/shop", tasks=["sweater"])
+    fit(Classifier(), Task(2, "sweater"), read(method="average"))
+    merge_into(["fine_tuned/hats.ckpt"], "streams/shop", tasks=["scarf"])
+    assert read(method="average").report.tasks == [*NAMES[:3], "scarf"]
