@@ -223,7 +223,7 @@ def task_names(checkpoints: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None:
     """Run ``lightning-odem merge``; ``trusted`` as in :class:`~lightning_odem.cli.ContinualCLI`."""
-    further = "With --into STREAM, checkpoints are folded into a stream instead: lightning-odem merge --into --help."
+    further = "With --into STREAM, checkpoints are folded into a stream instead: merge --into STREAM --help."
     description = f"Fold checkpoints into one, in the order given. {further}"
     parser = ArgumentParser(prog="lightning-odem merge", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
