@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 import lightning_odem.classifiers  # noqa: F401 (registers the short class names that a YAML may use)
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.cli import extract as extract_command
+from lightning_odem.cli import into as into_command
 from lightning_odem.cli import merge as merge_command
 from lightning_odem.cli import remove as removal_command
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths, take_trusted
@@ -99,7 +100,10 @@ def main(args: list[str] | None = None) -> ContinualCLI | None:
         sys.path.insert(0, os.getcwd())
     trusted, given = take_trusted(sys.argv[1:] if args is None else args)
     if given[:1] == ["merge"]:
-        merge_command.main(given[1:], trusted)
+        if into_command.is_meant(given):
+            into_command.main(given[1:])
+        else:
+            merge_command.main(given[1:], trusted)
         return None
     if given[:1] == ["extract"]:
         extract_command.main(given[1:])

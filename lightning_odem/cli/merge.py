@@ -27,6 +27,7 @@ from lightning_odem.methods.needs import Offer
 from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.adapted_base import AdaptedBase
 from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
+from lightning_odem.parameters.checkpoint import hash_checkpoint
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.parameters.weights_shards import read_size
 from lightning_odem.report import MergeRecord
@@ -138,7 +139,7 @@ def merge_checkpoints(
     """
     method = resolve_method(method)
     names = task_names(checkpoints) if tasks is None else tasks
-    _check(checkpoints, names, weights, exclude)
+    check_lists(checkpoints, names, weights, exclude)
     inputs = [*checkpoints, *([] if base is None else [base])]
     adapters = find_adapters(inputs, output, model, rank, energy)
     notes = compare_folders(inputs) if adapters is None else []
@@ -173,12 +174,13 @@ def merge_checkpoints(
             model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
         )
         place.prepare()
+        sources = _sources(incoming, base)
         records = []
         with _progress(len(incoming)) as advance:
             for number, entry in enumerate(incoming):
                 records.append(stream.fold(entry, partial(_step, advance, entry.task, number)))
         state = stream.merged() if isinstance(place, FolderOutput) else stream.state()
-        place.write(state, metadata | _sources(incoming), stream.hyper_parameters)
+        place.write(state, metadata | sources, stream.hyper_parameters)
         return Merged(incoming, records, place.paths, [*notes, *stream.notes], place.checked)
     incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
     kind = None if dtype is None else getattr(torch, dtype)
@@ -188,8 +190,8 @@ def merge_checkpoints(
         read = aligned.read if aligned.moved else None
         notes += aligned.notes
     files = FoldedFiles(incoming, base, device, exclude, adapters, read, kind, method=method, batch_norm=batch_norm)
-    metadata |= _sources(incoming)
     place.prepare()
+    metadata |= _sources(incoming, adapter_into or base)
     with _progress(files.size, in_bytes=True) as advance:
         if whole is not None:
             place.write(whole.state(files.updates(advance)), metadata, files.hyper_parameters)
@@ -221,7 +223,9 @@ def task_names(checkpoints: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None:
     """Run ``lightning-odem merge``; ``trusted`` as in :class:`~lightning_odem.cli.ContinualCLI`."""
-    parser = ArgumentParser(prog="lightning-odem merge", description="Fold checkpoints into one, in the order given.")
+    further = "With --into STREAM, checkpoints are folded into a stream instead: merge --into STREAM --help."
+    description = f"Fold checkpoints into one, in the order given. {further}"
+    parser = ArgumentParser(prog="lightning-odem merge", description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("checkpoints", nargs="+", help="Models to merge, in order.")
     parser.add_function_arguments(merge_checkpoints, skip={"checkpoints", "overwrite", "adapter_into"}, as_group=False)
@@ -246,7 +250,14 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 
 
-def _check(checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object) -> None:
+def check_lists(
+    checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object
+) -> None:
+    """Check that there is a name and a weight for each checkpoint.
+
+    Raises:
+        ValueError: If there is not.
+    """
     if not checkpoints:
         raise ValueError("There is nothing to merge: no checkpoint was given.")
     if isinstance(exclude, str):
@@ -283,8 +294,10 @@ def _metadata(method: MergeMethod, base: str | None) -> dict[str, str]:
     }
 
 
-def _sources(incoming: Sequence[Incoming]) -> dict[str, str]:
+def _sources(incoming: Sequence[Incoming], base: str | None) -> dict[str, str]:
     return {
+        "sha256": json.dumps({entry.task: hash_checkpoint(entry.path) for entry in incoming}),
+        "base_sha256": json.dumps({} if base is None else hash_checkpoint(base)),
         "tasks": json.dumps([entry.task for entry in incoming]),
         "weights": json.dumps([entry.weight for entry in incoming]),
     }

@@ -20,14 +20,15 @@ def model_card(first: Path, metadata: Mapping[str, str]) -> str:
 
     Example:
         >>> made = {"method": "average", "settings": "{}", "tasks": '["a"]', "weights": "[1.0]", "base": ""}
-        >>> print(model_card(Path("none"), {**made, "version": "1.0"}))
+        >>> hashes = {"sha256": '{"a": {"model.safetensors": "9a12"}}', "base_sha256": "{}"}
+        >>> print(model_card(Path("none"), {**made, **hashes, "version": "1.0"}))
         # Merged model
         <BLANKLINE>
         Made by `lightning-odem merge` (version 1.0) with the method `average`.
         <BLANKLINE>
-        | source | weight |
-        |---|---|
-        | a | 1 |
+        | source | weight | SHA-256 of its weights |
+        |---|---|---|
+        | a | 1 | model.safetensors `9a12` |
         <BLANKLINE>
         Configuration, tokenizer and all else that is not a weight are those of the first source.
         <BLANKLINE>
@@ -39,9 +40,12 @@ def model_card(first: Path, metadata: Mapping[str, str]) -> str:
     if settings:
         lines += ["", "Settings: " + ", ".join(f"`{key}={value}`" for key, value in settings.items())]
     if metadata["base"]:
-        lines += ["", f"Base model: {metadata['base']}"]
+        lines += ["", f"Base model: {metadata['base']} (SHA-256: {_hashes(json.loads(metadata['base_sha256']))})"]
     rows = zip(json.loads(metadata["tasks"]), json.loads(metadata["weights"]), strict=True)
-    lines += ["", "| source | weight |", "|---|---|", *(f"| {_cell(task)} | {weight:g} |" for task, weight in rows), ""]
+    digests = json.loads(metadata["sha256"])
+    lines += ["", "| source | weight | SHA-256 of its weights |", "|---|---|---|"]
+    lines += [f"| {_cell(task)} | {weight:g} | {_cell(_hashes(digests[task]))} |" for task, weight in rows]
+    lines += [""]
     lines += ["Configuration, tokenizer and all else that is not a weight are those of the first source.", ""]
     return "\n".join([*head, "# Merged model", "", *lines])
 
@@ -56,6 +60,10 @@ def _front_matter(file: Path) -> dict[str, object]:
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _hashes(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"{file} `{digest}`" for file, digest in digests.items())
 
 
 def _cell(text: str) -> str:

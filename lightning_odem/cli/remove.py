@@ -38,11 +38,11 @@ def remove_from_stream(
     if not directory.holds_stream:
         raise FileNotFoundError(f"There is no stream in {stream}.")
     state = directory.read(state)
-    chosen = _method_of(state) if method is None else resolve_method(method)
+    chosen = method_of(state) if method is None else resolve_method(method)
     return remove_task(directory, state, chosen, task, checkpoint).report
 
 
-def _method_of(state: StreamState) -> MergeMethod:
+def method_of(state: StreamState) -> MergeMethod:
     """The method of a stream with its settings, or with default settings if the state does not have them."""
     settings = dict(state.settings) or {"name": state.report.merges[-1].method}
     name = settings.pop("name")

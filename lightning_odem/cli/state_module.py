@@ -1,6 +1,6 @@
 """A module that consists of named tensors only."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +17,7 @@ class StateModule(nn.Module):
 
     Args:
         state: Tensors by dotted name; copied.
+        buffers: Names of floating tensors that are known to be buffers.
 
     Raises:
         ValueError: If a part of a name is empty, as in ``"a..b"``.
@@ -28,7 +29,7 @@ class StateModule(nn.Module):
         (['0.weight', '0.steps'], ['0.weight'])
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], buffers: Container[str] = ()) -> None:
         super().__init__()
         for name, tensor in state.items():
             *path, leaf = name.split(".")
@@ -42,7 +43,8 @@ class StateModule(nn.Module):
                 # example "type".
                 owner = owner._modules.setdefault(part, _container(prefix, state))  # type: ignore[assignment]
             value = tensor.detach().clone()
-            if tensor.is_floating_point() and not (isinstance(owner, _Norm) and leaf in _STATISTICS):
+            is_buffer = name in buffers or (isinstance(owner, _Norm) and leaf in _STATISTICS)
+            if tensor.is_floating_point() and not is_buffer:
                 owner._parameters[leaf] = nn.Parameter(value)
             else:
                 owner._buffers[leaf] = value

@@ -1,5 +1,6 @@
 """Checkpoints of whole models on disk: files, and folders in the layout of Hugging Face."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,30 @@ def read_checkpoint(path: str | os.PathLike, select: Callable[[str], bool] | Non
     """
     path = Path(path)
     return ModelFolder(path).read(select) if path.is_dir() else read_weights(path, select)
+
+
+def hash_checkpoint(path: str | os.PathLike) -> dict[str, str]:
+    """SHA-256 of each file of weights of a checkpoint, as ``sha256sum`` prints it, by the file's name in its folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "model.safetensors")
+        ...     _ = file.write_bytes(b"weights")
+        ...     {name: digest[:8] for name, digest in hash_checkpoint(folder).items()}
+        {'model.safetensors': '9a129038'}
+    """
+    path = Path(path)
+    files = ModelFolder(path).weight_files() if path.is_dir() else [path]
+    digests = {}
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        sha = hashlib.sha256()
+        with file.open("rb") as content:
+            while part := content.read(1 << 20):
+                sha.update(part)
+        digests[name] = sha.hexdigest()
+    return digests
 
 
 def read_hyper_parameters(path: str | os.PathLike) -> dict[str, Any]:

@@ -122,6 +122,15 @@ class ModelFolder:
             state |= {f"{prefix}{name}": tensor for name, tensor in found.items()}
         return state
 
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, with each shard instead of the index."""
+        found = [_shards(file).values() if file.suffix == ".json" else [file.name] for file in self.weights.values()]
+        return [
+            file.parent / name
+            for file, names in zip(self.weights.values(), found, strict=True)
+            for name in sorted(set(names))
+        ]
+
     def others(self) -> Iterator[Path]:
         """Files that are not weights, relative to the folder: configurations, tokenizers, code.
 
@@ -160,19 +169,24 @@ def _select_within(prefix: str, select: Callable[[str], bool], name: str) -> boo
     return select(f"{prefix}{name}")
 
 
-def _read_shards(index: Path, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+def _shards(index: Path, select: Callable[[str], bool] | None = None) -> dict[str, str]:
+    """The shard of each tensor."""
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {name: file for name, file in shards.items() if select is None or select(name)}
-        names = sorted(set(shards.values()))
         # The index is untrusted and must not lead out of its folder.
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in sorted(set(shards.values())) if Path(name).name != name]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{index} is no index of shards: {error!r}. Download it again.") from error
     if outside:
         raise ValueError(f"{index} names shards outside its folder: {', '.join(outside)}.")
+    return shards
+
+
+def _read_shards(index: Path, select: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    shards = _shards(index, select)
     state: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(set(shards.values())):
         state |= read_weights(index.parent / name, select)
     if absent := [name for name in shards if name not in state]:
         raise ValueError(f"{index} lists tensors that no shard has: {', '.join(absent)}. Download the folder again.")

@@ -94,6 +94,7 @@ class Addition:
             ),
             started={},
             names=self.names,
+            layout=self.merge.layout,
             settings=describe_method(self.method),
             fingerprints={**state.fingerprints, **known},
             adapters={**state.adapters, **{name: pair.plain() for name, pair in self.merge.pairs.items()}},

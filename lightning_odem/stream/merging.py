@@ -39,6 +39,7 @@ class Merge:
         exclude: Patterns of parameters that were not merged.
         unrounded: The merged parameters of lower precision than the vector, on the CPU, before they were rounded.
         pairs: The adapters, which were merged by their updates.
+        layout: What the method knew of the module, see :class:`~lightning_odem.stream.state.StreamState`.
     """
 
     record: MergeRecord
@@ -46,6 +47,7 @@ class Merge:
     exclude: tuple[str, ...]
     unrounded: Snapshot
     pairs: FactorPairs = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
 
     def snapshot(self, select: Callable[[str], bool] | None = None) -> Snapshot:
         """Parameters and buffers of the merged model by name, on the CPU; the next merge starts from them.
@@ -74,6 +76,7 @@ def merging(
     trace: TrainingTrace = TrainingTrace(),
     on_step: Callable[[int, int], None] | None = None,
     whole: Whole | None = None,
+    layout: Mapping[str, Any] = {},
 ) -> Iterator[Merge]:
     """Merge the incoming model that a module holds into the merged model; the module holds the result.
 
@@ -94,6 +97,8 @@ def merging(
         trace: What the method needs of the incoming model's training.
         on_step: Called with the number of steps done and that of all steps.
         whole: The model, if the module holds only some of its parameters.
+        layout: What the types of the module's layers do not tell, see
+            :class:`~lightning_odem.stream.state.StreamState`.
 
     Yields:
         The merge. The block belongs to the transaction. An exception in the merge or in the block leaves the module
@@ -117,6 +122,8 @@ def merging(
     if vector.shards is not None:
         check_sharding(method)
     layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
+    groups = {**layout.get("groups", {}), **number_of_groups(layers)}
+    transposed = inputs_first(layers) | adapters.inputs_first | frozenset(layout.get("transposed", ()))
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     incoming_statistics = statistics.read()
     sources = Sources(module, vector, layers, task, base, calibration, trace.batches, trace.collected)
@@ -138,8 +145,8 @@ def merging(
                     needed=needed,
                     on_step=on_step,
                     shards=vector.shards,
-                    groups=number_of_groups(layers),
-                    transposed=inputs_first(layers) | adapters.inputs_first,
+                    groups=groups,
+                    transposed=transposed,
                     ranks=adapters.ranks,
                     whole=whole,
                 )
@@ -174,7 +181,8 @@ def merging(
                 need.account(needed[type(need)], record)
             del result
             record.merge_seconds = time.perf_counter() - started
-            yield Merge(record, module, exclude, unrounded, adapters.pairs)
+            known = {"trained": list(vector.names), "groups": groups, "transposed": sorted(transposed)}
+            yield Merge(record, module, exclude, unrounded, adapters.pairs, known)
     except BaseException as error:
         vector.write_(incoming)
         adapters.restore()

@@ -1,28 +1,24 @@
 """Removal of a task: the result is the stream of the other tasks, up to rounding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_odem.methods import BaseModel, MergeContext, MergeMethod, method_name
 from lightning_odem.methods.kept_state import copy_containers
 from lightning_odem.methods.layout import tensors
-from lightning_odem.parameters.files import replacing
 from lightning_odem.parameters.low_rank import FactorPair, with_factors, with_updates
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot
-from lightning_odem.parameters.vector import canonical_name
-from lightning_odem.parameters.weights_file import read_file
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.identity import Model, read_model, recorded_names
+from lightning_odem.stream.merged_files import rewrite_merged
 from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.state import StreamState
 
@@ -58,7 +54,9 @@ def remove_task(
         with directory.locked():
             before = directory.read(state)
             state = take_out(before, method, task, model)
-            state.report.merges[-1].checkpoint = _write_checkpoint(directory, before, state, task)
+            name = f"merged-{len(state.report.tasks):02d}-without-{file_name(task)}.ckpt"
+            path = rewrite_merged(directory.at(name), before, state, f"without task {task!r}")
+            state.report.merges[-1].checkpoint = path
             directory.rewrite(state)
     rank_zero_info(describe(state.report))
     return state
@@ -140,6 +138,8 @@ def _subtract(
         names=moved,
         shapes=[tuple(merged[name].shape) for name in moved],
         needed={BaseModel: flat(base)} if BaseModel() in method.needs else {},
+        groups=state.layout.get("groups", {}),
+        transposed=frozenset(state.layout.get("transposed", ())),
         ranks={name: pair.rank(factors[name]) for name, pair in pairs.items() if name in factors},
         shares=shares,
         discarded=max([0.0, *(record.discarded for record in state.report.merges if record.discarded > 0.0)]),
@@ -155,49 +155,3 @@ def _subtract(
         state = replace(state, report=deepcopy(state.report))
         state.report.merges[-1].discarded = discarded
     return replace(state, merged={**factors, **left}, method=copy_containers(method.state_dict()))
-
-
-def _write_checkpoint(directory: RunDirectory, before: StreamState, state: StreamState, task: str) -> str | None:
-    """Write the last checkpoint again, with the merged weights of the stream without a task; None if that fails."""
-    template, path = before.report.merges[-1].checkpoint, None
-    if template is not None:
-        name = f"merged-{len(state.report.tasks):02d}-without-{file_name(task)}.ckpt"
-        source, path = directory.at(Path(template).name), directory.at(name)
-        try:
-            content = read_file(source)
-            content["state_dict"] = _replaced(content["state_dict"], before, state)
-            with replacing(path) as draft:
-                torch.save(content, draft)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(
-                f"No checkpoint of the merged weights without task {task!r} was written: {error} load_task of the "
-                "callback writes them into a module."
-            )
-            return None
-    return None if path is None else str(path)
-
-
-def _replaced(saved: Mapping[str, Any], before: StreamState, state: StreamState) -> dict[str, Any]:
-    """A module's state dict with the merged weights of a stream and the own parameters of its last task."""
-    last = state.task_parameters.get(state.report.tasks[-1], {})
-    known = {**state.fixed, **last, **(state.merged or {})}
-    # Tied tensors share memory; the stream has them under one name.
-    tied = {
-        _place(value): known[canonical_name(name)] for name, value in saved.items() if canonical_name(name) in known
-    }
-    replaced = {}
-    for name, value in saved.items():
-        new = known.get(canonical_name(name), tied.get(_place(value)))
-        if new is None and canonical_name(name) not in before.own_names and _is_floating(value):
-            raise ValueError(f"{name} of the last checkpoint is not in the stream.")
-        replaced[name] = value if new is None else new.to(value.dtype)
-    return replaced
-
-
-def _place(value: Any) -> Any:
-    """The place of a tensor in memory; any other object is its own place."""
-    return (value.data_ptr(), value.shape) if isinstance(value, Tensor) else id(value)
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

@@ -127,6 +127,14 @@ def _check_random(value: Any) -> None:
     _of(list, "a list of states of GPUs")(value["state"]["cuda"])
 
 
+def _check_layout(value: Any) -> None:
+    _of(dict, "a dictionary")(value)
+    if value:
+        _check_names(value["trained"])
+        _check_names(value["transposed"])
+        _dictionary(_of(int, "a number of groups"))(value["groups"])
+
+
 _check_snapshot = _dictionary(_of(Tensor, "a tensor"))
 _CHECKS: dict[str, Callable[[Any], None]] = {
     "version": _of(int, "a number"),
@@ -143,6 +151,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "names": _dictionary(_check_names),
     "settings": _of(dict, "a dictionary"),
     "fingerprints": _dictionary(_of(str, "a hash")),
+    "layout": _check_layout,
 }
 # States of earlier versions lack these.
-_LATER = ("fixed", "random", "names", "settings", "fingerprints")
+_LATER = ("fixed", "random", "names", "settings", "fingerprints", "layout")

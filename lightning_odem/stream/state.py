@@ -48,6 +48,9 @@ class StreamState:
         adapters: The pairs of low-rank factors, by the name of the first factor, each as
             :meth:`~lightning_odem.parameters.low_rank.FactorPair.plain`.
         frozen: Fingerprints of the frozen base under adapters, which ``base`` and ``merged`` lack.
+        layout: What the last merge knew of the module besides names: ``trained``, names of the parameters in the flat
+            vector, and ``groups`` and ``transposed`` of :class:`~lightning_odem.methods.MergeContext`. Empty in states
+            of earlier versions.
     """
 
     buffer: CalibrationBuffer
@@ -66,6 +69,7 @@ class StreamState:
     rows: dict[str, int] = _later()
     adapters: dict[str, list[Any]] = _later()
     frozen: dict[str, str] = _later()
+    layout: dict[str, Any] = _later()
 
     @property
     def own_names(self) -> set[str]:

@@ -1,7 +1,7 @@
 """The stream of tasks that are merged, one model after the other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -53,6 +53,7 @@ class Stream:
         calibration: Further settings of the calibration.
         whole: The model, if the modules hold only some of its parameters. The method must then be one that merges
             :attr:`by_tensor <lightning_odem.methods.MergeMethod>`.
+        layout: What a module without layers does not tell, see :class:`~lightning_odem.stream.state.StreamState`.
 
     Attributes:
         state: All that the stream keeps, a :class:`~lightning_odem.stream.state.StreamState`. A merge replaces it.
@@ -78,6 +79,7 @@ class Stream:
         batch_norm: str = "average",
         calibration: CalibrationOptions = CalibrationOptions(),
         whole: Whole | None = None,
+        layout: Mapping[str, Any] = {},
     ) -> None:
         self.method = resolve_method(method)
         self.division = Division(exclude, self._frozen_names)
@@ -85,6 +87,7 @@ class Stream:
         self.batch_norm = batch_norm
         self.calibration = calibration
         self.whole = whole
+        self.layout = layout
         self.state = StreamState(calibration.buffer(calibration_size), base=base)
 
     @property
@@ -239,6 +242,7 @@ class Stream:
             trace=trace,
             on_step=on_step,
             whole=self.whole,
+            layout=self.layout,
         ) as merge:
             yield Addition(before, self.method, self.division, merge, task, weight, own, buffer, names, digest)
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import pathlib
@@ -82,6 +83,9 @@ def test_the_readme_becomes_a_model_card():
     assert card.startswith("---\nlicense: mit\n---\n")
     for part in ("`task_arithmetic`", "| a | 1 |", "| b | 3 |", "Base model: base"):
         assert part in card
+    for name in ("a", "b", "base"):
+        digest = hashlib.sha256(pathlib.Path(name, "model.safetensors").read_bytes()).hexdigest()
+        assert f"model.safetensors `{digest}`" in card
     assert "99" not in card
 
 
@@ -270,6 +274,16 @@ def test_the_weights_say_how_they_were_made():
     merge_checkpoints([save("a", gpt(0)), save("b", gpt(1))], "merged")
     with safe_open("merged/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["tasks"]) == ["a", "b"]
+
+
+def test_the_weights_name_the_hash_of_each_shard():
+    gpt(0).save_pretrained("a", max_shard_size="5KB")
+    shards = sorted(pathlib.Path("a").glob("*.safetensors"))
+    merge_checkpoints(["a", save("b", gpt(1))], "merged")
+    with safe_open("merged/model.safetensors", "pt") as file:
+        found = json.loads(file.metadata()["sha256"])
+    assert found["a"] == {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards}
+    assert list(found["b"]) == ["model.safetensors"]
 
 
 def test_names_that_only_the_first_stores_are_kept():

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pathlib
 import subprocess
@@ -159,6 +160,9 @@ def test_the_metadata_say_how_it_was_made():
     assert json.loads(found["tasks"]) == ["last", "last_2"]
     assert json.loads(found["weights"]) == [1.0, 3.0]
     assert found["version"]
+    first, second = (hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in paths)
+    assert json.loads(found["sha256"]) == {"last": {"last.pt": first}, "last_2": {"last.pt": second}}
+    assert list(json.loads(found["base_sha256"])) == ["base.pt"]
     assert torch.load("merged.ckpt", weights_only=True)["lightning_odem"]["method"] == "opcm"
 
 

@@ -128,6 +128,25 @@ def test_other_buffers_and_frozen_weights_stay(method):
     assert after["method"].get("mean", {}).keys() == before["method"].get("mean", {}).keys()
 
 
+class Grouped(Classifier):
+    """A module with a grouped convolution, whose groups the names and shapes of tensors do not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1, groups=2)
+
+    def forward(self, inputs):
+        return super().forward(self.conv(inputs[..., None].expand(-1, -1, 3)).mean(-1))
+
+
+def test_each_group_of_a_convolution_stays_a_matrix_of_its_own():
+    stream = Stream("shoes", "hats", "coats", make=Grouped, method="isotropic", dirpath="with")
+    stream.merge.remove("hats", stream.model("hats"))
+    without = Stream("shoes", "coats", make=Grouped, method="isotropic", dirpath="without")
+    found, expected = (one.merge.state_dict()["merged"] for one in (stream, without))
+    assert close(floats(found), floats(expected), atol=1e-5)
+
+
 def test_nothing_of_the_task_is_left_but_a_note():
     stream = Stream("shoes", "hats", "coats", exclude=["head"], method="ode")
     report = stream.merge.report

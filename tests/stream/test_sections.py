@@ -44,6 +44,8 @@ WRONG = [
     ("names", {"parameters": "head"}),
     ("settings", None),
     ("fingerprints", {"task_1": 1}),
+    ("layout", {"trained": "head"}),
+    ("layout", {"trained": [], "transposed": [], "groups": {"conv": "two"}}),
     ("report", []),
     ("report", {}),
 ]
