@@ -28,8 +28,8 @@ def in_words(report: StreamReport, dirpath: Path | None = None) -> str:
         merged, base, own = (f"{metric.text(score)}{unit}" for score in (report.acc(), pretrained, fine_tuned))
         remark = "" if metric.higher_is_better else " (lower is better)"
         lines += [
-            f"Mean {metric.name}{remark} on {count} {'tasks' if count > 1 else 'task'}: {merged} by the one merged model, "
-            f"{base} by the base model, {own} by each task's own fine-tuned model.",
+            f"Mean {metric.name}{remark} on {count} {'tasks' if count > 1 else 'task'}: {merged} by the one merged "
+            f"model, {base} by the base model, {own} by each task's own fine-tuned model.",
             *_forgotten(report),
         ]
     if dirpath is not None:
