@@ -24,16 +24,19 @@ def in_words(report: StreamReport, dirpath: Path | None = None) -> str:
     if report.accuracy and metric is not None and not math.isnan(report.acc()):
         pretrained, fine_tuned = map(report.weighted_accuracy, (report.pretrained, report.fine_tuned))
         count = len(report.tasks)
+        unit = f" {metric.unit}" if metric.unit else ""
+        merged, base, own = (f"{metric.text(score)}{unit}" for score in (report.acc(), pretrained, fine_tuned))
+        remark = "" if metric.higher_is_better else " (lower is better)"
         lines += [
-            f"One merged model now scores {metric.text(report.acc())} on {count} {'tasks' if count > 1 else 'task'} in "
-            f"the mean; the base model has {metric.text(pretrained)}, each task's own fine-tuned model "
-            f"{metric.text(fine_tuned)}. ({metric.label})",
+            f"Mean {metric.name}{remark} on {count} {'tasks' if count > 1 else 'task'}: {merged} by the one merged "
+            f"model, {base} by the base model, {own} by each task's own fine-tuned model.",
             *_forgotten(report),
         ]
     if dirpath is not None:
         lines += [
             f"Merged weights: {dirpath / 'merged-*.ckpt'}",
-            f"Table, numbers and figures: {dirpath / 'table.txt'}, report.json, accuracy_matrix.png and others there",
+            f"Everything on one page, to open in a browser: {dirpath / 'report.html'}",
+            "Beside it: table.txt, report.json, accuracy_matrix.png and other figures",
         ]
     return "\n".join(lines)
 

@@ -23,8 +23,8 @@ def report(accuracy, metrics=None, tasks=("sea", "land")):
 def test_the_three_models_and_the_task_that_lost_most_are_named():
     text = in_words(report([[0.9], [0.7, 0.8]]))
     assert text == (
-        "One merged model now scores 75.0 on 2 tasks in the mean; the base model has 15.0, each task's own fine-tuned "
-        "model 85.0. (accuracy (%))\n"
+        "Mean accuracy on 2 tasks: 75.0 % by the one merged model, 15.0 % by the base model, 85.0 % by each task's own "
+        "fine-tuned model.\n"
         "Most was forgotten of sea: 90.0 when it was merged, 70.0 now (BWT -20.0)."
     )
 
@@ -37,6 +37,11 @@ def test_a_rise_is_a_loss_where_lower_is_better():
     error = TaskMetric("error", "", higher_is_better=False)
     text = in_words(report([[0.5], [0.75, 0.8]], {"sea": error, "land": error}))
     assert "Most was forgotten of sea: 0.500 when it was merged, 0.750 now" in text
+    assert text.startswith("Mean error (lower is better) on 2 tasks: 0.775 by the one merged model,")
+
+
+def test_the_page_is_named():
+    assert str(Path("here") / "report.html") in in_words(report([[0.7], [0.7, 0.8]]), Path("here"))
 
 
 def test_tasks_without_a_common_metric_leave_the_files():
