@@ -6,16 +6,12 @@ together, so it hardly depends on what else the machine does. Memory is counted 
 method keeps from merge to merge, and what the merge takes at most besides what is there before it.
 
 The default method looks at calibration samples; its time is for 64 of them, random pictures of 224 pixels.
-
-With ``--files`` folders of three such models are merged, as ``lightning-odem merge`` does: the time is that of reading,
-merging and writing all of them, and memory is counted in sizes of one file. The default method is left out.
 """
 
 import argparse
 import resource
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import lightning as L
 import timm
@@ -23,13 +19,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor, multiprocessing, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_odem.cli.merge import merge_checkpoints
-from lightning_odem.methods import BaseModel, Calibration, DOPMerge, MergeMethod, resolve_method
+from lightning_odem.methods import Calibration, DOPMerge, MergeMethod, resolve_method
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.stream.stream import Stream
 
@@ -102,56 +96,16 @@ def measure(model: str, label: str) -> tuple[float, float, float]:
     return merges.seconds, merges.kept, merges.peak
 
 
-def write_folders(model: str, place: Path, dtype: torch.dtype) -> None:
-    """A base model and three models fine-tuned from it, each in a folder."""
-    torch.manual_seed(0)
-    base = timm.create_model(model, num_classes=0).state_dict()
-    for name in ("base", "first", "second", "third"):
-        step = 0.0 if name == "base" else 1e-3
-        found = {key: (value + step * torch.randn(value.shape)).to(dtype) for key, value in base.items()}
-        (place / name).mkdir()
-        save_file(found, place / name / "model.safetensors")
-        (place / name / "config.json").write_text("{}")
-
-
-def measure_files(place: Path, label: str) -> tuple[float, float]:
-    """CPU seconds of a merge of folders, and sizes of one file held at most in it."""
-    paths = [str(place / name) for name in ("first", "second", "third")]
-    method = resolve_method(METHODS[label])
-    base = str(place / "base") if BaseModel() in method.needs else None
-    size = (place / "base" / "model.safetensors").stat().st_size
-    before, started = resident(), time.process_time()
-    merge_checkpoints(paths, str(place / "merged"), method, base, overwrite=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return time.process_time() - started, peak / size
-
-
 def resident() -> int:
     """Bytes of memory that the process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def show_files(model: str, methods: list[str], dtype: torch.dtype) -> None:
-    """Print the table of merges of folders."""
-    table = Table("method", "CPU s", "peak, in files", title=f"three files of {model}")
-    with TemporaryDirectory() as folder:
-        write_folders(model, Path(folder), dtype)
-        for label in (label for label in methods if METHODS[label] != "ode"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, peak = pool.apply(measure_files, (Path(folder), label))
-            table.add_row(label, f"{seconds:.1f}", f"{peak:.2f}")
-    Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vit_base_patch32_clip_224", help="timm model")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--files", choices=("float32", "bfloat16"), help="merge folders of models in this dtype")
     arguments = parser.parse_args()
-    if arguments.files:
-        show_files(arguments.model, arguments.methods, getattr(torch, arguments.files))
-        return
     table = Table("method", "CPU s per merge", "vectors kept", "peak besides", title=arguments.model)
     # A process each, since the peak of a process never falls.
     for label in track(arguments.methods, console=Console(stderr=True), transient=True):
