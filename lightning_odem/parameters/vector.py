@@ -139,6 +139,11 @@ class ParameterVector:
             pieces = list(self.adapters.cut(dict(zip(self.names, pieces, strict=True))).values())
         torch._foreach_copy_(self._parts(), pieces)
 
+    @torch.no_grad()
+    def put_back_(self, flat: Tensor) -> None:
+        """Copy a vector into the parameters as it is; :meth:`write_` cannot cut updates that are not finite."""
+        torch._foreach_copy_(self._parts(), self.views(flat))
+
     def not_finite(self, flat: Tensor) -> list[str]:
         """Names of the parameters with infinite or NaN entries in a vector [d], in any of the processes.
 

@@ -184,7 +184,7 @@ def merging(
             known = {"trained": list(vector.names), "groups": groups, "transposed": sorted(transposed)}
             yield Merge(record, module, exclude, unrounded, adapters.pairs, known)
     except BaseException as error:
-        vector.write_(incoming)
+        vector.put_back_(incoming)
         adapters.restore()
         with torch.no_grad():
             for buffer, value in zip(module.buffers(), incoming_buffers, strict=True):

@@ -32,6 +32,27 @@ def relative(found, expected):
     return (distance / sum(float(value.norm() ** 2) for value in expected.values())) ** 0.5
 
 
+class Diverged(L.Callback):
+    """Spoils one number of an adapter at the end of a training, and keeps the factors."""
+
+    def on_train_end(self, trainer, pl_module):
+        factor = next(each for name, each in pl_module.named_parameters() if "lora_A" in name)
+        factor.data.view(-1)[0] = torch.nan
+        self.factors = {name: each.detach().clone() for name, each in pl_module.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("method", ["average", "isotropic", "closed_form", "ode"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_adapters_that_diverged_are_refused_by_name_and_put_back(method, before, small_stream):
+    module, merge, spoil = Adapted(), ContinualMergeCallback(method, evaluate=False), Diverged()
+    fit_tasks(module, merge, [Sequences(number) for number in range(before)])
+    with pytest.raises(ValueError, match=r"infinite or NaN values in .*lora_A"):
+        fit_tasks(module, merge, [Sequences(before)], spoil)
+    for name, factor in spoil.factors.items():
+        torch.testing.assert_close(module.get_parameter(name), factor, rtol=0, atol=0, equal_nan=True)
+    assert len(merge.report.tasks) == before
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_update_is_the_best_of_its_rank_for_the_mean_of_the_products(kind, small_stream):
     module, record = Adapted(**KINDS[kind]), Record()
