@@ -1,10 +1,45 @@
 """What the numbers say for and against the merges of a stream, in words."""
 
 import math
+from pathlib import Path
 
 from lightning_odem.metrics import ACCURACY, TaskMetric
 from lightning_odem.report.plain import plain
 from lightning_odem.report.record import StreamReport
+
+
+def in_words(report: StreamReport, dirpath: Path | None = None) -> str:
+    """What the merged model can do, beside the base model and the fine-tuned ones, and what it has forgotten.
+
+    It is told if tasks share a metric and all were measured after the last merge; otherwise only the files are named.
+
+    Args:
+        report: A stream's report.
+        dirpath: The stream's directory, if it has one.
+
+    Returns:
+        Lines of text; none if there is nothing to tell.
+    """
+    lines = []
+    metric = report.metric()
+    if report.accuracy and metric is not None and not math.isnan(report.acc()):
+        pretrained, fine_tuned = map(report.weighted_accuracy, (report.pretrained, report.fine_tuned))
+        count = len(report.tasks)
+        unit = f" {metric.unit}" if metric.unit else ""
+        merged, base, own = (f"{metric.text(score)}{unit}" for score in (report.acc(), pretrained, fine_tuned))
+        remark = "" if metric.higher_is_better else " (lower is better)"
+        lines += [
+            f"Mean {metric.name}{remark} on {count} {'tasks' if count > 1 else 'task'}: {merged} by the one merged "
+            f"model, {base} by the base model, {own} by each task's own fine-tuned model.",
+            *_most_forgotten(report, metric),
+        ]
+    if dirpath is not None:
+        lines += [
+            f"Merged weights: {dirpath / 'merged-*.ckpt'}",
+            f"Everything on one page, to open in a browser: {dirpath / 'report.html'}",
+            "Beside it: table.txt, report.json, accuracy_matrix.png and other figures",
+        ]
+    return "\n".join(lines)
 
 
 def conclude(report: StreamReport) -> str:
@@ -38,17 +73,35 @@ def conclude(report: StreamReport) -> str:
     return " ".join(parts)
 
 
+def _most_forgotten(report: StreamReport, metric: TaskMetric) -> list[str]:
+    """The task that has lost most since its own merge, in a sentence; none for a stream of one task."""
+    if losses := _losses(report):
+        task = max(losses, key=lambda task: abs(losses[task][1] - losses[task][0]))
+        first, last = map(metric.text, losses[task])
+        bwt = metric.text(report.bwt())
+        return [f"Most was forgotten of {plain(task)}: {first} when it was merged, {last} now (BWT {bwt})."]
+    return ["No task has lost anything since it was merged."] if len(report.tasks) > 1 else []
+
+
 def _forgotten(report: StreamReport) -> str:
     """The task that has lost most since its own merge; all of them if their scores are not comparable."""
-    losses = {}
-    for index, task in enumerate(report.tasks):
-        metric = report.metric_of(task)
-        column = [score for row in report.accuracy[index:] if not math.isnan(score := row[index])]
-        if column and _is_worse(column[-1], column[0], metric):
-            losses[f"{plain(task)} ({instead(column[-1], column[0], metric)})"] = abs(column[-1] - column[0])
+    losses = {
+        f"{plain(task)} ({instead(last, first, report.metric_of(task))})": abs(last - first)
+        for task, (first, last) in _losses(report).items()
+    }
     if report.metric() is None:
         return ", ".join(losses)
     return max(losses, key=losses.__getitem__, default="")
+
+
+def _losses(report: StreamReport) -> dict[str, tuple[float, float]]:
+    """First and last score of each task that is worse now than when it was first measured."""
+    found = {}
+    for index, task in enumerate(report.tasks):
+        column = [score for row in report.accuracy[index:] if not math.isnan(score := row[index])]
+        if column and _is_worse(column[-1], column[0], report.metric_of(task)):
+            found[task] = column[0], column[-1]
+    return found
 
 
 def worse_than_expected(report: StreamReport, merge: int = -1) -> list[str]:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_odem.callback.callback import ContinualMergeCallback
 from lightning_odem.methods import MergeMethod, resolve_method
 from lightning_odem.report import StreamReport
-from lightning_odem.report.words import in_words
+from lightning_odem.report.conclusions import in_words
 from lightning_odem.studies.comparison_report import save as save_comparison
 from lightning_odem.studies.engine import run_comparison
 from lightning_odem.studies.path import check_points

@@ -4,7 +4,7 @@ from torch import nan
 
 from lightning_odem.metrics import TaskMetric
 from lightning_odem.report import MergeRecord, StreamReport
-from lightning_odem.report.words import in_words
+from lightning_odem.report.conclusions import in_words
 
 
 def report(accuracy, metrics=None, tasks=("sea", "land")):
