@@ -15,10 +15,10 @@ SEEN = Counter()  # samples in passes without and with a gradient
 class Classifier(L.LightningModule):
     def __init__(self, name):
         super().__init__()
-        self.shape = {"quickstart": (1, 32, 32), "resnet20": (3, 32, 32)}.get(name, (128,))
+        self.shape = {"test_vit": (1, 32, 32), "resnet20": (3, 32, 32)}.get(name, (128,))
         if name == "resnet20":
             self.model = nn.Sequential(CifarResNet(20), nn.Linear(64, 10))
-        elif name == "quickstart":
+        elif name == "test_vit":
             self.model = timm.create_model("test_vit", in_chans=1, img_size=32, num_classes=10)
         elif name == "minilm" or Path(name).is_dir():
             import transformers as hf
