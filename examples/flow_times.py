@@ -2,9 +2,8 @@
 
 ``python examples/flow_times.py MODEL`` takes a timm model, ``test_vit`` (as in configs/digits.yaml), ``resnet20``,
 ``minilm`` or the folder of a Hugging Face text classifier, with random samples. Times are processor times of one
-thread, on a GPU wall times: the smallest of all turns, and the median of their overheads. Bare passes are plain torch,
-on the device. TFLOP/s are those of the passes over the time of the merge; the peak is a matrix product's.
-``--sizes 32 64`` tries batch sizes.
+thread, on a GPU wall times: the smallest of all turns, and the median of their overheads. TFLOP/s are those of the
+passes over the time of the merge; the peak is a matrix product's. ``--sizes 32 64`` tries batch sizes.
 """
 
 import argparse
