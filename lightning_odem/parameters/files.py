@@ -1,20 +1,16 @@
-"""Files and folders that are written completely or not at all, and numbers that JSON can hold."""
+"""Files and folders that are written completely or not at all."""
 
 import errno
-import json
-import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 _DRAFT = re.compile(r"\..+\.\d+")
-_one_line = json.JSONEncoder(allow_nan=False).encode
 
 
 @contextmanager
@@ -156,53 +152,3 @@ def remove_drafts(directory: str | os.PathLike) -> None:
     for path in Path(directory).glob(".*"):
         if _DRAFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-
-def json_lines(value: Any, depth: int, indent: str = "") -> str:
-    """JSON with containers broken into lines down to a depth, and one line for each thing below.
-
-    To break it everywhere, as ``json.dumps(indent=...)`` does, takes many times as long.
-
-    Example:
-        >>> print(json_lines({"tasks": ["a", "b"], "accuracy": [[0.5], [0.5, 1.0]]}, depth=2))
-        {
-         "tasks": [
-          "a",
-          "b"
-         ],
-         "accuracy": [
-          [0.5],
-          [0.5, 1.0]
-         ]
-        }
-    """
-    if not depth or not value or not isinstance(value, (dict, list)):
-        return _one_line(value)
-    inner = indent + " "
-    lines = [json_lines(entry, depth - 1, inner) for entry in (value.values() if isinstance(value, dict) else value)]
-    if isinstance(value, dict):
-        lines = [f"{json.dumps(key)}: {line}" for key, line in zip(value, lines, strict=True)]
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    return f"{opening}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{closing}"
-
-
-def nan_to_none(value: Any) -> Any:
-    """None for a float that is not finite, because JSON has no number for it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def none_to_nan(value: Any) -> Any:
-    """NaN for None."""
-    return math.nan if value is None else value
-
-
-_MAY_BE_NONE = ("checkpoint", "epoch")
-
-
-def map_values(data: Any, convert: Callable[[Any], Any]) -> Any:
-    """Apply ``convert`` to every leaf of nested dicts and lists, except to those that may be None themselves."""
-    if isinstance(data, dict):
-        return {key: value if key in _MAY_BE_NONE else map_values(value, convert) for key, value in data.items()}
-    if isinstance(data, list):
-        return [map_values(value, convert) for value in data]
-    return convert(data)

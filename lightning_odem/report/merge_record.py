@@ -28,7 +28,7 @@ class MergeRecord:
         sample_gradients: Samples that went through a pass with gradient, the task's own data included.
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the merge, without measuring accuracies.
-        calibration: Samples kept per task during this merge.
+        calibration: Samples kept per task during this merge; empty if it is not one of the last 20.
         checkpoint: Path of the checkpoint with the merged weights; None if none was written, or it was removed because
             only the last few are kept.
         discarded: Part of the adapters' updates that was cut to keep their rank, relative to the norm of the updates;

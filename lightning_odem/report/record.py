@@ -18,18 +18,14 @@ from lightning_odem.metrics import (
     forward_transfer,
     weighted_accuracy,
 )
-from lightning_odem.parameters.files import (
-    NotRegularError,
-    json_lines,
-    map_values,
-    nan_to_none,
-    none_to_nan,
-    read_regular,
-    replacing,
-)
+from lightning_odem.parameters.files import NotRegularError, read_regular, replacing
+from lightning_odem.parameters.json_text import json_lines, map_values, nan_to_none, none_to_nan
+from lightning_odem.report.lines import Line, lines, record_line, score_line
 from lightning_odem.report.merge_record import MergeRecord, RemovalRecord
 from lightning_odem.report.summaries import Summaries
 
+Lines = tuple[Line, ...]
+_COUNTED = 20  # merges with their samples per task, or a stream of K tasks has K^2 / 2 such numbers
 _LISTS = ("tasks", "weights", "pretrained", "fine_tuned", "before_training")
 
 
@@ -47,7 +43,7 @@ class StreamReport:
         pretrained: Accuracy of the base model on each task.
         fine_tuned: Accuracy of each incoming model on its own task.
         before_training: Accuracy of the merged model on each task before that task was trained.
-        merges: One record per merge. After a removal, the last record names the checkpoint of the model without the
+        merges: One record per merge. Only the last 20 tell the samples per task. After a removal, the last record names the checkpoint of the model without the
             task.
         removed: One record per task that was taken out again. Nothing else of the task is left in the report. Nothing
             is measured at a removal, so the last row of ``accuracy`` belongs to the model before it, if that row's task
@@ -65,7 +61,9 @@ class StreamReport:
     removed: list[RemovalRecord] = field(default_factory=list)
     metrics: dict[str, TaskMetric] = field(default_factory=dict)
 
-    _known = Summaries()  # of earlier merges, so that one more costs its own numbers alone
+    # Of earlier merges, so that one more costs its own numbers alone.
+    _known = Summaries()
+    _written = Lines(), Lines()
 
     def with_merge(
         self,
@@ -88,6 +86,9 @@ class StreamReport:
         added = {"tasks": record.task, "weights": weight, "accuracy": accuracy, "merges": record, **measured}
         others = {task: metric for task, metric in {**self.metrics, **metrics}.items() if metric != ACCURACY}
         report = replace(self, **{name: [*getattr(self, name), value] for name, value in added.items()}, metrics=others)
+        report._written = self._lines()
+        for older in report.merges[:-_COUNTED][-1:]:
+            report.merges[-_COUNTED - 1] = replace(older, calibration={})
         if _but(others, record.task) == self.metrics:
             report._known = self._summarized()
         return report
@@ -111,7 +112,7 @@ class StreamReport:
         """Return a report that names the checkpoints of the last merges only; this one stays as it is."""
         older = [replace(record, checkpoint=None) if record.checkpoint else record for record in self.merges[:-count]]
         report = replace(self, merges=[*older, *self.merges[-count:]])
-        report._known = self._known
+        report._known, report._written = self._known, self._written
         return report
 
     def metric_of(self, task: str) -> TaskMetric:
@@ -179,14 +180,16 @@ class StreamReport:
     def stored(self) -> dict[str, Any]:
         """:meth:`as_dict` without what can be computed from the rest, has its default value, or was not measured.
 
-        So a stored report of a long stream grows by as much as was measured. :meth:`from_dict` reads it too.
+        So a stored report of a long stream grows by as much as was measured. Numbers are JSON text, and that of a
+        merge is made once. :meth:`from_dict` reads it too.
         """
-        unmeasured = self._summarized().unmeasured
+        merges, scores = self._lines()
         return {
-            **{name: list(getattr(self, name)) for name in _LISTS},
-            "accuracy": [row[first:] for row, first in zip(self.accuracy, unmeasured, strict=True)],
-            "unmeasured": list(unmeasured),
-            "merges": [record.stored() for record in self.merges],
+            "tasks": list(self.tasks),
+            **{name: json.dumps(getattr(self, name)) for name in _LISTS[1:]},
+            "accuracy": [line.stored for line in scores],
+            "unmeasured": list(self._summarized().unmeasured),
+            "merges": [line.stored for line in merges],
             **self._notes(),
         }
 
@@ -205,6 +208,11 @@ class StreamReport:
             found = found.with_merge(self.accuracy[size - 1], *scores, sign=sign, alike=size <= alike)
         return found
 
+    def _lines(self) -> tuple[Lines, Lines]:
+        """The merges, and the scores after them."""
+        merges, scores = self._written
+        return lines(self.merges, merges, record_line), lines(self.accuracy, scores, score_line)
+
     def _notes(self) -> dict[str, Any]:
         return {
             "removed": [asdict(record) for record in self.removed],
@@ -216,6 +224,8 @@ class StreamReport:
         """Rebuild a report from :meth:`as_dict`, :meth:`stored` or the parsed ``report.json``."""
         data = {"removed": [], "metrics": {}, **data}  # older reports lack these
         values = {entry.name: data[entry.name] for entry in fields(cls)}
+        values |= {name: _read(values[name]) for name in _LISTS[1:]}
+        values |= {name: list(map(_read, values[name])) for name in ("accuracy", "merges")}
         if "unmeasured" in data:
             rows = zip(data["unmeasured"], values["accuracy"], strict=True)
             values["accuracy"] = [[math.nan] * first + row for first, row in rows]
@@ -229,11 +239,16 @@ class StreamReport:
 
         A row of ``accuracy`` is empty if nothing was measured after its merge.
         """
-        path, data = Path(path), self.as_dict()
-        unmeasured = self._summarized().unmeasured
-        rows = zip(data["accuracy"], unmeasured, strict=True)
-        data["accuracy"] = [[] if first == len(row) else row for row, first in rows]
-        text = json_lines(map_values(data, nan_to_none), depth=2)
+        path, (merges, scores) = Path(path), self._lines()
+        lists = {name: map_values(getattr(self, name), nan_to_none) for name in _LISTS}
+        data = {
+            **{name: lists[name] for name in _LISTS[:2]},
+            "accuracy": [line.public for line in scores],
+            **{name: lists[name] for name in _LISTS[2:]},
+            "merges": [line.public for line in merges],
+            **map_values({**self._notes(), **self.summaries()}, nan_to_none),
+        }
+        text = json_lines(data, depth=2)
         with replacing(path) as draft:
             draft.write_text(text + "\n", encoding="utf-8")
         return path
@@ -268,6 +283,11 @@ class StreamReport:
             return math.nan
         scores = (tensor(values, dtype=float64) for values in accuracies)
         return metric(*scores, weights, kind.higher_is_better).item()
+
+
+def _read(value: Any) -> Any:
+    """What a text stands for; states of earlier versions have that itself."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _but(values: dict[str, Any], task: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class StreamState:
             "buffer": self.buffer.state_dict(),
             "report": self.report.stored(),
         }
-        return {"version": 1, **plain, **changing}
+        return {"version": 2, **plain, **changing}
 
     def whole(self, module: nn.Module) -> "StreamState":
         """The state with whole tensors in the first process, if the module's parameters are sharded."""
@@ -109,8 +109,8 @@ class StreamState:
         Raises:
             ValueError: If a newer version of the package wrote it.
         """
-        if state["version"] != 1:
-            raise ValueError(f"The stream's state has version {state['version']}; this package reads version 1.")
+        if state["version"] not in (1, 2):
+            raise ValueError(f"The stream's state has version {state['version']}; this package reads 1 and 2.")
         lacking: dict[str, Any] = {entry.name: {} for entry in fields(self) if entry.metadata.get("later")}
         for name in _PLAIN:
             setattr(self, name, {**lacking, **state}[name])

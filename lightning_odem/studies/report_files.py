@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_odem.parameters.files import map_values, nan_to_none
+from lightning_odem.parameters.json_text import map_values, nan_to_none
 
 
 def save_report(

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lightning_odem.metrics import ACCURACY, TaskMetric
-from lightning_odem.parameters.files import map_values, nan_to_none, none_to_nan, replacing
+from lightning_odem.parameters.files import replacing
+from lightning_odem.parameters.json_text import map_values, nan_to_none, none_to_nan
 from lightning_odem.report.record import StreamReport
 from lightning_odem.studies.report_files import write_csv
 

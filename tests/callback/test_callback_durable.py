@@ -297,8 +297,8 @@ def test_a_newer_format_is_refused():
     process("run", stop_after=1)
     store = StreamStore("run/stream")
     state = store.load()
-    store.save({**state, "version": 2})
-    with pytest.raises(ValueError, match="has version 2; this package reads version 1"):
+    store.save({**state, "version": 3})
+    with pytest.raises(ValueError, match="has version 3; this package reads 1 and 2"):
         ContinualMergeCallback(dirpath="run")
 
 

@@ -1,5 +1,3 @@
-import json
-import math
 import os
 
 import pytest
@@ -7,9 +5,6 @@ import pytest
 from lightning_odem.parameters.files import (
     NotRegularError,
     make_writable,
-    map_values,
-    nan_to_none,
-    none_to_nan,
     read_regular,
     remove_drafts,
     replacing,
@@ -68,15 +63,6 @@ def test_a_block_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
         fail()
     assert [file.name for file in path.iterdir()] == ["old.txt"]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_numbers_that_json_has_not_go_there_and_back():
-    data = {"values": [1.0, math.nan, {"deep": math.inf}], "checkpoint": None, "name": "a"}
-    text = json.dumps(map_values(data, nan_to_none), allow_nan=False)
-    back = map_values(json.loads(text), none_to_nan)
-    assert math.isnan(back["values"][1])
-    assert math.isnan(back["values"][2]["deep"])
-    assert (back["checkpoint"], back["name"], back["values"][0]) == (None, "a", 1.0)
 
 
 def test_content_and_name_are_on_the_disk_at_the_end_of_the_block(tmp_path, monkeypatch):

@@ -67,8 +67,8 @@ def test_loading_replaces_everything_there_was():
 def test_the_state_of_a_newer_version_is_refused_and_changes_nothing():
     state = full_state()
     before = state.state_dict()
-    with pytest.raises(ValueError, match="has version 2; this package reads version 1"):
-        state.load_state_dict({**StreamState(CalibrationBuffer(4)).state_dict(), "version": 2})
+    with pytest.raises(ValueError, match="has version 3; this package reads 1 and 2"):
+        state.load_state_dict({**StreamState(CalibrationBuffer(4)).state_dict(), "version": 3})
     assert_same(state.state_dict(), before)
 
 

@@ -78,9 +78,14 @@ class _Encoder:
         kind = type(value)
         if value is None or kind in (bool, int, str):
             return value
+        if kind in (list, dict) and not value:
+            return kind()
         if kind is float:
             return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
         if kind in (list, tuple):
+            # Long lists of numbers or names are common, and none of their items has a path to be told.
+            if kind is list and set(map(type, value)) <= {bool, int, str}:
+                return list(value)
             items = [self.encode(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
             return items if kind is list else {"$tuple": items}
         if kind is dict:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_odem.parameters.files import NotRegularError, json_lines, read_regular
+from lightning_odem.parameters.files import NotRegularError, read_regular
+from lightning_odem.parameters.json_text import json_lines
 from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.tensor_file import TensorFile
 
@@ -15,6 +16,9 @@ FORMAT = 1
 """Version of the format on disk that is written, and the newest that is read."""
 
 TENSOR_FILE = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{16}\.safetensors")
+_NAMED = re.compile(TENSOR_FILE.pattern + "$")
+_END = ".safetensors"
+_LONGEST = 255  # what file systems allow
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,19 @@ class Manifest:
                     raise DamagedFileError(f"{path} is the manifest of generation {found}.")
                 return cls(number, {name: _section(path, name, entry) for name, entry in entries.items()}, package)
         raise DamagedFileError(f"{path} is not the manifest of a stream's state.")
+
+
+def tensor_files(text: str) -> set[str]:
+    """Names of tensor files in the text of a manifest, damaged or not.
+
+    The plain search for the end of a name is many times as fast as that for the pattern.
+
+    Example:
+        >>> tensor_files('{"file": "base-0123456789abcdef.safetensors"')
+        {'base-0123456789abcdef.safetensors'}
+    """
+    pieces = text.split(_END)[:-1]
+    return {found[0] for piece in pieces if (found := _NAMED.search(piece[-_LONGEST:] + _END))}
 
 
 def _first_line(body: bytes) -> bytes:

@@ -14,7 +14,7 @@ from lightning_odem import version
 from lightning_odem.parameters.files import sync
 from lightning_odem.stream.store.encoding import decode, encode
 from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
-from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section
+from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section, tensor_files
 from lightning_odem.stream.store.tensor_file import TensorFile, checksums
 
 _MANIFEST = re.compile(r"(\d{6,})\.json")
@@ -300,7 +300,7 @@ class StreamStore:
     def _remove_unused(self) -> None:
         """Remove tensor files that no manifest names; damaged manifests are searched for names too."""
         manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name) and path.is_file()]
-        used = {name for path in manifests for name in TENSOR_FILE.findall(path.read_text("utf-8", "replace"))}
+        used = {name for path in manifests for name in tensor_files(path.read_text("utf-8", "replace"))}
         for path in self.directory.iterdir():
             if TENSOR_FILE.fullmatch(path.name) and path.name not in used:
                 path.unlink()
