@@ -68,6 +68,8 @@ def _summary(report: StreamReport) -> str:
     parts = [
         f"Merged task {len(report.tasks)} ({plain(record.task)}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"
     ]
+    if record.evaluation_seconds:
+        parts.append(f"measured in {record.evaluation_seconds:.1f} s")
     if record.path:
         parts.append(f"loss {record.loss_before:.4g} -> {record.loss_after:.4g} (incoming {record.loss_incoming:.4g})")
     if scale := record.path.get("scale_taken"):

@@ -1,6 +1,7 @@
 """One stream in this process, from fit to fit."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,7 +235,9 @@ class Session:
         with rescuing(trainer, self.directory.path, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"):
             epoch = self._choose_weights(trainer)
             copy_from_first_process(module)
+            started = time.perf_counter()
             fine_tuned = self.measurement.current(module, task)
+            spent = time.perf_counter() - started
             with (
                 progress(trainer, f"merging {task}") as on_step,
                 self.stream.merging(
@@ -246,7 +249,9 @@ class Session:
                 copy_from_first_process(module)
                 own = addition.task_parameters
                 due = own if self._roster.is_due(trainer, number) else {task: own[task]}
+                started = time.perf_counter()
                 scores = self.measurement.every_task(trainer, module, due)
+                record.evaluation_seconds = spent + time.perf_counter() - started
                 record.further = {name: score.further for name, score in scores.items() if score.further}
                 record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
                 state = addition.state(

@@ -28,6 +28,8 @@ class MergeRecord:
         sample_gradients: Samples that went through a pass with gradient, the task's own data included.
         gradient_seconds: Wall time inside those evaluations.
         merge_seconds: Wall time of the merge, without measuring accuracies.
+        evaluation_seconds: Wall time of measuring the fine-tuned model on its task, and the merged one on all that were
+            due.
         calibration: Samples kept per task during this merge; empty if it is not one of the last 20.
         checkpoint: Path of the checkpoint with the merged weights; None if none was written, or it was removed because
             only the last few are kept.
@@ -53,6 +55,7 @@ class MergeRecord:
     sample_gradients: int = 0
     gradient_seconds: float = 0.0
     merge_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     calibration: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
     discarded: float = math.nan

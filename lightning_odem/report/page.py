@@ -89,6 +89,7 @@ def _merge(report: StreamReport, index: int, change: list[float], png: bytes | N
         "utility weight": f"{report.weights[index]:.4g}",
         "operating time t": f"{record.t:.4g}",
         "seconds": f"{record.merge_seconds:.2f} (gradients: {record.gradient_seconds:.2f})",
+        "seconds of evaluation": f"{record.evaluation_seconds:.2f}",
         "calibration loss": f"{record.loss_before:.4g} before, {record.loss_after:.4g} after, "
         f"{record.loss_incoming:.4g} incoming model"
         if isfinite(record.loss_after)

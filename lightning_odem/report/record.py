@@ -43,8 +43,8 @@ class StreamReport:
         pretrained: Accuracy of the base model on each task.
         fine_tuned: Accuracy of each incoming model on its own task.
         before_training: Accuracy of the merged model on each task before that task was trained.
-        merges: One record per merge. Only the last 20 tell the samples per task. After a removal, the last record names the checkpoint of the model without the
-            task.
+        merges: One record per merge. Only the last 20 tell the samples per task. After a removal, the last record names
+            the checkpoint of the model without the task.
         removed: One record per task that was taken out again. Nothing else of the task is left in the report. Nothing
             is measured at a removal, so the last row of ``accuracy`` belongs to the model before it, if that row's task
             is in ``measured_with``.

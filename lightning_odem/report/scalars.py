@@ -39,6 +39,7 @@ def latest_scalars(report: StreamReport) -> dict[str, float]:
         "barrier": record.barrier,
         "envelope_excess": record.envelope_excess,
         "seconds": record.merge_seconds,
+        "evaluation_seconds": record.evaluation_seconds,
         "gradient_seconds": record.gradient_seconds,
         "gradient_evaluations": float(record.gradient_evaluations),
         "sample_gradients": float(record.sample_gradients),

@@ -87,7 +87,7 @@ def render_costs(report: StreamReport, width: int | None = None) -> str:
     """
     header = [
         "task", "t", "loss\nbefore", "loss\nafter", "loss\nincoming", "gamma\nmean (min)", "barrier",
-        "gradient\nevaluations", "seconds", "overhead",
+        "gradient\nevaluations", "seconds", "overhead", "seconds of\nevaluation",
     ]  # fmt: skip
     title = "Merges (overhead: time beyond the gradient evaluations, relative to them)"
     return render(title, header, [_cost_row(record) for record in report.merges[-LAST:]], width or Console().width)
@@ -183,6 +183,7 @@ def _cost_row(record: MergeRecord) -> list[str]:
         str(record.gradient_evaluations),
         number(record.merge_seconds, ".2f"),
         number(overhead, ".0%"),
+        number(record.evaluation_seconds or math.nan, ".2f"),
     ]
 
 

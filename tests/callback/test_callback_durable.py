@@ -57,7 +57,7 @@ def plain(report):
     """A report but for the seconds and where its files are."""
     data = report.as_dict()
     for merge in data["merges"]:
-        merge["merge_seconds"] = merge["gradient_seconds"] = merge["checkpoint"] = None
+        merge |= dict.fromkeys(("merge_seconds", "gradient_seconds", "evaluation_seconds", "checkpoint"))
     return json.dumps(data)
 
 

@@ -122,6 +122,7 @@ def test_one_line_says_what_the_merge_came_to(caplog):
     (line,) = [message for message in caplog.messages if message.startswith("Merged task 2")]
     report = merge.report
     assert f"Merged task 2 (task_2) at t = 0.5 in {report.merges[1].merge_seconds:.1f} s" in line
+    assert f"s, measured in {report.merges[1].evaluation_seconds:.1f} s, " in line
     assert f"ACC {100 * report.acc():.1f} %, BWT {100 * report.bwt():.1f}" in line
     assert f"loss {report.merges[1].loss_before:.4g} -> {report.merges[1].loss_after:.4g}" in line
     scale = latest_scalars(report)["merge/scale"]

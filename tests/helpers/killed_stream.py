@@ -92,8 +92,9 @@ def outcome(directory: Path) -> dict:
         assert state is not None
         report = json.loads(Path("stream/report.json").read_text())
         state["dirpath"] = Path(state["dirpath"]).name
+        state["report"]["merges"] = [json.loads(record) for record in state["report"]["merges"]]
         for record in (*state["report"]["merges"], *report["merges"]):
-            record["merge_seconds"] = record["gradient_seconds"] = 0.0
+            record |= dict.fromkeys(("merge_seconds", "gradient_seconds", "evaluation_seconds"), 0.0)
             record["checkpoint"] = record["checkpoint"] and Path(record["checkpoint"]).name
         weights = [torch.load(path)["state_dict"] for path in sorted(Path("stream").glob("*.ckpt"))]
         files = sorted(path.name for path in Path("stream").iterdir())

@@ -108,10 +108,11 @@ def test_costs_show_each_merge() -> None:
     report.merges[1] = MergeRecord(
         "task_b", 0.5, "odem", path={"gamma": [1.0, 0.5, 0.75]}, loss_before=1.0, loss_after=0.81234, loss_incoming=2.5,
         barrier=0.0123, gradient_evaluations=10, gradient_seconds=8.0, merge_seconds=10.0,
+        evaluation_seconds=0.5,
     )  # fmt: skip
     first, second = (line.split() for line in render_costs(report, 120).splitlines() if line.startswith("task_"))
-    assert first == ["task_a", "1.000", "—", "—", "—", "—", "0.0000", "0", "0.00", "—"]
-    assert second == ["task_b", "0.500", "1.0000", "0.8123", "2.5000", "0.75", "(0.50)", "0.0123", "10", "10.00", "25%"]
+    assert first == ["task_a", "1.000", "—", "—", "—", "—", "0.0000", "0", "0.00", "—", "—"]
+    assert second == ["task_b", "0.500", "1.0000", "0.8123", "2.5000", "0.75", "(0.50)", "0.0123", "10", "10.00", "25%", "0.50"]
 
 
 def test_costs_of_a_path_without_damping_show_a_dash() -> None:
