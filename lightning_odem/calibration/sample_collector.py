@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_odem.calibration.batches import labels, select
@@ -27,6 +26,9 @@ class SampleCollector:
         buffer: The buffer of the tasks before; it is not changed.
         given: Calibration data from the user, or None.
         on_item: Called with the number of samples that are loaded and that of all.
+
+    Attributes:
+        announcement: What is drawn from where, in a line.
 
     Raises:
         ValueError: If the buffer has no place for the task, or nothing to draw samples from is found.
@@ -61,7 +63,7 @@ class SampleCollector:
                 )
             self._reservoir = Reservoir(room, buffer.generator(), self._collate[1])
         origin = self._drawn.origin if self._drawn else "the training batches as they pass (transforms apply)"
-        rank_zero_info(f"Calibration: up to {room} samples of task {task!r} from {origin}.")
+        self.announcement = f"Calibration: up to {room} samples of task {task!r} from {origin}."
 
     def see(self, batch: Any) -> None:
         """Consider a training batch, if samples cannot be drawn by index.

@@ -30,7 +30,7 @@ def publish(trainer: L.Trainer, directory: RunDirectory, report: StreamReport) -
             if file.suffix == ".png":
                 log_figure(logger, file, step=len(report.tasks))
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-    rank_zero_info(_summary(report))
+    rank_zero_info(_summary(report, has_others=trainer.checkpoint_callback is not None))
     if doubts := worse_than_expected(report):
         rank_zero_warn(f"After task {plain(report.tasks[-1])}: {'; '.join(doubts)}.")
 
@@ -63,7 +63,7 @@ def log_figure(logger: Logger, file: Path, step: int) -> None:
         log_image(key=name, images=[str(file)], step=step)
 
 
-def _summary(report: StreamReport) -> str:
+def _summary(report: StreamReport, has_others: bool) -> str:
     record = report.merges[-1]
     parts = [
         f"Merged task {len(report.tasks)} ({plain(record.task)}) at t = {record.t:.3g} in {record.merge_seconds:.1f} s"
@@ -86,5 +86,5 @@ def _summary(report: StreamReport) -> str:
         parts += [f"{name} {metric.text(value)}{unit}" for name, value in summary.items() if math.isfinite(value)]
     else:
         parts.append("no ACC and BWT of unlike metrics")
-    where = f". Merged weights: {record.checkpoint} (ModelCheckpoint's files hold unmerged ones)"
-    return ", ".join(parts) + (where if record.checkpoint else "")
+    others = " (ModelCheckpoint's files hold unmerged ones)" if has_others else ""
+    return ", ".join(parts) + (f". Merged weights: {record.checkpoint}{others}" if record.checkpoint else "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -351,4 +351,5 @@ class Session:
                 given = self.calibration_data.get(task)
                 with progress(trainer, f"samples of {task}") as on_item:
                     self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given, on_item)
+                rank_zero_info(self.fit.sampling.announcement)  # below the bar, not in its line
         self.measurement.warn_of_missing(self.report.tasks)

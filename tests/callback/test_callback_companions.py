@@ -172,6 +172,15 @@ def test_checkpoints_of_weights_only_warn_that_no_task_can_be_resumed_from_them(
         fit(Classifier(), Task(0), ContinualMergeCallback(), checkpoint, enable_checkpointing=True)
 
 
+def test_without_model_checkpoints_nothing_is_said_of_their_files(caplog):
+    module, merge = Classifier(), ContinualMergeCallback()
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+        for number in range(2):
+            fit(module, Task(number), merge)
+    assert merge.last_merged_path in caplog.text
+    assert "ModelCheckpoint" not in caplog.text
+
+
 def test_model_checkpoints_files_hold_the_unmerged_model_and_the_users_are_told(tmp_path, caplog):
     module, incoming, merge = Classifier(), Incoming(), ContinualMergeCallback()
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):

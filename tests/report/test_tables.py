@@ -112,7 +112,20 @@ def test_costs_show_each_merge() -> None:
     )  # fmt: skip
     first, second = (line.split() for line in render_costs(report, 120).splitlines() if line.startswith("task_"))
     assert first == ["task_a", "1.000", "—", "—", "—", "—", "0.0000", "0", "0.00", "—", "—"]
-    assert second == ["task_b", "0.500", "1.0000", "0.8123", "2.5000", "0.75", "(0.50)", "0.0123", "10", "10.00", "25%", "0.50"]
+    assert second == [
+        "task_b",
+        "0.500",
+        "1.0000",
+        "0.8123",
+        "2.5000",
+        "0.75",
+        "(0.50)",
+        "0.0123",
+        "10",
+        "10.00",
+        "25%",
+        "0.50",
+    ]
 
 
 def test_costs_of_a_path_without_damping_show_a_dash() -> None:
