@@ -19,7 +19,9 @@ TASKS = ["rotated", "inverted", "slanted"]
 def run(base: TaskClassifier, weights: dict[str, float]) -> ContinualMergeCallback:
     L.seed_everything(0)
     merge = ContinualMergeCallback(weights=weights, calibration_size=256)
-    trainer = ContinualTrainer(max_epochs=3, callbacks=[merge], logger=False, enable_model_summary=False)
+    trainer = ContinualTrainer(
+        max_epochs=3, callbacks=[merge], logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
     trainer.fit_tasks(copy.deepcopy(base), DigitsStream(tasks=TASKS))
     return merge
 

@@ -47,7 +47,9 @@ def main() -> None:
     merge = ContinualMergeCallback(calibration_size=300)
     for task in range(3):
         train, val = loaders(task)
-        trainer = L.Trainer(max_epochs=5, callbacks=[merge], logger=False, enable_model_summary=False)
+        trainer = L.Trainer(
+            max_epochs=5, callbacks=[merge], logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
         trainer.fit(model, train, val)  # the validation data also measures what the merged model still knows
     print(merge.table())
 

@@ -18,7 +18,9 @@ def main() -> None:
 
     merge = ContinualMergeCallback(calibration_size=256)
     for task in stream:
-        trainer = L.Trainer(max_epochs=3, callbacks=[merge], logger=False, enable_model_summary=False)
+        trainer = L.Trainer(
+            max_epochs=3, callbacks=[merge], logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
         trainer.fit(model, datamodule=task)  # fine-tunes from the base model, then merges
     print(merge.table())
 
