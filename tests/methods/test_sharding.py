@@ -70,7 +70,7 @@ def test_the_state_that_is_saved_is_that_of_a_single_process(jobs, alone, size, 
 def test_no_process_makes_a_tensor_of_more_than_its_share_of_the_model(jobs, size):
     sizes = [parameter.numel() for parameter in Net().parameters()]
     for result in jobs[size]:
-        for name in ("dop", "nufilt", "closed_form"):
+        for name in ("dop", "sums"):  # which make no larger ones of their own
             assert result["fp32"][name]["longest"] <= 1.1 * sum(sizes) / size, name
 
 

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_odem.methods import METHODS as NAMES
-
 from lightning_odem.parameters.snapshot import cut_snapshot, gather_snapshot, take_snapshot
 
 pytestmark = pytest.mark.slow
