@@ -19,11 +19,9 @@ from lightning_odem.methods import (
     TaskSingularVectorsMerge,
 )
 from lightning_odem.methods.linalg import norm
-from lightning_odem.methods.needs import BaseModel, Snapshots
-from lightning_odem.parameters.owners import Owners
+from lightning_odem.methods.needs import BaseModel, Need, Snapshots
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import take_snapshot
-from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.stream.stream import Stream
 from lightning_odem.stream.trace import TrainingTrace
 
@@ -144,27 +142,6 @@ def merge(directory, kind=Net, names=tuple(METHODS), dtype=torch.float32):
     return results
 
 
-def exchange():
-    """Whether vectors come back as they were, and which whole parameters the processes own."""
-    net = Net(1)
-    reference = dict(net.named_parameters())
-    reference = {name: tensor.detach().clone() for name, tensor in reference.items()}
-    fully_shard(net)
-    vector = ParameterVector(net)
-    found = {}
-    for case, held in {"": (), "held": [{"scale"}, {"embed.weight", "scale"}]}.items():
-        owners = Owners(vector.shards, vector.names, held)
-        owned = owners.collect(vector.read())
-        expected = [reference[name].flatten() for name in owners.mine]
-        found[case] = {
-            "mine": owners.mine,
-            "length": len(owned),
-            "whole": torch.equal(owned, torch.cat(expected)),
-            "back": torch.equal(owners.distribute(owned), vector.read()),
-        }
-    return found
-
-
 def lose_one():
     """A rule that fails in one process, in which the others wait for its parameters."""
     net = Net(1)
@@ -187,12 +164,40 @@ def lose_one():
     return None
 
 
+class Text(Need[str]):
+    """A need that is no vector."""
+
+    def build(self, sources):
+        return sources.task
+
+
+class Told(MeanNorm):
+    needs = (Text(),)
+
+
+def refusals():
+    """Messages of what is refused: before a training, and at the merge."""
+    net = Net(1)
+    fully_shard(net)
+    attempts = {
+        "method": lambda: Stream("second_moment").check(net),
+        "need": lambda: Stream(Told()).merge(net, take_snapshot(net), "task"),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            messages[name] = str(error)
+    return messages
+
+
 def everything(directory):
     """All of the above in one job: a process takes long to start."""
     return {
         "fp32": merge(directory),
         "fp64": merge(directory, names=["closed_form", "sums"], dtype=torch.float64),
         "single": merge(directory, Single, ["closed_form", "task_singular_vectors", "sums"]),
-        "exchange": exchange(),
-        "failure": lose_one(),
+        "refusals": refusals(),
+        "failure": lose_one(),  # no sum is taken after it
     }
