@@ -147,8 +147,8 @@ class MergeMethod(ABC):
             training.
         sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
             then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
-            dicts of tensors by parameter name may be shards; they are saved whole. Rules that are ``by_tensor`` and
-            not ``sharded`` get whole parameters instead, each process its own. Their tensors are then kept in dicts, see
+            dicts of tensors by parameter name may be shards; they are saved whole. A rule that is ``by_tensor`` and not
+            ``sharded`` gets whole parameters instead, each process its own. It keeps its tensors in dicts, see
             :func:`~lightning_odem.methods.layout.parameter_of` for the keys.
         linear: Whether each entry of the merged model is the same linear combination of the merged, the incoming and
             the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as

@@ -41,16 +41,23 @@ class DividedState:
 
     @property
     def keys(self) -> list[set[str]]:
-        """For each process, all keys of dicts in its part, at any depth."""
+        """For each process, the keys of the tensors in its part: each the key in the innermost dict around it."""
         return [set(_keys(part)) for part in self._parts]
 
     def own(self, is_mine: Callable[[str], bool]) -> dict[str, Any]:
-        """The state with all its containers, numbers and strings, but only the tensors of this process's part.
+        """The state with all its containers, numbers and strings, but only tensors of this process's part.
 
         Args:
-            is_mine: Selects entries of dicts by their keys.
+            is_mine: Selects tensors by their keys.
         """
-        return _joined(self._parts, lambda key, parts: _of(parts, self._shards.rank), is_mine)
+
+        def choose(key: str, parts: Sequence[Any], is_entry: bool) -> Any:
+            found = next(part for part in parts if part is not _NOTHING)
+            if not isinstance(found, (Tensor, _Outline)):
+                return found
+            return parts[self._shards.rank] if is_mine(key) else _NOTHING
+
+        return _joined(self._parts, choose)
 
     def gather(self) -> dict[str, Any]:
         """The whole state in the first process, with its tensors on the CPU; None instead of each in the others.
@@ -60,13 +67,14 @@ class DividedState:
         """
         return _joined(self._parts, self._gather)
 
-    def _gather(self, key: str, parts: Sequence[Any]) -> Any:
+    def _gather(self, key: str, parts: Sequence[Any], is_entry: bool) -> Any:
         held = {rank: part for rank, part in enumerate(parts) if part is not _NOTHING}
         holder, found = next(iter(held.items()))
         if not isinstance(found, (Tensor, _Outline)):
             return found
         mine, shards = held.get(self._shards.rank), self._shards
-        if len(held) == shards.size and all(_outline(part, shards, key).is_shard for part in held.values()):
+        outlines = [_outline(part, shards, key if is_entry else "") for part in held.values()]
+        if len(held) == shards.size and all(outline.is_shard for outline in outlines):
             return shards.gather(key, mine)  # type: ignore[arg-type]
         return shards.bring(mine, holder, found.shape, found.dtype)
 
@@ -90,6 +98,7 @@ def gather_state(module: nn.Module, names: Collection[str], state: dict[str, Any
 
 
 def _outline(value: Any, shards: Shards, key: str = "") -> Any:
+    """A value with outlines instead of its tensors."""
     if isinstance(value, Tensor):
         return _Outline(tuple(value.shape), value.dtype, value.shape == shards.local_shapes.get(key))
     if isinstance(value, dict):
@@ -99,44 +108,43 @@ def _outline(value: Any, shards: Shards, key: str = "") -> Any:
     return value
 
 
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from value
-    if isinstance(value, (dict, list, tuple)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _keys(inner)
+def _keys(value: Any, key: str = "") -> Iterator[str]:
+    """The key of each tensor in plain containers, that in the innermost dict."""
+    if isinstance(value, (Tensor, _Outline)):
+        yield key
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _keys(inner, name)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _keys(inner, key)
 
 
 def _joined(
-    parts: Sequence[Any],
-    leaf: Callable[[str, Sequence[Any]], Any],
-    is_kept: Callable[[str], bool] = lambda key: True,
-    key: str = "",
+    parts: Sequence[Any], leaf: Callable[[str, Sequence[Any], bool], Any], key: str = "", is_entry: bool = True
 ) -> Any:
-    """Containers with what ``leaf`` makes of the parts at each place; entries for which it makes nothing are left out.
+    """The containers of all processes joined, with what ``leaf`` makes of the parts at each place.
 
-    A list that lacks a place is nothing itself.
+    Args:
+        parts: What each process has, or nothing.
+        leaf: Called with the key in the innermost dict, the parts, and whether they are the entry of the dict itself.
+            Entries for which it makes nothing are left out; a list in which it makes nothing is nothing.
+        key: The key in the innermost dict.
+        is_entry: Whether the parts are its entry.
     """
-    present = [part for part in parts if part is not _NOTHING]
-    if isinstance(present[0], dict):
-        found = {
-            name: _joined(
-                [_NOTHING if part is _NOTHING else part.get(name, _NOTHING) for part in parts], leaf, is_kept, name
-            )
-            for name in dict.fromkeys(name for part in present for name in part)
-            if is_kept(name)
-        }
-        return {name: value for name, value in found.items() if value is not _NOTHING}
-    if isinstance(present[0], (list, tuple)):
-        items = [
-            _joined([_NOTHING if part is _NOTHING else part[index] for part in parts], leaf, is_kept)
-            for index in range(len(present[0]))
-        ]
-        return _NOTHING if any(item is _NOTHING for item in items) else type(present[0])(items)
-    return leaf(key, parts)
-
-
-def _of(parts: Sequence[Any], rank: int) -> Any:
-    """What a process has at a place, or what others have if it is no tensor."""
     found = next(part for part in parts if part is not _NOTHING)
-    return parts[rank] if isinstance(found, (Tensor, _Outline)) else found
+    if isinstance(found, dict):
+        names = dict.fromkeys(name for part in parts if part is not _NOTHING for name in part)
+        entries = {name: _joined([_at(part, name) for part in parts], leaf, name) for name in names}
+        return {name: value for name, value in entries.items() if value is not _NOTHING}
+    if isinstance(found, (list, tuple)):
+        items = [_joined([_at(part, index) for part in parts], leaf, key, False) for index in range(len(found))]
+        return _NOTHING if any(item is _NOTHING for item in items) else type(found)(items)
+    return leaf(key, parts, is_entry)
+
+
+def _at(part: Any, place: Any) -> Any:
+    """What a part has under a key or at a position, or nothing."""
+    if isinstance(part, dict):
+        return part.get(place, _NOTHING)
+    return _NOTHING if part is _NOTHING else part[place]

@@ -43,14 +43,16 @@ class MeanNorm(MergeMethod):
         update, task_vector = merged - context[BaseModel], incoming - context[BaseModel]
         self.norms = [*(self.norms or [norm(update, context.sum_)]), norm(task_vector, context.sum_)]
         update.lerp_(task_vector, t)
-        scale = sum(self.norms) / len(self.norms) / norm(update, context.sum_)
-        return MergeResult(update.mul_(scale).add_(context[BaseModel]))
+        self.scale = sum(self.norms) / len(self.norms) / norm(update, context.sum_)
+        return MergeResult(update.mul_(self.scale).add_(context[BaseModel]))
 
     def state_dict(self):
-        return {"norms": self.norms} if self.norms else {}
+        # One of the parameters has the same name.
+        return {"norms": self.norms, "scale": self.scale} if self.norms else {}
 
     def load_state_dict(self, state):
-        self.norms = list(state.get("norms", []))
+        assert state.keys() in (set(), {"norms", "scale"})
+        self.norms, self.scale = list(state.get("norms", [])), state.get("scale")
 
 
 class LargestOfRun(MergeMethod):

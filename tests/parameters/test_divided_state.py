@@ -22,6 +22,7 @@ def test_the_first_process_gathers_shards_and_whatever_another_one_holds(results
     assert_close(found["moments"], {"a/embed.weight": torch.arange(3.0)})
     assert found["half"].dtype == torch.bfloat16
     plain = {key: found[key] for key in ("sum", "shares", "name", "count")}
+    assert found["scale"] == 0.25
     assert plain == {"sum": torch.tensor(2.5), "shares": [0.5, 0.5], "name": "rule", "count": 3}
 
 
@@ -44,15 +45,26 @@ def test_a_process_keeps_its_own_tensors_and_what_is_the_same_for_all(results):
         factors = {f"matrix:{rank}": (torch.full((2, 1), float(rank)), torch.ones(0))}
         assert_close(result["mine"]["factors"], [factors, {}])
         del result["mine"]["factors"]
-        assert result["mine"] == {"shares": [0.5, 0.5], "moments": {}, "count": 3}
+        rest = {
+            "shards": {},
+            "loaded": {},
+            "shares": [0.5, 0.5],
+            "scale": 0.25,
+            "name": "rule",
+            "moments": {},
+            "count": 3,
+        }
+        assert result["mine"] == rest
 
 
 def test_a_process_without_a_part_gets_the_containers_and_numbers(results):
     found = results[0]["first lacks all"]
     assert found == {
+        "shards": {},
         "loaded": {},
         "factors": [{}, {}],
         "shares": [0.5, 0.5],
+        "scale": 0.25,
         "name": "rule",
         "moments": {},
         "count": 3,
