@@ -25,7 +25,7 @@ class StreamState:
     """The state of a stream of tasks; everything else can be derived from it or belongs to the user.
 
     A new field is one line here. Checkpoints, the directory, memory mapping and sharding go through all fields and
-    treat every snapshot that they find.
+    treat every snapshot that they find. Processes that share a model may hold different parts of the method's state.
 
     Args:
         buffer: Calibration samples of the merged tasks.

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import divided_merges
 import pytest
 import torch
@@ -96,6 +99,18 @@ def test_methods_that_need_all_parameters_at_once_are_refused(name):
             check_sharding(resolve_method(name))
     else:
         check_sharding(resolve_method(name))
+
+
+def test_the_guide_says_of_every_method_how_it_merges_shards():
+    guide = Path(__file__).parents[2].joinpath("docs/guides/processes.md").read_text()
+    rows = [
+        set(re.findall(r"`(\w+)`", line)) & NAMES.keys() for line in re.findall(r"^\| (`.*?) \|", guide, re.MULTILINE)
+    ]
+    found = [set(), set(), set()]
+    for name in NAMES:
+        rule = resolve_method(name)
+        found[0 if rule.sharded else 1 if rule.by_tensor else 2].add(name)
+    assert rows == found
 
 
 def test_a_function_is_taken_to_need_all_parameters_at_once():
