@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten_with_path
 from toy import Classifier, Task, close, everything, fit, same
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.methods import ODEMerge
+from lightning_odem.methods import ODEMerge, resolve_method
 from lightning_odem.stream.store import StreamStore
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def run(script, *arguments):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model_parallel")
-    run("model_parallel.py", directory, "0.01")
+    run("model_parallel.py", directory, "ode")
     return directory
 
 
@@ -54,6 +55,25 @@ def test_files_hold_whole_tensors(directory):
         content = torch.load(directory / kind / "merged-03-task_3.ckpt", weights_only=True)
         resumed = torch.load(directory / f"{kind}-0.pt")["resumed"]
         assert all(torch.equal(content["state_dict"][name], tensor) for name, tensor in resumed.items())
+
+
+@pytest.mark.parametrize("name", ["closed_form", "task_singular_vectors"])
+def test_whole_parameters_of_shards_are_merged_and_resumed_as_where_each_process_holds_all(tmp_path, name):
+    run("model_parallel.py", tmp_path, name)
+    whole, shards = (torch.load(tmp_path / f"{kind}-0.pt") for kind in ("whole", "shards"))
+    assert whole["tasks"] == shards["tasks"] == ["task_1", "task_2", "task_3"]
+    assert not close(shards["merged"], shards["resumed"], atol=1e-4)
+    for when in ("merged", "resumed"):
+        assert close(whole[when], shards[when], rtol=1e-5, atol=1e-6)
+    states = [StreamStore(tmp_path / kind / "stream").load()["method"] for kind in ("whole", "shards")]
+    tensors = [dict(tree_flatten_with_path(state)[0]) for state in states]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert {path: getattr(found, "shape", found) for path, found in tensors[0].items()} == {
+        path: getattr(found, "shape", found) for path, found in tensors[1].items()
+    }
+    merge = ContinualMergeCallback(resolve_method(name), dirpath=str(tmp_path / "shards"), calibration_size=12)
+    fit(Classifier(batch_norm=False), Task(3), merge)
+    assert len(merge.report.tasks) == 4
 
 
 def test_a_single_process_takes_a_task_out_of_a_stream_of_shards(directory, tmp_path):

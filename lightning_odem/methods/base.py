@@ -36,7 +36,8 @@ class MergeContext:
     there.
 
     If several processes share the model (FSDP2), each vector is this process's part: its shards of all parameters, flat
-    and one after the other. Only methods that declare that they can merge shards get such a model.
+    and one after the other. Only methods that declare that they can merge shards get such vectors; others get some
+    parameters whole, as in a merge of files.
 
     Args:
         names: Names of the merged parameters, in the order of the flat vectors.
@@ -146,7 +147,9 @@ class MergeMethod(ABC):
             training.
         sharded: Whether the rule can merge shards of the vectors, each process its own. What it does with an entry must
             then depend on that entry alone, or on sums over all entries taken with ``context.sum_``. In its state, only
-            dicts of tensors by parameter name may be shards; they are saved whole.
+            dicts of tensors by parameter name may be shards; they are saved whole. A rule that is ``by_tensor`` and not
+            ``sharded`` gets whole parameters instead, each process its own. It keeps its tensors in dicts, see
+            :func:`~lightning_odem.methods.layout.parameter_of` for the keys.
         linear: Whether each entry of the merged model is the same linear combination of the merged, the incoming and
             the base model's, with coefficients that depend on ``t`` alone. The updates of adapters are then combined as
             factors of low rank, and the vectors have three coefficients in place of each update. A subclass with a

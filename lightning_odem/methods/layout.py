@@ -1,7 +1,7 @@
 """Views of flat vectors as the tensors they consist of; weight matrices are kept apart from the rest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -103,6 +103,20 @@ class Part(NamedTuple):
     name: str
     number: int
     rows: int
+
+
+def parameter_of(key: str, names: Container[str]) -> str | None:
+    """The parameter to which an entry of a method's state belongs, if it is one of some names.
+
+    Its key is the parameter's name or the key of a :class:`Part`. A word and a slash may stand before it.
+
+    Example:
+        >>> [parameter_of(key, ["w"]) for key in ("w", "w:2", "moments/w:2", "norm")]
+        ['w', 'w', 'w', None]
+    """
+    ends = [key, *(key[index + 1 :] for index, letter in enumerate(key) if letter == "/")]
+    candidates = (name for end in ends for name in (end, end.rpartition(":")[0]))
+    return next((name for name in candidates if name in names), None)
 
 
 def parts(

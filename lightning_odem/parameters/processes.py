@@ -4,7 +4,7 @@ import itertools
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +72,21 @@ class Processes:
         if self.size > 1:
             self._finish(dist.broadcast(tensor, src=0, async_op=True), tensor.device.type == "cpu")
         return tensor
+
+    def exchange(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send consecutive pieces of a flat tensor to the processes, and receive theirs, both in the processes' order.
+
+        Args:
+            tensor: The pieces, one after the other.
+            sent: Length of the piece for each process.
+            received: Length of the piece from each process.
+        """
+        if self.size == 1:
+            return tensor
+        found = tensor.new_empty(sum(received))
+        work = dist.all_to_all_single(found, tensor, list(received), list(sent), async_op=True)
+        self._finish(work, tensor.device.type == "cpu")
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Parameters that several processes share with FSDP2, cut along their first dimension."""
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -42,6 +43,39 @@ class Shards:
         """Sum numbers over the processes in place, with the same bits in each; all processes have to call it."""
         numbers.copy_(self._processes.sum_(numbers.to(self._device)))
 
+    def exchange(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send consecutive pieces of a flat tensor to the processes, see :meth:`Processes.exchange`."""
+        return self._processes.exchange(tensor.to(self._device), sent, received).to(tensor.device)
+
+    def share(self, value: Any) -> list[Any]:
+        """What each process gives, in their order; plain containers without large tensors. All have to call it."""
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        self.sum_(sizes)
+        found = torch.zeros(int(sizes.sum()), dtype=torch.uint8)
+        pieces = found.split(sizes.tolist())
+        pieces[self.rank].copy_(data)
+        self.sum_(found)
+        return [pickle.loads(piece.numpy().tobytes()) for piece in pieces]
+
+    def bring(self, tensor: Tensor | None, holder: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Bring a tensor that one process holds to the first one. All processes have to call it.
+
+        Returns:
+            The tensor on the CPU in the first process, None in the others.
+        """
+        if holder == 0 or 0 in shape:
+            return (torch.empty(tuple(shape), dtype=dtype) if tensor is None else tensor) if self.rank == 0 else None
+        if self.rank == holder:
+            assert tensor is not None, "held here"
+            dist.send(tensor.to(self._device).contiguous(), 0)
+        if self.rank != 0:
+            return None
+        received = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        dist.recv(received, holder)
+        return received.cpu()
+
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """This process's shard of a whole parameter, in its memory; any other tensor is returned itself."""
         if tensor.shape != self.shapes.get(name):
@@ -71,6 +105,11 @@ class Shards:
     def first_row(self, name: str) -> int:
         """The row of the whole parameter with which this process's shard begins."""
         return min(self.rank * self._rows(name), self.shapes[name][0])
+
+    def size_of(self, name: str, rank: int) -> int:
+        """Number of entries in the shard of a process."""
+        total, rows = self.shapes[name][0], self._rows(name)
+        return max(min(total - rank * rows, rows), 0) * self.shapes[name][1:].numel()
 
     def _rows(self, name: str) -> int:
         """Rows of a shard, except the last ones."""

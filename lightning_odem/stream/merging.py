@@ -16,7 +16,7 @@ from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, metho
 from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import KeptState
 from lightning_odem.methods.needs import Offer, Sources
-from lightning_odem.methods.sharding import check_sharding
+from lightning_odem.methods.sharding import OnShards
 from lightning_odem.parameters.adapter_combination import AdapterCombination
 from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.linear_layers import inputs_first, linear_layers, number_of_groups
@@ -119,8 +119,7 @@ def merging(
     adapters = (AdapterCombination if combined else Adapters)(module, exclude)
     adapters.expand()
     vector = ParameterVector(module, exclude, adapters)
-    if vector.shards is not None:
-        check_sharding(method)
+    rule = method if vector.shards is None else OnShards(method)
     layers = linear_layers(module, dict(zip(vector.tensors, vector.names, strict=True)))
     groups = {**layout.get("groups", {}), **number_of_groups(layers)}
     transposed = inputs_first(layers) | adapters.inputs_first | frozenset(layout.get("transposed", ()))
@@ -151,9 +150,9 @@ def merging(
                     whole=whole,
                 )
                 if merged is None:
-                    result = method.start(incoming, context)
+                    result = rule.start(incoming, context)
                 else:
-                    result = method.merge(vector.gather(merged), incoming, t, context)
+                    result = rule.merge(vector.gather(merged), incoming, t, context)
                     if result.t is not None:
                         t = result.t
                         statistics.write_(incoming_statistics)

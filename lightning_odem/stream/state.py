@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_odem.calibration import CalibrationBuffer
+from lightning_odem.parameters.divided_state import gather_state
 from lightning_odem.parameters.snapshot import Snapshot, cut_snapshot, whole_snapshot
 from lightning_odem.report.record import StreamReport
 
@@ -24,7 +25,7 @@ class StreamState:
     """The state of a stream of tasks; everything else can be derived from it or belongs to the user.
 
     A new field is one line here. Checkpoints, the directory, memory mapping and sharding go through all fields and
-    treat every snapshot that they find.
+    treat every snapshot that they find. Processes that share a model may hold different parts of the method's state.
 
     Args:
         buffer: Calibration samples of the merged tasks.
@@ -88,10 +89,14 @@ class StreamState:
 
     def whole(self, module: nn.Module) -> "StreamState":
         """The state with whole tensors in the first process, if the module's parameters are sharded."""
-        return replace(self, **self._with_snapshots(partial(whole_snapshot, module)))
+        method = gather_state(module, self.merged or (), self.method)
+        return replace(self, **self._with_snapshots(partial(whole_snapshot, module)), method=method)
 
     def cut(self, module: nn.Module) -> None:
-        """Keep only this process's shards, if the module's parameters are sharded."""
+        """Keep only this process's shards, if the module's parameters are sharded.
+
+        The method's state stays whole until the next merge, which knows what the method needs of it.
+        """
         vars(self).update(self._with_snapshots(partial(cut_snapshot, module)))
 
     def map(self, section: Callable[[str], Any]) -> None:
@@ -101,7 +106,8 @@ class StreamState:
         self.buffer.load_state_dict(section("buffer"))
 
     def _with_snapshots(self, change: Callable[[Snapshot], Snapshot]) -> dict[str, Any]:
-        return {entry.name: _changed(getattr(self, entry.name), change) for entry in fields(self)}
+        others = (entry.name for entry in fields(self) if entry.name != "method")
+        return {name: _changed(getattr(self, name), change) for name in others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the state by that of a :meth:`state_dict`.

@@ -20,13 +20,14 @@ from lightning_odem.flow import operating_time
 from lightning_odem.methods import MergeMethod, method_name, resolve_method
 from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import copy_containers
+from lightning_odem.methods.sharding import check_sharding
 from lightning_odem.parameters.adapters import Adapters
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.frozen_base import check_frozen_base, frozen_base
 from lightning_odem.parameters.low_rank import FactorPair
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
 from lightning_odem.parameters.task_parameters import own_parameters
-from lightning_odem.parameters.vector import canonical_name
+from lightning_odem.parameters.vector import ParameterVector, canonical_name
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.addition import Addition
 from lightning_odem.stream.growth import grow, with_own_rows
@@ -99,10 +100,13 @@ class Stream:
         """Refuse, before any training, a module that could not be merged after it.
 
         Raises:
-            ValueError: As :meth:`~lightning_odem.parameters.Division.check`; if an adapter has another scale than in
-                the merged model; or if the frozen base of a model with adapters is another one.
+            ValueError: As :meth:`~lightning_odem.parameters.Division.check`; if the parameters are sharded and the
+                method cannot merge shards; if an adapter has another scale than in the merged model; or if the frozen
+                base of a model with adapters is another one.
         """
         self.division.check(module)
+        if ParameterVector(module, self.division.patterns(module)).shards is not None:
+            check_sharding(self.method)
         self.check_fixed(module)
         pairs = Adapters(module, self.division.patterns(module)).pairs
         known = self.state.merged or {}

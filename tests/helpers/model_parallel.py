@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from toy import Classifier, Failing, Task, make_trainer
 
 from lightning_odem import ContinualMergeCallback
-from lightning_odem.methods import ODEMerge
+from lightning_odem.methods import ClosedFormMerge, ODEMerge, TaskSingularVectorsMerge
 from lightning_odem.parameters.snapshot import gather_snapshot, take_snapshot
 
 
@@ -24,8 +24,15 @@ class Sharded(Classifier):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-def main(directory: Path, descent: str) -> None:
-    method = ODEMerge(descent=float(descent))  # above 0 with a state, shards of which are saved whole
+METHODS = {
+    "ode": lambda: ODEMerge(descent=0.01),  # above 0 with a state, shards of which are saved whole
+    "closed_form": lambda: ClosedFormMerge(measured=0.5),
+    "task_singular_vectors": TaskSingularVectorsMerge,
+}
+
+
+def main(directory: Path, name: str) -> None:
+    method = METHODS[name]()
     options = {"calibration_size": 12}  # of 24 samples a task
     for kind, strategy, kind_of_module in (
         ("whole", lambda: "ddp", Classifier),

@@ -7,8 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_odem.methods import METHODS as NAMES
-from lightning_odem.methods import FunctionMerge, resolve_method
-from lightning_odem.methods.sharding import check_sharding
 from lightning_odem.parameters.snapshot import cut_snapshot, gather_snapshot, take_snapshot
 
 pytestmark = pytest.mark.slow
@@ -153,19 +151,7 @@ def test_whole_models_need_no_gathering_and_no_cutting():
     assert cut_snapshot(net, {**snapshot, "other": snapshot["bias"]})["weight"] is snapshot["weight"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_methods_that_need_whole_tensors_are_refused(name):
-    able = {"average", "interpolation", "isotropic", "magmax", "ode", "ode_paper", "task_arithmetic", "ties"}
+def test_every_rule_that_merges_shards_as_they_are_is_tried_here():
+    able = {name for name, rule in NAMES.items() if getattr(rule, "sharded", False)}
+    assert able == {"average", "interpolation", "isotropic", "magmax", "ode", "ode_paper", "task_arithmetic", "ties"}
     assert able == {case.split()[0] for case in METHODS}
-    if name in able:
-        check_sharding(resolve_method(name))
-    else:
-        with pytest.raises(
-            ValueError, match=f"'{name}' needs whole tensors.* merge shards are {', '.join(sorted(able))};"
-        ):
-            check_sharding(resolve_method(name))
-
-
-def test_a_function_is_taken_to_need_whole_tensors():
-    with pytest.raises(ValueError, match="'lerp' needs whole tensors"):
-        check_sharding(FunctionMerge(torch.lerp))
