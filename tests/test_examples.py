@@ -22,10 +22,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("segmentation.py", "after noisy"),
         ("detection.py", "after blue"),
         ("calibration_cost.py", "pass / step"),
+        ("long_streams.py --run average 3 --run ode 2", "report (kB)"),
     ],
 )
 def test_an_example_runs_as_it_stands(script, expected, tmp_path):
-    command = [sys.executable, EXAMPLES / script]
+    name, *arguments = script.split()
+    command = [sys.executable, EXAMPLES / name, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
