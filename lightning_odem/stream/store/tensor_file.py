@@ -86,8 +86,11 @@ class TensorFile:
 
     def describe(self, directory: Path, crc32: Mapping[str, int]) -> str:
         """What is known of the tensors of a damaged file: which are whole, by their checksums."""
+        path = directory / self.name
+        if not path.is_file():  # a pipe would be waited for
+            return ""
         try:
-            found = checksums(load_file(directory / self.name))
+            found = checksums(load_file(path))
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError):
             return ""
         if not crc32 or found.keys() != crc32.keys():

@@ -1,8 +1,11 @@
 import hashlib
 import json
+import os
 import random
 import shutil
+import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +54,40 @@ def newest(directory):
         directory / sections["merged"]["file"]["name"]: 1,
         directory / sections["base"]["file"]["name"]: 0,
     }
+
+
+@pytest.fixture
+def no_waiting():
+    """Ends a test that waits for a pipe."""
+
+    def give_up(*_):
+        raise RuntimeError("waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_pipe_in_the_place_of_a_file_of_tensors_is_damage(directory, no_waiting):
+    path = next(path for path in newest(directory) if path.suffix == ".safetensors")
+    path.unlink()
+    os.mkfifo(path)
+    number, told = load(directory)
+    assert number < 2
+    assert "is no regular file" in told
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/")], ids=["pipe", "file", "link"]
+)
+def test_what_is_in_the_place_of_drafts_is_removed(directory, make, no_waiting):
+    make(directory / "drafts")
+    store = StreamStore(directory)
+    store.load()
+    assert store.save(state_of(3)) == 3
+    assert load(directory)[0] == 3
 
 
 def damages(content):
