@@ -4,8 +4,8 @@ Each task is one step of a small network, with a new Trainer and the same callba
 is not hidden by the training. By default nothing is measured, since measuring all earlier tasks takes time in
 proportion to their number; ``--evaluate last`` and ``--evaluate every`` show that.
 
-Run it with ``python examples/long_streams.py``; a thousand tasks by ``average`` take two minutes, two hundred by ``ode``
-four. It downloads nothing.
+Run it with ``python examples/long_streams.py``; a thousand tasks by ``average`` take two minutes, two hundred by
+``ode`` four. It downloads nothing.
 """
 
 import argparse
