@@ -56,6 +56,9 @@ class Deferred(Generic[T]):
         fetch(self)
         return self._finish(self._numbers)
 
+    def __float__(self: "Deferred[float]") -> float:
+        return self.result()
+
 
 def fetch(*results: Deferred) -> None:
     """Read the numbers of several results from their device, in one transfer."""
