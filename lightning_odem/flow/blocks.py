@@ -61,18 +61,17 @@ class WholeVector:
 
     Args:
         sum_: Sums over shards.
-        keep: Whether the temporaries of a CPU, 20 MB at most, are kept from one projection to the next. Getting such
-            memory anew takes longer than the projection.
     """
 
-    def __init__(self, sum_: SumOverShards = alone, keep: bool = False) -> None:
-        self._sum_, self._keep = sum_, keep
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+    def __init__(self, sum_: SumOverShards = alone) -> None:
+        self._sum_ = sum_
 
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
         """Project the transport onto the gradient; no number is read from the device yet."""
         sums, size = wide(theta.new_zeros(3)), _piece_on(theta.device, _SUM)
-        temporaries = self._temporaries(theta, min(size, len(theta)))
+        # All pieces use the same temporaries: getting such memory anew takes as long as a sum.
+        narrow = theta.new_empty(min(size, len(theta)))
+        temporaries = narrow, *(wide(narrow[:0]).new_empty(len(narrow)) for _ in range(2))
         for point, target, piece in _pieces(theta, theta1, grad, size=size):
             narrow, distance, gradient = (each[: len(point)] for each in temporaries)
             distance.copy_(torch.sub(target, point, out=narrow))
@@ -85,16 +84,6 @@ class WholeVector:
             return _project(product, grad_square, distance_square, alpha)
 
         return Deferred(sums, finish)
-
-    def _temporaries(self, theta: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for a piece, in the dtype of ``theta`` and twice in fp64."""
-        kept, key = self._kept, (size, theta.dtype, theta.device)
-        if kept is not None and (len(kept[0]), kept[0].dtype, kept[0].device) == key:
-            return kept
-        narrow = theta.new_empty(size)
-        found = narrow, wide(narrow[:0]).new_empty(size), wide(narrow[:0]).new_empty(size)
-        self._kept = found if self._keep and theta.device.type == "cpu" else None
-        return found
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""

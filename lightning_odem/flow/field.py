@@ -166,7 +166,7 @@ class RectifiedField(TransportField):
                 raise ValueError(f"Lengths of blocks are integers >= 1 of shape [B], got {blocks}.")
             self._blocks = Segments(blocks, sum_, split)
         elif isinstance(blocks, str) and blocks in ("vector", "coordinate"):
-            self._blocks = WholeVector(sum_, keep=True) if blocks == "vector" else Coordinates(sum_)
+            self._blocks = WholeVector(sum_) if blocks == "vector" else Coordinates(sum_)
         else:
             raise ValueError(f"Blocks are 'vector', 'coordinate' or a tensor of lengths, got {shown(blocks)}.")
 
