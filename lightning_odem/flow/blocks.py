@@ -68,7 +68,7 @@ class WholeVector:
 
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
         """Project the transport onto the gradient; no number is read from the device yet."""
-        sums, size = wide(theta.new_zeros(3)), _piece_on(theta.device, _SUM)
+        sums, size = wide(theta.new_zeros(3)), piece_on(theta.device, _SUM)
         # All pieces use the same temporaries: getting such memory anew takes as long as a sum.
         narrow = theta.new_empty(min(size, len(theta)))
         temporaries = narrow, *(wide(narrow[:0]).new_empty(len(narrow)) for _ in range(2))
@@ -109,7 +109,7 @@ class Segments:
         self._size = int(lengths.sum())
         self._sum_ = sum_
         self._split = torch.zeros(len(lengths), dtype=torch.bool) if split is None else split.cpu()
-        self._piece = _piece_on(lengths.device)
+        self._piece = piece_on(lengths.device)
         piece_ends = torch.arange(1, math.ceil(max(self._size, 1) / self._piece)) * self._piece
         part_ends = torch.cat([ends, piece_ends]).unique()
         part_ends = part_ends[part_ends > 0]
@@ -229,11 +229,12 @@ def _project(products: Tensor, grad_squares: Tensor, distance_square: Tensor, al
 
 
 def _pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    size = size or _piece_on(vectors[0].device)
+    size = size or piece_on(vectors[0].device)
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 
-def _piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+def piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+    """Entries of the pieces in which long vectors are gone through."""
     return (on_cpu or _PIECE) if device.type == "cpu" else _PIECE_OF_DEVICE
 
 
