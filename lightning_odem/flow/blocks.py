@@ -69,9 +69,9 @@ class WholeVector:
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
         """Project the transport onto the gradient; no number is read from the device yet."""
         sums, size = wide(theta.new_zeros(3)), piece_on(theta.device, _SUM)
-        # All pieces use the same temporaries, in one block: getting such memory anew takes as long as a sum.
-        room = wide(theta[:0]).new_empty(3, min(size, len(theta)))
-        temporaries = room[0].view(theta.dtype)[: room.shape[1]], room[1], room[2]
+        # All pieces use the same temporaries: getting such memory anew takes as long as a sum.
+        narrow = theta.new_empty(min(size, len(theta)))
+        temporaries = narrow, *(wide(narrow[:0]).new_empty(len(narrow)) for _ in range(2))
         for point, target, piece in _pieces(theta, theta1, grad, size=size):
             narrow, distance, gradient = (each[: len(point)] for each in temporaries)
             distance.copy_(torch.sub(target, point, out=narrow))
