@@ -1,8 +1,9 @@
 """Time of a merge beside the forward and backward passes that it makes: all that is more is overhead.
 
 ``python examples/flow_times.py MODEL`` takes a timm model, ``test_vit`` (as in configs/digits.yaml), ``resnet20``,
-``minilm`` or the folder of a Hugging Face text classifier, with random samples. Times are processor times of one
-thread, on a GPU wall times: the smallest of all turns, and the median of their overheads. TFLOP/s are those of the
+``minilm``, ``quickstart`` or the folder of a Hugging Face text classifier, with random samples. Times are processor
+times of one thread, on a GPU wall times: the smallest of all turns, and the median of their overheads. The bare passes
+are in batches of one size and, for the second overhead, of the same sizes as the rule's. TFLOP/s are those of the
 passes over the time of the merge; the peak is a matrix product's. ``--sizes 32 64`` tries batch sizes.
 """
 
@@ -14,7 +15,7 @@ from statistics import median
 
 import lightning as L
 import torch
-from flow_models import SEEN, Classifier
+from flow_models import SEEN, Classifier, passes
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +33,8 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
     def __init__(self, samples, turns, sizes, rows, **options):
         self.n, self.turns, self.sizes, self.rows = samples, turns, sizes, rows
         self.options = CalibrationOptions(**options)
-        self.table = Table("rule", "t", "samples", "bare s", "merge s", "overhead", "TFLOP/s", "of peak", "memory")
+        names = "rule", "t", "samples", "bare s", "same s", "merge s", "overhead", "TFLOP/s", "of peak", "memory"
+        self.table = Table(*names)
 
     def on_fit_start(self, trainer, module):
         self.module, self.plugin, size = module, trainer.precision_plugin, self.options.batch_size
@@ -40,12 +42,15 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
         incoming = {name: value + 1e-3 * torch.randn(value.shape).to(value.dtype) for name, value in base.items()}
         self.drawn = trainer.strategy.batch_to_device(self.plugin.convert_input(first))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.bare(True, size)
+            self.bare({(True, size): len(first[1])})
         flops, model_bytes = counter.get_total_flops() / len(first[1]), sum(value.nbytes for value in base.values())
         factor = self.plugin.convert_input(torch.randn(*[8192 if ON_GPU else 1024] * 2, device=module.device))
         with self.plugin.forward_context():
             peak = 2 * len(factor) ** 3 / min(seconds(lambda: factor @ factor) for _ in range(9))
-        self.ms = {tried: 1000 * min(self.bare(True, tried) for _ in range(self.turns)) for tried in self.sizes}
+        n = 4 * max(self.sizes, default=0)
+        self.ms = {
+            tried: 1000 / n * min(self.bare({(True, tried): n}) for _ in range(self.turns)) for tried in self.sizes
+        }
         for rule, t in self.rows:
             turns = []
             for _ in range(self.turns):
@@ -55,28 +60,20 @@ class FlowTimes(L.Callback):  # passes belong to modules that a Trainer runs
                 before = memory(reset=True)
                 merged = seconds(lambda: stream.merge(module, incoming, "second", 1.0, second))  # noqa: B023
                 held, made = (memory() - before) / model_bytes, dict(SEEN)
-                turns.append((merged, sum(n * self.bare(gradient, size) for gradient, n in made.items()), held))
-            merged, bare, held = zip(*turns, strict=True)
-            speed = flops * (made.get(True, 0) + made.get(False, 0) / 3) / min(merged)
-            overhead = f"{100 * median(turn[0] / turn[1] - 1 for turn in turns):.1f} %" if made else "—"
-            cells = f"{min(bare):.3f}", f"{min(merged):.3f}", overhead
+                count = {kind: sum(n for key, n in made.items() if key[0] is kind) for kind in (True, False)}
+                turns.append((merged, self.bare({(kind, size): n for kind, n in count.items()}), self.bare(made), held))
+            merged, bare, same, held = zip(*turns, strict=True)
+            speed = flops * (count[True] + count[False] / 3) / min(merged)
+            over = [f"{median(turn[0] / turn[k] - 1 for turn in turns):.1%}" if made else "—" for k in (1, 2)]
+            cells = f"{min(bare):.3f}", f"{min(same):.3f}", f"{min(merged):.3f}", ", ".join(over)
             cells += f"{speed / 1e12:.4g}", f"{speed / peak:.0%}", f"{max(held):.1f}"
-            self.table.add_row(rule, f"{t:g}", f"{made.get(True, 0)} + {made.get(False, 0)}", *cells)
+            self.table.add_row(rule, f"{t:g}", f"{count[True]} + {count[False]}", *cells)
 
-    def bare(self, gradient, size):
-        """Seconds per sample of a plain loop over micro-batches."""
-        batches = list(zip(*(part.split(size) for part in self.drawn), strict=True))
-
-        def loop():
-            self.module.zero_grad()
-            for batch in batches:
-                with torch.set_grad_enabled(gradient), self.plugin.forward_context():
-                    loss = self.module.training_step(batch)
-                if gradient:
-                    loss.backward()
-
+    def bare(self, made):
+        """Seconds of the passes alone."""
+        made = {(kind, min(size, len(self.drawn[1]))): n for (kind, size), n in made.items()}
         with undisturbed(self.module):
-            return seconds(loop) / len(self.drawn[1])
+            return seconds(lambda: passes(self.module, self.plugin, self.drawn, made))
 
 
 def seconds(work):

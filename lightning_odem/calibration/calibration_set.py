@@ -1,12 +1,13 @@
 """The samples of all tasks, and the loss that is measured on them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.fastest_size import fastest_micro_batches
 from lightning_odem.calibration.objective import BatchLoss, CalibrationObjective, Counted
 from lightning_odem.calibration.placement import on_device
 from lightning_odem.calibration.prediction_loss import LogitsLoss
@@ -31,6 +32,7 @@ class CalibrationSet:
             :func:`~lightning_odem.parameters.own_parameters`.
         keep_on_device: Whether an objective has its samples on the device, see
             :func:`~lightning_odem.calibration.placement.on_device`.
+        finds_size: Whether the batch size is still to be found, by :meth:`fastest`.
     """
 
     buffer: CalibrationBuffer
@@ -39,6 +41,7 @@ class CalibrationSet:
     loss_scale: float = 1.0
     as_task: AsTask = no_task_parameters
     keep_on_device: bool = False
+    finds_size: bool = False
 
     def objective(self, vector: ParameterVector) -> CalibrationObjective:
         """The calibration loss as a function of the vector."""
@@ -46,6 +49,12 @@ class CalibrationSet:
         return CalibrationObjective(
             vector, buffer, self.batch_loss, self.batch_size, self.loss_scale, as_task=self.as_task
         )
+
+    def fastest(self, vector: ParameterVector) -> "CalibrationSet":
+        """The same samples in micro-batches of the fastest size, if the size is to be found."""
+        if not self.finds_size:
+            return self
+        return replace(self, batch_size=fastest_micro_batches(self.objective(vector)), finds_size=False)
 
     def loss(self, batch: MicroBatch) -> Tensor | Counted:
         """Mean loss of a micro-batch; the module has the parameters of its task meanwhile."""

@@ -158,7 +158,7 @@ def _has_no_target(batch: Any) -> bool:
         found = next((getattr(batch, key) for key in LABEL_KEYS if hasattr(batch, key)), None)
     if not isinstance(found, Tensor) or found.is_floating_point() or not found.dim() or not found.numel():
         return False
-    if found[(-1,) * found.dim()] != _IGNORED:
+    if found[(-1,) * found.dim()].item() != _IGNORED:  # true of almost all batches
         return False
     return bool((found == _IGNORED).all() or (found.dim() > 1 and (found[:, 1:] == _IGNORED).all()))
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from lightning_odem.calibration.buffer import CalibrationBuffer
 from lightning_odem.calibration.process_part import Piece, partition, partition_each, read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
+from lightning_odem.flow.deferred import Deferred, settle
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
 from lightning_odem.parameters.vector import NoGradientError, ParameterVector
@@ -109,9 +111,18 @@ class CalibrationObjective:
         Raises:
             ValueError: If the loss depends on none of the parameters.
         """
+        return settle(partial(self.differentiate, theta, batches))
+
+    def differentiate(
+        self, theta: Tensor, batches: Sequence[MicroBatch] | None = None
+    ) -> tuple[Deferred[float], Tensor]:
+        """As :meth:`loss_and_grad`, but the loss is still on the device, and so is whether a gradient overflowed.
+
+        In a job of several processes, their losses are read here.
+        """
         batches = self.micro_batches() if batches is None else batches
         shards = self.vector.shards
-        return self.loss_scale.differentiate(
+        return self.loss_scale.attempt(
             lambda scale: self._loss_and_grad(theta, batches, scale), None if shards is None else shards.sum_
         )
 
@@ -125,9 +136,9 @@ class CalibrationObjective:
         with self._pass(theta), torch.no_grad():
             self.loss_evaluations += 1
             if self.processes.size == 1:
-                return self._losses(batches)
+                return self._losses(batches).tolist()
             pieces = self._pieces(batches)
-            found, error = _attempt(lambda: self._losses([piece.batch for piece in pieces]))
+            found, error = _attempt(lambda: self._losses([piece.batch for piece in pieces]).tolist())
             # One entry per micro-batch, and the number of processes that failed.
             sums = torch.zeros(len(batches) + 1, dtype=torch.float64)
             sums[-1] = error is not None
@@ -138,7 +149,9 @@ class CalibrationObjective:
                 self._raise_everywhere(error)
             return means
 
-    def _loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch], scale: float) -> tuple[float, Tensor]:
+    def _loss_and_grad(
+        self, theta: Tensor, batches: Sequence[MicroBatch], scale: float
+    ) -> tuple[Deferred[float], Tensor]:
         """The loss, and its gradient times ``scale``."""
         with self._pass(theta):
             self.gradient_evaluations += 1
@@ -149,17 +162,25 @@ class CalibrationObjective:
 
     def _differentiate(
         self, batches: Sequence[MicroBatch], scale: float, out: Tensor | None = None
-    ) -> tuple[float, Tensor]:
+    ) -> tuple[Deferred[float], Tensor]:
         with torch.enable_grad(), self.vector.collect_gradient(out) as grad:
-            return _sum_by_share(self._losses(batches, scale), batches), grad
+            losses = self._losses(batches, scale)
+            launched = time.perf_counter()
 
-    def _differentiate_together(self, batches: Sequence[MicroBatch], scale: float) -> tuple[float, Tensor]:
+        def finish(losses: Tensor) -> float:
+            if self.vector.device.type != "cpu":  # the device has worked since then
+                self.seconds += time.perf_counter() - launched
+            return _sum_by_share(losses.tolist(), batches)
+
+        return Deferred(losses, finish), grad
+
+    def _differentiate_together(self, batches: Sequence[MicroBatch], scale: float) -> tuple[Deferred[float], Tensor]:
         """As :meth:`_differentiate`, summed over the parts of all processes."""
         rank, size, d = self.processes.rank, self.processes.size, len(self.vector)
         own = [piece.batch for piece in self._pieces(batches)]
         flat = torch.zeros(d + tail_length(size), dtype=self.vector.dtype, device=self.vector.device)
         grad = flat[:d]
-        found, error = _attempt(lambda: self._differentiate(own, scale, grad)[0])
+        found, error = _attempt(lambda: self._differentiate(own, scale, grad)[0].result())
         # A part without samples or with constant losses has no gradient, but the other parts may have one.
         reached, failed = error is None, error is not None and not isinstance(error, NoGradientError)
         flat[d:] = flat.new_tensor(tail(found or 0.0, rank, size, failed=failed, reached=reached))
@@ -169,7 +190,7 @@ class CalibrationObjective:
             self._raise_everywhere(error if failed else None)
         if error is not None and not any_reached:
             raise error
-        return loss, grad
+        return Deferred.of(loss), grad
 
     def _sum_over_processes_(self, flat: Tensor) -> None:
         """Sum the processes' parts of a gradient [d], and the tail behind it, in place."""
@@ -189,7 +210,7 @@ class CalibrationObjective:
             if error is not None:
                 raise error
 
-    def _losses(self, batches: Sequence[MicroBatch], scale: float | None = None) -> list[float]:
+    def _losses(self, batches: Sequence[MicroBatch], scale: float | None = None) -> Tensor:
         """Mean loss of each micro-batch; with a ``scale``, ``backward`` of the loss times share and scale runs too."""
         losses = []
         for batch in batches:
@@ -200,8 +221,8 @@ class CalibrationObjective:
                 if scale is not None and loss.requires_grad:
                     (loss * (batch.share * scale)).backward()
             losses.append(loss.detach())
-        # Read from the device once per pass.
-        return torch.stack(losses).tolist() if losses else []
+        # On the device, to be read once per pass.
+        return torch.stack(losses) if losses else torch.empty(0)
 
     def _in_proportion(self, found: Counted, batch: MicroBatch) -> Tensor:
         """The loss times the count per sample of the micro-batch, relative to the count per sample of the task."""
@@ -225,7 +246,6 @@ class CalibrationObjective:
         start = time.perf_counter()
         self.vector.write_(theta)
         yield
-        # The loss has been read by now, so a device has finished what was asked of it.
         self.seconds += time.perf_counter() - start
 
 

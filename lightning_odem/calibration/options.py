@@ -19,7 +19,10 @@ class CalibrationOptions:
             the loss is a mean over samples, or if ``calibration_step`` returns ``(loss, count)`` for a mean over tokens
             or masks. The rule ``ode_released`` is an exception: it counts batches. A loss that compares the samples of
             a batch with each other depends on the batch size. ``"as trained"`` takes the batch size of the incoming
-            task's training dataloader for all tasks, and 128 if there is none.
+            task's training dataloader for all tasks, and 128 if there is none. ``"auto"`` finds the fastest size that
+            fits in memory before the stream's first merge of two models, see
+            :func:`~lightning_odem.calibration.fastest_size.fastest_micro_batches`. The stream keeps that size. It may
+            be another one in another stream of the same models.
         quota: ``"equal"`` gives every task as many places, ``"utility"`` gives places by utility weight.
         seed: Seed of the choice among a task's samples.
         loss: ``"labels"`` is the module's own loss, ``"logits"`` the divergence from the logits of each task's
@@ -35,7 +38,7 @@ class CalibrationOptions:
             they take at most a quarter of its free memory. Results are the same.
     """
 
-    batch_size: int | Literal["as trained"] = _BATCH_SIZE
+    batch_size: int | Literal["as trained", "auto"] = _BATCH_SIZE
     quota: Literal["equal", "utility"] = "equal"
     seed: int = 0
     loss: Literal["labels", "logits", "entropy"] = "labels"
@@ -44,8 +47,10 @@ class CalibrationOptions:
     keep_on_device: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch_size, str) and self.batch_size != "as trained":
-            raise ValueError(f"The calibration batch size is a number or 'as trained', got {self.batch_size!r}.")
+        if isinstance(self.batch_size, str) and self.batch_size not in ("as trained", "auto"):
+            raise ValueError(
+                f"The calibration batch size is a number, 'auto' or 'as trained', got {self.batch_size!r}."
+            )
         if not isinstance(self.batch_size, str):
             object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, 1))
         check_flag("keep_on_device", self.keep_on_device)
@@ -58,14 +63,17 @@ class CalibrationOptions:
         """An empty buffer of at most ``capacity`` samples."""
         return CalibrationBuffer(capacity, self.quota, self.seed, self.shares, balanced=self.loss == "labels")
 
-    def micro_batch_size(self, loader: Any = None) -> int:
+    def micro_batch_size(self, loader: Any = None, found: int | None = None) -> int:
         """Samples per micro-batch.
 
         Args:
             loader: The training dataloader, if there is one.
+            found: The size that ``"auto"`` has found, if it has.
         """
         if not isinstance(self.batch_size, str):
             return self.batch_size
+        if self.batch_size == "auto":
+            return found or _BATCH_SIZE
         known = (getattr(part, "batch_size", None) for part in (loader, getattr(loader, "batch_sampler", None)))
         return next((size for size in known if size), _BATCH_SIZE)
 

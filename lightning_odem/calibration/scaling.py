@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_odem.flow.deferred import Deferred, GradientOverflowError, settle
+
 _DEFAULT = 2.0**16  # that of torch.amp.GradScaler
+
+LossAndGrad = Callable[[float], tuple[float | Deferred[float], Tensor]]
 
 
 class LossScale:
@@ -32,9 +37,7 @@ class LossScale:
         self.value = 2.0 ** math.floor(math.log2(max(value, 1.0)))
 
     def differentiate(
-        self,
-        loss_and_grad: Callable[[float], tuple[float, Tensor]],
-        sum_over_shards: Callable[[Tensor], None] | None = None,
+        self, loss_and_grad: LossAndGrad, sum_over_shards: Callable[[Tensor], None] | None = None
     ) -> tuple[float, Tensor]:
         """Loss and gradient, from a function that gives the loss and the gradient times the scale.
 
@@ -43,23 +46,38 @@ class LossScale:
             sum_over_shards: Sums numbers over the processes, in place, if the gradient is this process's shard of one.
                 All processes evaluate together, so they have to lower the scale together.
         """
-        while True:
-            loss, grad = loss_and_grad(self.value)
-            if self.value == 1.0:
-                return loss, grad
-            if not math.isfinite(loss) or _is_finite(grad, sum_over_shards):
-                return loss, grad.div_(self.value)
-            del grad
-            self.value /= 2.0
+        return settle(partial(self.attempt, loss_and_grad, sum_over_shards))
+
+    def attempt(
+        self, loss_and_grad: LossAndGrad, sum_over_shards: Callable[[Tensor], None] | None = None
+    ) -> tuple[Deferred[float], Tensor]:
+        """As :meth:`differentiate`, with one call of the function and without reading from a device.
+
+        If the gradient has overflowed, the result of the loss is a
+        :class:`~lightning_odem.flow.deferred.GradientOverflowError`, and the scale is lower from then on.
+        """
+        scale = self.value
+        found, grad = loss_and_grad(scale)
+        loss = Deferred.of(found)
+        if scale == 1.0:
+            return loss, grad
+
+        def check(loss: float, largest: float) -> float:
+            if math.isfinite(loss) and not math.isfinite(largest):
+                self.value = scale / 2.0
+                raise GradientOverflowError(partial(self.attempt, loss_and_grad, sum_over_shards))
+            return loss
+
+        return loss.followed_by(_largest(grad, sum_over_shards), check), grad.div_(scale)
 
 
-def _is_finite(grad: Tensor, sum_: Callable[[Tensor], None] | None) -> bool:
-    """Whether a gradient is finite, in all shards."""
+def _largest(grad: Tensor, sum_: Callable[[Tensor], None] | None) -> Tensor:
+    """A number that is finite if a gradient is, in all shards."""
     # A norm needs no second vector. It is not defined on a shard without entries.
     largest = torch.linalg.vector_norm(grad, math.inf) if len(grad) else grad.new_zeros(())
     if sum_ is not None:
         sum_(largest)
-    return bool(largest.isfinite())
+    return largest
 
 
 def loss_scale(trainer: L.Trainer) -> float:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_odem.flow.deferred import Deferred, wide
+
 if TYPE_CHECKING:
     from lightning_odem.flow.field import Velocity
 
@@ -45,8 +47,8 @@ class Projection(NamedTuple):
 class Blocks(Protocol):
     """A way to cut vectors into blocks."""
 
-    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
-        """Project the transport onto the gradient."""
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
+        """Project the transport onto the gradient; no number is read from the device yet."""
         ...
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
@@ -64,16 +66,24 @@ class WholeVector:
     def __init__(self, sum_: SumOverShards = alone) -> None:
         self._sum_ = sum_
 
-    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
-        """Project the transport onto the gradient."""
-        sums = _wide(theta.new_zeros(3))
-        for point, target, gradient in _pieces(theta, theta1, grad, size=_piece_on(theta.device, _SUM)):
-            distance, gradient = _wide(target - point), _wide(gradient)
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
+        """Project the transport onto the gradient; no number is read from the device yet."""
+        sums, size = wide(theta.new_zeros(3)), piece_on(theta.device, _SUM)
+        # All pieces use the same temporaries: getting such memory anew takes as long as a sum.
+        narrow = theta.new_empty(min(size, len(theta)))
+        temporaries = narrow, *(wide(narrow[:0]).new_empty(len(narrow)) for _ in range(2))
+        for point, target, piece in _pieces(theta, theta1, grad, size=size):
+            narrow, distance, gradient = (each[: len(point)] for each in temporaries)
+            distance.copy_(torch.sub(target, point, out=narrow))
+            gradient.copy_(piece)
             sums += torch.stack([distance.dot(gradient), gradient.dot(gradient), distance.dot(distance)])
-        sums = sums.cpu().double()
-        self._sum_(sums)
-        product, grad_square, distance_square = sums.split(1)
-        return _project(product, grad_square, distance_square, alpha)
+
+        def finish(sums: Tensor) -> Projection:
+            self._sum_(sums)
+            product, grad_square, distance_square = sums.split(1)
+            return _project(product, grad_square, distance_square, alpha)
+
+        return Deferred(sums, finish)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""
@@ -99,7 +109,7 @@ class Segments:
         self._size = int(lengths.sum())
         self._sum_ = sum_
         self._split = torch.zeros(len(lengths), dtype=torch.bool) if split is None else split.cpu()
-        self._piece = _piece_on(lengths.device)
+        self._piece = piece_on(lengths.device)
         piece_ends = torch.arange(1, math.ceil(max(self._size, 1) / self._piece)) * self._piece
         part_ends = torch.cat([ends, piece_ends]).unique()
         part_ends = part_ends[part_ends > 0]
@@ -111,25 +121,28 @@ class Segments:
             parts.to(lengths.device).split(parts_per_piece) for parts in (part_lengths, block_of_part)
         )
 
-    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
-        """Project the transport onto the gradient."""
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
+        """Project the transport onto the gradient; no number is read from the device yet."""
         if len(theta) != self._size:
             raise ValueError(f"The blocks hold {self._size} entries in all, the vectors {len(theta)}.")
         # Results have memory of their own: small tensors that stay would fragment the memory of temporaries.
         counts = [len(lengths) for lengths in self._lengths]
-        numbers = _wide(theta.new_zeros(2 * sum(counts) + 1))
+        numbers = wide(theta.new_zeros(2 * sum(counts) + 1))
         parts, distance_square = numbers[:-1].view(2, -1), numbers[-1]
         vectors = _pieces(theta, theta1, grad, size=self._piece)
         pieces = zip(vectors, self._lengths, parts.split(counts, dim=1), strict=True)
         for (point, target, gradient), lengths, sums in pieces:
-            distance, gradient = _wide(target - point), _wide(gradient)
+            distance, gradient = wide(target - point), wide(gradient)
             distance_square += distance.dot(distance)
             sums[0] = _sums(distance.mul_(gradient), lengths)
             sums[1] = _sums(gradient * gradient, lengths)
-        numbers = numbers.cpu().double()  # read from the device once
-        product, grad_square = (_sums(row, self._parts_per_block) for row in numbers[:-1].view(2, -1))
-        project = _project if self._sum_ is alone else self._project_shard
-        return project(product, grad_square, numbers[-1], alpha)
+
+        def finish(numbers: Tensor) -> Projection:
+            product, grad_square = (_sums(row, self._parts_per_block) for row in numbers[:-1].view(2, -1))
+            project = _project if self._sum_ is alone else self._project_shard
+            return project(product, grad_square, numbers[-1], alpha)
+
+        return Deferred(numbers, finish)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""
@@ -170,21 +183,23 @@ class Coordinates:
     def __init__(self, sum_: SumOverShards = alone) -> None:
         self._sum_ = sum_
 
-    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Projection:
-        """Project the transport onto the gradient."""
+    def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
+        """Project the transport onto the gradient; no number is read from the device yet."""
 
         def products(theta: Tensor, theta1: Tensor, grad: Tensor) -> Tensor:
             distance = theta1 - theta
             along = distance * grad.sign()
-            distance, along, uphill, slope = map(_wide, (distance, along, along.relu(), grad.abs()))
+            distance, along, uphill, slope = map(wide, (distance, along, along.relu(), grad.abs()))
             pairs = [(along, slope), (uphill, slope), (distance, distance), (along, along), (uphill, uphill)]
             return torch.stack([first.dot(second) for first, second in pairs])
 
-        sums = reduce(torch.add, (products(*piece) for piece in _pieces(theta, theta1, grad))).cpu().double()
-        self._sum_(sums)
-        alignment, rise = (alpha * sums[:2]).tolist()
-        transport_square, along_square, uphill_square = (alpha**2 * sums[2:]).tolist()
-        return Projection(alignment, rise, transport_square, along_square, uphill_square, uphill=sums.new_ones(1))
+        def finish(sums: Tensor) -> Projection:
+            self._sum_(sums)
+            alignment, rise = (alpha * sums[:2]).tolist()
+            transport_square, along_square, uphill_square = (alpha**2 * sums[2:]).tolist()
+            return Projection(alignment, rise, transport_square, along_square, uphill_square, uphill=sums.new_ones(1))
+
+        return Deferred(reduce(torch.add, (products(*piece) for piece in _pieces(theta, theta1, grad))), finish)
 
     def move_(self, out: Tensor, velocity: "Velocity", scale: float) -> None:
         """Add ``scale * velocity`` to ``out``."""
@@ -214,17 +229,13 @@ def _project(products: Tensor, grad_squares: Tensor, distance_square: Tensor, al
 
 
 def _pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    size = size or _piece_on(vectors[0].device)
+    size = size or piece_on(vectors[0].device)
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 
-def _piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+def piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+    """Entries of the pieces in which long vectors are gone through."""
     return (on_cpu or _PIECE) if device.type == "cpu" else _PIECE_OF_DEVICE
-
-
-def _wide(vector: Tensor) -> Tensor:
-    # Apple's GPU has no fp64.
-    return vector.to(torch.float32 if vector.device.type == "mps" else torch.float64)
 
 
 def _sums(values: Tensor, lengths: Tensor) -> Tensor:

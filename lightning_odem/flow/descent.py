@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.arguments import check_integer, check_range
+from lightning_odem.flow.blocks import piece_on
 from lightning_odem.flow.solver import LossAndGrad, NonFiniteLossError
 
 
@@ -21,7 +22,7 @@ class Descent:
     so that the last gradients correct what the noise of the first ones has left. No entry moves by much more than
     :math:`\ell`.
 
-    Besides the point it holds a gradient and Adam's two moments. Within a step it also holds two of Adam's temporaries.
+    Besides the point it holds a gradient and Adam's two moments. A step goes through the vectors in pieces.
 
     Args:
         theta: The point [d], moved in its memory.
@@ -48,7 +49,9 @@ class Descent:
         for decay in betas:
             check_range("betas", decay, 0, 1, open_high=True)
         self.taken, self._theta = 0, theta
-        self._adam = torch.optim.Adam([theta], betas=betas, eps=1e-12, foreach=False)
+        # Adam's temporaries are as long as its parameters: pieces keep them in the cache of a CPU.
+        self._pieces = theta.split(piece_on(theta.device))
+        self._adam = torch.optim.Adam(self._pieces, betas=betas, eps=1e-12, foreach=False)
 
     def follow(self, loss_and_grad: LossAndGrad, steps: int, on_step: Callable[[int, int], None] | None = None) -> None:
         """Take the next steps.
@@ -62,14 +65,18 @@ class Descent:
             NonFiniteLossError: If a loss, or the point afterwards, is not finite.
         """
         for _ in range(steps):
-            loss, self._theta.grad = loss_and_grad(self._theta)
+            loss, grad = loss_and_grad(self._theta)
+            for piece, of_piece in zip(self._pieces, grad.split(piece_on(grad.device)), strict=True):
+                piece.grad = of_piece
             if not torch.isfinite(torch.as_tensor(loss)):
                 raise NonFiniteLossError(f"the loss is {loss}", self.taken, self.taken / self._steps)
             # The speed in the middle of the step, which is exact for a linearly falling speed.
             middle = (self.taken + 0.5) / self._steps
             self._adam.param_groups[0]["lr"] = 2.0 * self._length / self._steps * (1.0 - middle)
             self._adam.step()
-            self._theta.grad = None
+            for piece in self._pieces:
+                piece.grad = None
+            del grad, of_piece  # before the next gradient comes
             self.taken += 1
             if on_step is not None:
                 on_step(self.taken, self._steps)

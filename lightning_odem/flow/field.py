@@ -1,13 +1,16 @@
 """Velocity fields between two models: transport, and its rectification against a loss (Section 3.2 of the paper)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_odem.arguments import shown
-from lightning_odem.flow.blocks import Blocks, Coordinates, Segments, SumOverShards, WholeVector, alone
+from lightning_odem.flow.blocks import Blocks, Coordinates, Projection, Segments, SumOverShards, WholeVector, alone
+from lightning_odem.flow.deferred import Deferred
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Velocity:
         self.blocks.move_(out, self, scale)
 
 
+FromDelta = Callable[[float], Velocity]
+"""The velocity as a function of L(theta1) - L(theta0)."""
+
+
 class Field(Protocol):
     """Anything that gives the velocity at a point; ``delta_loss`` is L(theta1) - L(theta0), fixed for a whole path."""
 
@@ -81,8 +88,17 @@ class TransportField:
             grad: Loss gradient at ``theta``, shape [d]; the result keeps it and never writes to it.
             delta_loss: L(theta1) - L(theta0).
         """
+        return self.begin(t, theta, theta1, grad).result()(delta_loss)
+
+    def begin(self, t: float, theta: Tensor, theta1: Tensor, grad: Tensor) -> Deferred[FromDelta]:
+        """Do what an evaluation does on the device; the velocity is a function of ``delta_loss`` once that is read."""
         alpha = 1.0 / (1.0 - t)
         found = self._blocks.project(theta, theta1, grad, alpha)
+        return found.then(lambda projection: partial(self._velocity, theta, theta1, grad, alpha, projection))
+
+    def _velocity(
+        self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float, found: Projection, delta_loss: float
+    ) -> Velocity:
         gamma = self.gamma(found.rise, delta_loss)
         norm_square = found.transport_square - (1.0 - gamma**2) * found.uphill_square
         return Velocity(
@@ -164,6 +180,13 @@ class RectifiedField(TransportField):
         if rise <= 0.0:
             return 1.0
         return min(max(delta_loss / rise, 0.0), 1.0)
+
+
+def begin(field: Field, t: float, theta: Tensor, theta1: Tensor, grad: Tensor) -> Deferred[FromDelta]:
+    """Begin the evaluation of any field. One that is only called is called once the loss is known."""
+    if isinstance(field, TransportField) and type(field).__call__ is TransportField.__call__:
+        return field.begin(t, theta, theta1, grad)
+    return Deferred(theta.new_empty(0), lambda nothing: partial(field, t, theta, theta1, grad))
 
 
 def _share(part_square: float, square: float) -> float:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_odem.arguments import LEAST_STEP, check_range, shown
 from lightning_odem.flow.control import ControlledSteps, FixedSteps, StepControl, Steps
-from lightning_odem.flow.field import Field, RectifiedField, Velocity
+from lightning_odem.flow.deferred import Deferred, GradientOverflowError, fetch, settle
+from lightning_odem.flow.field import Field, RectifiedField, Velocity, begin
 from lightning_odem.flow.trajectory import Trajectory
 
-LossAndGrad = Callable[[Tensor], tuple[float | Tensor, Tensor]]
+LossAndGrad = Callable[[Tensor], tuple[float | Tensor | Deferred[float], Tensor]]
 
 
 class Evaluate(Protocol):
@@ -139,7 +140,7 @@ def integrate(
     rule = resolve_solver(solver)
     if estimated and loss is None:
         raise ValueError("With estimated gradients the loss itself is needed as well: give loss=.")
-    evaluate_loss = loss if loss is not None else (lambda point: loss_and_grad(point)[0])
+    evaluate_loss = loss if loss is not None else (lambda point: settle(partial(loss_and_grad, point))[0])
     theta = theta0.clone() if out is None else out.copy_(theta0)
 
     def measure(t: float, point: Tensor, what: str = "the loss") -> float:
@@ -147,16 +148,28 @@ def integrate(
         _check_finite(what, value, len(trajectory.gamma), t)
         return value
 
-    def differentiate(t: float, point: Tensor) -> tuple[float, Tensor]:
-        value, grad = loss_and_grad(point)
-        value = float(value)
+    def differentiate(t: float, point: Tensor, tell: Callable[[float], None] = lambda loss: None) -> Velocity:
+        """The velocity at a point; the loss there is told before the velocity is made with the change of loss."""
+        found, grad = loss_and_grad(point)
+        loss, begun = Deferred.of(found), begin(field, t, point, theta1, grad)
+        fetch(loss, begun)  # the one time in a step that the host waits for the device
+        try:
+            value = loss.result()
+        except GradientOverflowError as overflow:
+            del grad, begun
+            value, grad = settle(overflow.again)
+            begun = begin(field, t, point, theta1, grad)
         trajectory.gradient_evaluations += 1
         _check_finite("the loss", value, len(trajectory.gamma), t)
-        return value, grad
+        tell(value)
+        return checked(t, begun.result()(trajectory.delta_loss))
 
     def evaluate(t: float, point: Tensor, grad: Tensor | None = None) -> Velocity:
-        grad = differentiate(t, point)[1] if grad is None else grad
-        velocity = field(t, point, theta1, grad, trajectory.delta_loss)
+        if grad is None:
+            return differentiate(t, point)
+        return checked(t, field(t, point, theta1, grad, trajectory.delta_loss))
+
+    def checked(t: float, velocity: Velocity) -> Velocity:
         # If no upward move is allowed, an infinite slope shows in the alignment only.
         for name, number in (("norm", velocity.norm), ("alignment", velocity.alignment)):
             _check_finite(f"the velocity's {name}, so a gradient or a weight,", number, len(trajectory.gamma), t)
@@ -174,19 +187,21 @@ def integrate(
     steps: Steps = FixedSteps(t_end, step_size, loss0)
     if control is not None:
         steps = ControlledSteps(t_end, step_size, control, measure, trajectory, loss0)
+
+    def arrive(loss: float) -> None:
+        trajectory.end(steps.t, loss if steps.loss is None else steps.loss)
+
     if on_step is not None:
         on_step(0, steps.total)
     while steps.t < t_end:
         t = steps.t
         if observe is not None:
             observe(t, theta)
-        value, grad = differentiate(t, theta)
-        trajectory.end(t, value if steps.loss is None else steps.loss)
-        velocity = evaluate(t, theta, grad)
+        velocity = differentiate(t, theta, arrive)
         t_next = steps.advance(theta, partial(move, velocity, t))
         trajectory.leave(t_next - t, velocity)
         # Free the gradient before the next one comes, so that one vector less is held.
-        del velocity, grad
+        del velocity
         if on_step is not None:
             on_step(steps.taken, steps.total)
     if observe is not None:

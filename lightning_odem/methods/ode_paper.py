@@ -88,11 +88,11 @@ class PaperODEMerge(MergeMethod):
         def follow(
             end: float, objective: CalibrationObjective, observe: Callable[[float, Tensor], None] | None
         ) -> Trajectory:
-            gradient: Gradient = objective.loss_and_grad
+            gradient: Gradient = objective.differentiate
             epoch = end / max(math.ceil(end / self.step_size * (1.0 - 1e-12)), 1)
             step_size = max(self.step_size, epoch)  # so that the last step of Algorithm 1 is the shorter one
             if self.minibatches is not None:
-                gradient = self.minibatches.gradients(objective)
+                gradient = self.minibatches.deferred(objective)
                 step_size = epoch / self.minibatches.per_epoch(objective.buffer)
             return integrate(
                 merged,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 
 import torch
@@ -11,8 +12,9 @@ from lightning_odem.arguments import check_integer, check_seed
 from lightning_odem.calibration import CalibrationBuffer, batches
 from lightning_odem.calibration.objective import CalibrationObjective
 from lightning_odem.calibration.samples import MicroBatch
+from lightning_odem.flow.deferred import Deferred, settle
 
-Gradient = Callable[[Tensor], tuple[float, Tensor]]
+Gradient = Callable[[Tensor], tuple[Deferred[float], Tensor]]
 
 
 class CalibrationPart(CalibrationObjective):
@@ -29,9 +31,11 @@ class CalibrationPart(CalibrationObjective):
         )
         self._objective = objective
 
-    def loss_and_grad(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> tuple[float, Tensor]:
+    def differentiate(
+        self, theta: Tensor, batches: Sequence[MicroBatch] | None = None
+    ) -> tuple[Deferred[float], Tensor]:
         """Loss and gradient at ``theta`` [d] on these samples, unless others are given."""
-        return self._objective.loss_and_grad(theta, self.micro_batches() if batches is None else batches)
+        return self._objective.differentiate(theta, self.micro_batches() if batches is None else batches)
 
     def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
         """Mean loss of each of the micro-batches at ``theta`` [d], without a gradient."""
@@ -102,16 +106,21 @@ class Minibatches:
         """Number of minibatches in one pass over the samples that count in the loss."""
         return -(-samples_per_epoch(buffer) // self.size)
 
-    def gradients(self, objective: CalibrationObjective) -> Gradient:
+    def gradients(self, objective: CalibrationObjective) -> Callable[[Tensor], tuple[float, Tensor]]:
         """Return a function that takes loss and gradient on the next minibatch, epoch after epoch without end.
 
         Args:
             objective: The loss, measured on its own buffer; its ``batch_size`` bounds the samples that go through the
                 module at once.
         """
+        differentiate = self.deferred(objective)
+        return lambda theta: settle(partial(differentiate, theta))
+
+    def deferred(self, objective: CalibrationObjective) -> Gradient:
+        """As :meth:`gradients`, but the losses are still on the device."""
         generator = torch.Generator().manual_seed(self.seed)
         minibatches = chain.from_iterable(objective.buffer.minibatches(self.size, generator) for _ in count())
-        return lambda theta: objective.loss_and_grad(theta, list(_pieces(next(minibatches), objective.batch_size)))
+        return lambda theta: objective.differentiate(theta, list(_pieces(next(minibatches), objective.batch_size)))
 
 
 def _pieces(minibatch: Iterable[MicroBatch], size: int) -> Iterator[MicroBatch]:

@@ -26,6 +26,7 @@ _OTHER_KINDS = {
     "road_theta": "RoAd",
     "randlora_lambda": "RandLoRA",
 }
+_BEGINNINGS = tuple(_OTHER_KINDS)
 
 
 def find_pairs(module: nn.Module, exclude: Sequence[str]) -> Iterator[FactorPair]:
@@ -134,6 +135,8 @@ def _scale(owner: nn.Module, adapter: str, name: str, part: str) -> float:
 
 def _check_kind(name: str) -> None:
     for part in name.split("."):
+        if not part.startswith(_BEGINNINGS):  # of almost all parameters
+            continue
         for begin, kind in _OTHER_KINDS.items():
             if part.startswith(begin):
                 raise ValueError(

@@ -72,6 +72,8 @@ class Adapters:
         The update takes the place of A, and the identity divided by the scale that of B: the module computes the same,
         whatever its code does with the two, and autograd gives the gradient of the update.
         """
+        if not self.pairs:
+            return
         named = self._named()
         found = find_places(self._module, [name for pair in self.pairs.values() for name in (pair.first, pair.second)])
         identities: dict[Any, nn.Parameter] = {}

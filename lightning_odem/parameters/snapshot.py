@@ -16,10 +16,13 @@ Snapshot = dict[str, Tensor]
 
 def _tensors(module: nn.Module, select: Callable[[str], bool]) -> dict[str, Tensor]:
     reshard(module)
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    derived = derived_buffers(module)
-    names = {canonical_name(name): tensor for name, tensor in named.items() if name not in derived}
-    return {name: tensor for name, tensor in names.items() if select(name)}
+    parameters, buffers = (
+        {name: tensor for name, tensor in named if select(canonical_name(name))}
+        for named in (module.named_parameters(), module.named_buffers())
+    )
+    derived = derived_buffers(module) if buffers else set()
+    kept = {name: tensor for name, tensor in buffers.items() if name not in derived}
+    return {canonical_name(name): tensor for name, tensor in (parameters | kept).items()}
 
 
 def derived_buffers(module: nn.Module) -> set[str]:
@@ -108,15 +111,17 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     :class:`~lightning_odem.parameters.attributes.Attributes`) are restored, also after an exception.
     """
     reshard(module)
-    flags = {submodule: submodule.training for submodule in module.modules()}
+    submodules = list(module.modules())
+    flags = [submodule.training for submodule in submodules]
     grads = {parameter: parameter.grad for parameter in module.parameters()}
     # With their owners: a module may update a buffer in place or put another tensor under its name.
     buffers = [
         (submodule, name, buffer, buffer.clone())
-        for submodule in module.modules()
-        for name, buffer in submodule.named_buffers(recurse=False)
+        for submodule in submodules
+        for name, buffer in submodule._buffers.items()
+        if buffer is not None
     ]
-    attributes = Attributes(module.modules())
+    attributes = Attributes(submodules)
     isolation = isolate_rng()
     isolation.__enter__()
     try:
@@ -128,7 +133,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     finally:
         # Called as after a successful block: after an exception it would not restore the random state.
         isolation.__exit__(None, None, None)
-        for submodule, flag in flags.items():
+        for submodule, flag in zip(submodules, flags, strict=True):
             submodule.training = flag
         for parameter, grad in grads.items():
             parameter.grad = grad

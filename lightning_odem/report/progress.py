@@ -1,5 +1,7 @@
 """A progress bar for merges that works together with the Trainer's own."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,9 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.markup import escape
 
 from lightning_odem.report.plain import plain
+
+# Seconds. To draw all of Rich's lines takes about as long as a step of a small model.
+_BETWEEN = 0.05
 
 Advance = Callable[[int, int], None]
 
@@ -24,11 +29,14 @@ def progress(trainer: L.Trainer, description: str) -> Iterator[Advance]:
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         display = bar.progress
-        line = display.add_task(escape(plain(description)), total=1)
+        line, shown = display.add_task(escape(plain(description)), total=1), -math.inf
 
         def advance(done: int, total: int) -> None:
+            nonlocal shown
             display.update(line, completed=done, total=total)
-            display.refresh()
+            if (now := time.monotonic()) - shown >= _BETWEEN:
+                shown = now
+                display.refresh()
 
         try:
             yield advance

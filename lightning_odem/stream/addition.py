@@ -95,6 +95,7 @@ class Addition:
             started={},
             names=self.names,
             layout=self.merge.layout,
+            measured={**state.measured, **self.merge.measured},
             settings=describe_method(self.method),
             fingerprints={**state.fingerprints, **known},
             adapters={**state.adapters, **{name: pair.plain() for name, pair in self.merge.pairs.items()}},

@@ -15,7 +15,7 @@ from lightning_odem.flow import NonFiniteLossError
 from lightning_odem.methods import MergeContext, MergeMethod, MergeResult, method_name
 from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import KeptState
-from lightning_odem.methods.needs import Offer, Sources
+from lightning_odem.methods.needs import Calibration, Offer, Sources
 from lightning_odem.methods.sharding import OnShards
 from lightning_odem.parameters.adapter_combination import AdapterCombination
 from lightning_odem.parameters.adapters import Adapters
@@ -40,6 +40,7 @@ class Merge:
         unrounded: The merged parameters of lower precision than the vector, on the CPU, before they were rounded.
         pairs: The adapters, which were merged by their updates.
         layout: What the method knew of the module, see :class:`~lightning_odem.stream.state.StreamState`.
+        measured: What the merge has measured for the stream, likewise.
     """
 
     record: MergeRecord
@@ -48,6 +49,7 @@ class Merge:
     unrounded: Snapshot
     pairs: FactorPairs = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, int] = field(default_factory=dict)
 
     def snapshot(self, select: Callable[[str], bool] | None = None) -> Snapshot:
         """Parameters and buffers of the merged model by name, on the CPU; the next merge starts from them.
@@ -125,16 +127,19 @@ def merging(
     transposed = inputs_first(layers) | adapters.inputs_first | frozenset(layout.get("transposed", ()))
     statistics = BatchNormStatistics(module, exclude, batch_norm)
     incoming_statistics = statistics.read()
-    sources = Sources(module, vector, layers, task, base, calibration, trace.batches, trace.collected)
     incoming = vector.read()
     incoming_buffers = [buffer.clone() for buffer in module.buffers()]
-    method_state = KeptState(method)
+    method_state, measured = KeptState(method), {}
     try:
         with Processes.current().together():
             with undisturbed(module):
                 _check_finite(vector.not_finite(incoming) + statistics.not_finite(), task, "incoming")
                 if calibration is not None:
                     calibration.store_logits(task)
+                    if merged is not None and any(isinstance(need, Calibration) for need in method.needs):
+                        found, calibration = calibration, calibration.fastest(vector)
+                        measured = {} if found is calibration else {"batch_size": calibration.batch_size}
+                sources = Sources(module, vector, layers, task, base, calibration, trace.batches, trace.collected)
                 needed = {type(need): need.build(sources) for need in method.needs}
                 if merged is not None:
                     statistics.interpolate(merged, t)
@@ -181,7 +186,7 @@ def merging(
             del result
             record.merge_seconds = time.perf_counter() - started
             known = {"trained": list(vector.names), "groups": groups, "transposed": sorted(transposed)}
-            yield Merge(record, module, exclude, unrounded, adapters.pairs, known)
+            yield Merge(record, module, exclude, unrounded, adapters.pairs, known, measured)
     except BaseException as error:
         vector.put_back_(incoming)
         adapters.restore()

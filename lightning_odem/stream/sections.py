@@ -152,6 +152,7 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     "settings": _of(dict, "a dictionary"),
     "fingerprints": _dictionary(_of(str, "a hash")),
     "layout": _check_layout,
+    "measured": _dictionary(_of(int, "a number")),
 }
 # States of earlier versions lack these.
-_LATER = ("fixed", "random", "names", "settings", "fingerprints", "layout")
+_LATER = ("fixed", "random", "names", "settings", "fingerprints", "layout", "measured")

@@ -52,6 +52,8 @@ class StreamState:
         layout: What the last merge knew of the module besides names: ``trained``, names of the parameters in the flat
             vector, and ``groups`` and ``transposed`` of :class:`~lightning_odem.methods.MergeContext`. Empty in states
             of earlier versions.
+        measured: What was measured once and is kept: ``batch_size``, the size of the micro-batches that
+            ``batch_size="auto"`` found.
     """
 
     buffer: CalibrationBuffer
@@ -71,6 +73,7 @@ class StreamState:
     adapters: dict[str, list[Any]] = _later()
     frozen: dict[str, str] = _later()
     layout: dict[str, Any] = _later()
+    measured: dict[str, int] = _later()
 
     @property
     def own_names(self) -> set[str]:

@@ -240,7 +240,7 @@ class Stream:
             t=operating_time([*self.state.report.weights, weight]),
             merged=before.merged,
             base=before.base or {},
-            calibration=self.measured_on(module, buffer) if buffer is not None else None,
+            calibration=self.measured_on(module, buffer, finds_size=True) if buffer is not None else None,
             exclude=self.division.patterns(module),
             batch_norm=self.batch_norm,
             trace=trace,
@@ -274,14 +274,22 @@ class Stream:
             buffer.add(task, samples, weight=weight)
         return buffer if len(buffer) else None
 
-    def measured_on(self, module: nn.Module, buffer: CalibrationBuffer) -> CalibrationSet:
-        """The loss on a buffer; the samples of each task go through the module with the task's own parameters."""
+    def measured_on(self, module: nn.Module, buffer: CalibrationBuffer, *, finds_size: bool = False) -> CalibrationSet:
+        """The loss on a buffer; the samples of each task go through the module with the task's own parameters.
+
+        Args:
+            module: The module.
+            buffer: The samples.
+            finds_size: Whether a merge may find the size of its micro-batches, if the stream has none yet.
+        """
         loss = calibration_loss(module, self.calibration.loss)  # type: ignore[arg-type]
         as_task = own_parameters(module, self.state.task_parameters)
         trainer: L.Trainer = module.trainer  # type: ignore[assignment]
-        size = self.calibration.micro_batch_size(trainer.train_dataloader)
+        found = self.state.measured.get("batch_size")
+        size = self.calibration.micro_batch_size(trainer.train_dataloader, found)
         keep_on_device = self.calibration.keep_on_device and may_move(module)  # type: ignore[arg-type]
-        return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task, keep_on_device)
+        finds_size = finds_size and self.calibration.batch_size == "auto" and found is None
+        return CalibrationSet(buffer, loss, size, loss_scale(trainer), as_task, keep_on_device, finds_size)
 
     def draw(self, dataset: Any, weight: float = 1.0) -> Any:
         """Calibration samples of the next task from its dataset of ``(input, label)``, as many as it gets places.

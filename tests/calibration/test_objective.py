@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective
 from lightning_odem.calibration.objective import Counted
+from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.parameters.vector import ParameterVector
 
 BF16, FP64 = torch.bfloat16, torch.float64
@@ -294,3 +295,17 @@ def test_a_pass_reads_the_losses_of_all_micro_batches_at_once(batch_size):
         with Reads() as reads:
             evaluate(theta)
         assert reads.number == 1
+
+
+def test_a_pass_with_gradient_reads_nothing_before_the_loss_is_asked_for():
+    objective = make_objective(make_net(), batch_size=2)
+    objective.loss_scale = LossScale(2.0**16)
+    theta = objective.vector.read()
+    with Reads() as reads:
+        loss, grad = objective.differentiate(theta)
+        assert reads.number == 0
+        value = loss.result()
+    assert reads.number == 1
+    expected = objective.loss_and_grad(theta)
+    assert value == expected[0]
+    assert torch.equal(grad, expected[1])

@@ -46,7 +46,7 @@ def test_known_quotas_are_taken(quota):
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": "large"}, "'as trained', got 'large'"),
+        ({"batch_size": "large"}, "'auto' or 'as trained', got 'large'"),
         ({"quota": "fair"}, "quota 'fair'; .* equal, utility"),
         ({"loss": "margin"}, "loss 'margin'; .* labels, logits, entropy"),
         ({"shares": "fair"}, "shares 'fair'; .* quota, equal, utility"),
@@ -63,3 +63,9 @@ def test_micro_batches_as_trained_are_of_the_training_loaders_size_where_it_is_k
     loaders = [DataLoader(dataset, 7), DataLoader(dataset, batch_sampler=sampler), None, [torch.zeros(2)]]
     assert [options.micro_batch_size(loader) for loader in loaders] == [7, 3, 128, 128]
     assert CalibrationOptions(batch_size=5).micro_batch_size(loaders[0]) == 5
+
+
+def test_micro_batches_are_of_the_size_that_was_found_once_it_is_known():
+    options = CalibrationOptions(batch_size="auto")
+    assert [options.micro_batch_size(None, found) for found in (None, 32)] == [128, 32]
+    assert CalibrationOptions(batch_size=5).micro_batch_size(None, 32) == 5

@@ -93,7 +93,7 @@ class ShardedObjective(CalibrationObjective):
         with self._pass(theta), torch.no_grad():
             self.loss_evaluations += 1
             own = self._own(batches)
-            sums = torch.tensor(self._losses(own), dtype=FP64)
+            sums = torch.as_tensor(self._losses(own), dtype=FP64)
             sums *= torch.tensor(
                 [part.share / batch.share for part, batch in zip(own, batches, strict=True)], dtype=FP64
             )

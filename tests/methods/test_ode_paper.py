@@ -43,7 +43,7 @@ def endpoints():
 
 
 def context(on_step=None, **settings):
-    objective = SimpleNamespace(**{"loss_and_grad": loss_and_grad, "loss": loss} | settings)
+    objective = SimpleNamespace(**{"differentiate": loss_and_grad, "loss": loss} | settings)
     return MergeContext(["a"], [(3,)], needed={Calibration: objective}, on_step=on_step)
 
 
@@ -70,7 +70,7 @@ def test_without_damping_it_is_the_running_average():
 
     (merged, incoming), (other, _) = endpoints(), endpoints()
     merged[0] = other[0] = -2.0  # towards the incoming model the loss falls
-    flow = PaperODEMerge().merge(merged, incoming, 0.4, context(loss_and_grad=downhill, loss=lambda x: downhill(x)[0]))
+    flow = PaperODEMerge().merge(merged, incoming, 0.4, context(differentiate=downhill, loss=lambda x: downhill(x)[0]))
     assert set(flow.trajectory.gamma) == {1.0}
     torch.testing.assert_close(flow.theta, AverageMerge().merge(other, incoming, 0.4, context()).theta)
 
@@ -81,7 +81,7 @@ def test_it_costs_one_gradient_per_step_and_two_losses():
     def counted(name, function):
         return lambda theta: calls.append(name) or function(theta)
 
-    counting = context(loss_and_grad=counted("gradient", loss_and_grad), loss=counted("loss", loss))
+    counting = context(differentiate=counted("gradient", loss_and_grad), loss=counted("loss", loss))
     PaperODEMerge(0.2).merge(*endpoints(), 0.5, counting)
     assert (calls.count("gradient"), calls.count("loss")) == (3, 2)
 
@@ -176,7 +176,7 @@ def test_the_granularity_cuts_parameters_into_blocks(granularity, blocks):
         return -float((theta - top).square().sum()) / 2, top - theta
 
     top = incoming + torch.randn(34, generator=generator, dtype=torch.float64)
-    objective = SimpleNamespace(loss_and_grad=hill, loss=lambda theta: hill(theta)[0])
+    objective = SimpleNamespace(differentiate=hill, loss=lambda theta: hill(theta)[0])
     expected = integrate(merged, incoming, hill, 0.5, field=RectifiedField(blocks))
     context = MergeContext([f"p{i}" for i in range(len(shapes))], shapes, needed={Calibration: objective})
     result = PaperODEMerge(granularity=granularity).merge(merged.clone(), incoming, 0.5, context)

@@ -73,6 +73,19 @@ def test_rich_shows_a_line_while_the_block_runs(bar_first):
     assert "merging" not in out.getvalue().split("Epoch 1/1")[-1]
 
 
+class ManySteps(L.Callback):
+    def on_train_end(self, trainer, pl_module):
+        with progress(trainer, "merging") as advance:
+            for done in range(1000):
+                advance(done, 1000)
+
+
+def test_rich_draws_some_of_many_fast_steps():
+    out = io.StringIO()
+    fit(rich_bar(out), ManySteps())
+    assert 1 <= len(re.findall(r"merging .*\d+/1000", out.getvalue())) < 100
+
+
 def test_rich_removes_the_line_after_an_error():
     bar = rich_bar(io.StringIO())
     with pytest.raises(KeyError, match="merging digits"):
