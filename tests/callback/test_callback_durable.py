@@ -20,6 +20,7 @@ from torch import nn
 from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback
+from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.report import StreamReport
 from lightning_odem.stream.store import StreamInUseError, StreamStateError, StreamStore
 
@@ -535,3 +536,15 @@ def test_fast_dev_run_leaves_the_directory_alone():
     trainer = make_trainer(merge, fast_dev_run=True)
     trainer.fit(Classifier(dropout=0.2, batch_norm=True), datamodule=Task(1))
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == files
+
+
+def test_micro_batches_keep_the_size_that_was_found_in_another_process(tmp_path):
+    options = CalibrationOptions(batch_size="auto")
+    _, merge = process(tmp_path, stop_after=2, calibration=options)
+    found = merge._state.measured
+    assert found["batch_size"] <= 6  # samples of a task
+    _, again = process(tmp_path, calibration=options)
+    assert len(again.report.tasks) == 3
+    assert again._state.measured == found
+    _, fixed = process(tmp_path / "fixed", calibration=CalibrationOptions(batch_size=found["batch_size"]))
+    assert same(fixed._state.merged, again._state.merged)
