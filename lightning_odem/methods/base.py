@@ -22,10 +22,12 @@ class Whole(NamedTuple):
     Args:
         shapes: Shapes of all merged parameters by name.
         sum_: Sums numbers over all parameters in place; None for methods that need no sums.
+        keep: Computes a tensor, or gives the one that an earlier call of the same merge has computed.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     sum_: Callable[[Tensor], None] | None = None
+    keep: Callable[[Callable[[], Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ class MergeContext:
             return None if self.whole is None else self.whole.sum_
         return self.shards.sum_
 
+    def kept(self, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor that takes long to compute, and does not change if the method is called again for the same merge.
+
+        The method may overwrite it.
+        """
+        return compute() if self.whole is None or self.whole.keep is None else self.whole.keep(compute)
+
 
 @dataclass(frozen=True)
 class MergeResult:
@@ -154,7 +163,8 @@ class MergeMethod(ABC):
         by_tensor: Whether what the rule does with a parameter depends on that parameter alone. Files are then merged a
             few parameters at a time, each from the first checkpoint to the last, so that models larger than the memory
             can be merged. It may depend on the settings. ``"sums"`` if it also depends on sums over all entries, taken
-            with ``context.sum_``: the method then keeps no state, and is called several times for one merge.
+            with ``context.sum_``: the method is then called several times for one merge. What takes long it computes
+            within ``context.kept``.
 
     Example:
         >>> import torch

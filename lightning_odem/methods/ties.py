@@ -1,22 +1,25 @@
 """Continual TIES-Merging: trim, elect a sign, merge what agrees with it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import total
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
+from lightning_odem.parameters.vector import is_finite
 
 Combine = Literal["sum", "mean"]
 Sum = Callable[[Tensor], None]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # entries that are looked at together, so that they stay in the cache
 
 
 def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = None) -> list[Tensor]:
@@ -74,7 +77,8 @@ def trim(vector: Tensor, density: float) -> Tensor:
 
 
 def _trim(vector: Tensor, threshold: Tensor) -> Tensor:
-    return vector.where(vector.abs() >= threshold, 0)
+    # Much faster than a comparison, whose result is boolean; it keeps what is larger, not what is as large.
+    return hardshrink(vector, float(torch.nextafter(threshold, torch.zeros_like(threshold) - 1)))
 
 
 def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
@@ -84,9 +88,13 @@ def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
         >>> elect_sign([torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 1.0, -1.0])])
         tensor([1., 1., 1.])
     """
-    sign = sum(vectors[1:], start=vectors[0]).sign()
-    majority = total(float(torch.count_nonzero(sign > 0) - torch.count_nonzero(sign < 0)), sum_)
+    sign = _sign(vectors)
+    majority = total(float(sign.double().sum()), sum_)
     return sign.masked_fill_(sign == 0, (majority > 0) - (majority < 0))
+
+
+def _sign(vectors: Sequence[Tensor]) -> Tensor:
+    return sum(vectors[1:], start=vectors[0]).sign()
 
 
 def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "sum") -> Tensor:
@@ -99,17 +107,49 @@ def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "
     """
     total, count = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
     for vector in vectors:
-        agrees = (vector * sign) > 0
-        total += vector * agrees
-        count += agrees
-    return total if combine == "sum" else total / count.clamp_(min=1)
+        agreeing = (vector * sign).relu_()
+        total.addcmul_(agreeing, sign)
+        if combine == "mean":
+            count += agreeing.sign_()
+    return total if combine == "sum" else total.div_(count.clamp_(min=1))
 
 
-def ties(vectors: Sequence[Tensor], density: float = 0.2, combine: Combine = "sum", sum_: Sum | None = None) -> Tensor:
-    """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge."""
+def ties(
+    vectors: Sequence[Tensor],
+    density: float = 0.2,
+    combine: Combine = "sum",
+    sum_: Sum | None = None,
+    kept: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
+) -> Tensor:
+    """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge.
+
+    ``sum_`` and ``kept`` are those of :class:`~lightning_odem.methods.MergeContext`.
+    """
     least = thresholds(vectors, density, sum_)
-    trimmed = [_trim(vector, threshold) for vector, threshold in zip(vectors, least, strict=True)]
-    return disjoint_merge(trimmed, elect_sign(trimmed, sum_), combine)
+    signs: list[float] = []
+
+    def decided() -> Tensor:
+        """The merged entries; NaN where entries cancel, as the majority of all others decides about these few."""
+        merged = torch.empty_like(vectors[0])
+        for out, *parts in zip(*(each.split(_BLOCK) for each in (merged, *vectors)), strict=True):
+            trimmed = [_trim(part, threshold) for part, threshold in zip(parts, least, strict=True)]
+            sign = _sign(trimmed)
+            signs.append(float(sign.sum()))
+            out.copy_(disjoint_merge(trimmed, sign, combine))
+            rest = sum((part.abs() for part in trimmed[1:]), start=trimmed[0].abs()).mul_(1 - sign.abs())
+            if rest.sum():
+                out[rest != 0] = math.nan
+        return merged
+
+    merged = kept(decided)
+    majority = total(math.fsum(signs), sum_)
+    if not is_finite(merged):
+        cancelled = merged.isnan()
+        trimmed = [_trim(vector[cancelled], threshold) for vector, threshold in zip(vectors, least, strict=True)]
+        merged[cancelled] = disjoint_merge(
+            trimmed, torch.full_like(trimmed[0], (majority > 0) - (majority < 0)), combine
+        )
+    return merged
 
 
 class TiesMerge(MergeMethod):
@@ -169,8 +209,9 @@ class TiesMerge(MergeMethod):
         """Merge the accumulated update and the task vector."""
         if t == 0.0:
             return MergeResult(merged)
-        update, task_vector = merged - context[BaseModel], incoming - context[BaseModel]
+        base = context[BaseModel]
+        update, task_vector = merged - base, incoming - base
         if self.recursion == "utility":
-            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), merged.copy_(context[BaseModel])
-        both = ties([update, task_vector], self.density, self.combine, context.sum_)
-        return MergeResult(merged.add_(both, alpha=self.scale))
+            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), base
+        both = ties([update, task_vector], self.density, self.combine, context.sum_, context.kept)
+        return MergeResult(torch.add(merged, both, alpha=self.scale, out=both))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import same
 
-from lightning_odem.cli import folded_files
+from lightning_odem.cli import files_in_pieces
 from lightning_odem.cli.merge import merge_checkpoints
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.methods import (
@@ -94,8 +94,8 @@ def flat(method, models, base):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_piece_at_a_time_is_bit_by_bit_what_one_vector_gives(rule, dtype, monkeypatch):
-    monkeypatch.setattr(folded_files, "_PIECE", 1)
-    monkeypatch.setattr(folded_files, "_SHARE", 0.0)
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 1)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
     models = [model(seed, DTYPES[dtype]) for seed in (1, 2, 3, 4)]
     base = model(0, DTYPES[dtype])
     for number, state in enumerate([*models, base]):
@@ -122,8 +122,8 @@ class Seen(MergeMethod):
 
 
 def test_few_parameters_are_in_memory_at_a_time(monkeypatch):
-    monkeypatch.setattr(folded_files, "_PIECE", 100)
-    monkeypatch.setattr(folded_files, "_SHARE", 0.0)
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 100)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
     for number in range(3):
         save_file(
             {name: torch.zeros(size) for name, size in {"a": 10, "b": 10, "c": 40, "d": 3}.items()},
