@@ -1,7 +1,7 @@
 """Files of models that are merged a few parameters at a time."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from lightning_odem.report import MergeRecord
 from lightning_odem.stream.merging import check_finite
 
 # Bytes that are merged together, and their share of large models. Less would open the files more often.
-_PIECE, _SHARE = 4 << 20, 1 / 256
+_PIECE, _SHARE = 8 << 20, 1 / 256
 
 
 class Incoming(NamedTuple):
@@ -103,23 +103,34 @@ class FilesInPieces:
         dtype = next(iter(self._parameters.values())).dtype
         yield self._merged_others()
         with TemporaryDirectory(dir=scratch, prefix=".merging") if in_step else nullcontext() as folder:
+            places = [None if folder is None else Path(folder, str(index)) for index in range(len(groups))]
             pieces = [
-                Piece({name: shapes[name] for name in names}, dtype, self._device, folder and Path(folder, str(index)))
-                for index, names in enumerate(groups)
+                Piece({name: shapes[name] for name in names}, dtype, self._device, place)
+                for names, place in zip(groups, places, strict=True)
             ]
-            for number in range(len(self._incoming)) if in_step else ():
-                sums = PieceSums()
-                while not sums.are_known:
-                    for piece in pieces:
-                        with suppress(UnknownSumError):
-                            self._merge(piece, number, Whole(shapes, sums.next_part()), advance)
-                    sums.end_pass()
-            while pieces:
+            if in_step:
+                yield from self._in_step(pieces, shapes, advance)
+            while pieces and not in_step:
                 piece = pieces.pop(0)
-                for number in () if in_step else range(len(self._incoming)):
+                for number in range(len(self._incoming)):
                     self._merge(piece, number, Whole(shapes) if len(groups) > 1 else None, advance)
-                self._add_seconds(piece.records)
-                yield piece.tensors()
+                yield self._finished(piece)
+
+    def _in_step(
+        self, pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], advance: Advance
+    ) -> Iterator[Snapshot]:
+        """Merge all pieces with one checkpoint, then with the next."""
+        for number in range(len(self._incoming)):
+            sums = PieceSums()
+            while not sums.are_known:
+                for piece in pieces:
+                    with suppress(UnknownSumError):
+                        self._merge(piece, number, Whole(shapes, sums.next_part()), advance)
+                        if number == len(self._incoming) - 1:
+                            yield self._finished(piece)
+                        else:
+                            piece.put_aside()
+                sums.end_pass()
 
     def _merge(self, piece: Piece, number: int, whole: Whole | None, advance: Advance) -> None:
         """Merge some of the parameters of a checkpoint."""
@@ -148,13 +159,14 @@ class FilesInPieces:
     def _step(self, advance: Advance, what: str, size: int, done: int, steps: int) -> None:
         advance(what, self._done + size * done // max(steps, 1))
 
-    def _add_seconds(self, records: Sequence[MergeRecord]) -> None:
-        """Add the records of a piece to those of the pieces before."""
-        seconds = [record.merge_seconds for record in self.records] or [0.0] * len(records)
+    def _finished(self, piece: Piece) -> Snapshot:
+        """The merged tensors of a piece, which forgets them; its records are added to those of the others."""
+        seconds = [record.merge_seconds for record in self.records] or [0.0] * len(piece.records)
         self.records = [
             replace(record, merge_seconds=record.merge_seconds + before)
-            for record, before in zip(records, seconds, strict=True)
+            for record, before in zip(piece.records, seconds, strict=True)
         ]
+        return piece.take()
 
     def _groups(self) -> list[list[str]]:
         """The parameters divided into those that are merged together, in the order of the flat vector."""

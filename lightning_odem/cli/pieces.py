@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_odem.methods import MergeContext, MergeMethod, method_name
 from lightning_odem.methods.base import Whole
 from lightning_odem.methods.kept_state import KeptState, copy_containers
-from lightning_odem.methods.needs import BaseModel
+from lightning_odem.methods.needs import BaseModel, Need
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import is_finite
 from lightning_odem.report import MergeRecord
@@ -78,9 +78,9 @@ class Piece:
         method.load_state_dict(copy_containers(state))
         kept = KeptState(method)
         vector = self._vector(incoming)
-        needed = {} if base is None else {BaseModel: self._vector(base)}
+        needed: dict[type[Need[Any]], Any] = {} if base is None else {BaseModel: self._vector(base)}
         names, shapes = list(self._shapes), list(self._shapes.values())
-        if whole is not None and whole.sum_ is not None:
+        if whole is not None and whole.summed is not None:
             whole = whole._replace(keep=self._keeping())
         context = MergeContext(names, shapes, needed, on_step, whole=whole)
         result = method.start(vector, context) if merged is None else method.merge(merged, vector, t, context)
@@ -90,15 +90,25 @@ class Piece:
         own = result.theta.data_ptr() not in (vector.data_ptr(), *(each.data_ptr() for each in needed.values()))
         self._merged = result.theta if own else result.theta.clone()
         self._state = copy_containers(method.state_dict())
-        self._put_aside()
         record = record_of(result, task=task, t=t, method=method_name(method))
         record.merge_seconds = time.perf_counter() - started
         self.records.append(record)
 
-    def tensors(self) -> Snapshot:
-        """The merged parameters by name, on the CPU."""
-        merged, _ = self._open()
-        return {} if merged is None else dict(self._divided(merged.cpu()))
+    def put_aside(self) -> None:
+        """Write what was merged to the disk."""
+        assert self._path is not None, "there is a place"
+        assert self._merged is not None, "something was merged"
+        _save({"merged": self._merged.cpu(), "state": self._state}, self._path)
+        self._merged, self._state = None, {}
+        for kept in self._path.parent.glob(f"{self._path.name}.kept*"):
+            kept.unlink()
+
+    def take(self) -> Snapshot:
+        """The merged parameters by name, on the CPU; they are then forgotten."""
+        assert self._merged is not None, "something was merged"
+        tensors = dict(self._divided(self._merged.cpu()))
+        self._merged, self._state = None, {}
+        return tensors
 
     def _open(self) -> tuple[Tensor | None, dict[str, Any]]:
         """The vector, on the device, and the method's state."""
@@ -106,13 +116,6 @@ class Piece:
             return self._merged, self._state
         found = _load(self._path)
         return found["merged"].to(self._device), found["state"]
-
-    def _put_aside(self) -> None:
-        if self._path is not None and self._merged is not None:
-            _save({"merged": self._merged.cpu(), "state": self._state}, self._path)
-            self._merged, self._state = None, {}
-            for kept in self._path.parent.glob(f"{self._path.name}.kept*"):
-                kept.unlink()
 
     def _keeping(self) -> Callable[[Callable[[], Tensor]], Tensor]:
         """Computes tensors and keeps each on the disk until the merge is done."""
@@ -173,10 +176,8 @@ class PieceSums:
         >>> sums = PieceSums()
         >>> while not sums.are_known:
         ...     for part in (1.0, 2.0):
-        ...         number = torch.tensor(part)
         ...         with suppress(UnknownSumError):
-        ...             sums.next_part()(number)
-        ...             print(part, number)
+        ...             print(part, sums.next_part()(lambda: torch.tensor(part)))
         ...     sums.end_pass()
         1.0 tensor(3.)
         2.0 tensor(3.)
@@ -187,18 +188,19 @@ class PieceSums:
         self._totals: list[Tensor] = []
         self._next: Tensor | None = None
 
-    def next_part(self) -> Callable[[Tensor], None]:
+    def next_part(self) -> Callable[[Callable[[], Tensor]], Tensor]:
         """The sums for the next part: each call is another one."""
         known = iter(self._totals)
 
-        def sum_(numbers: Tensor) -> None:
+        def summed(compute: Callable[[], Tensor]) -> Tensor:
             total = next(known, None)
             if total is None:
-                self._next = numbers.clone() if self._next is None else self._next + numbers
+                numbers = compute()
+                self._next = numbers.clone() if self._next is None else self._next.add_(numbers)
                 raise UnknownSumError
-            numbers.copy_(total)
+            return total.clone()
 
-        return sum_
+        return summed
 
     def end_pass(self) -> None:
         """All parts have run."""

@@ -152,33 +152,27 @@ def _packed_layers(name: str, outputs: int, inputs: int) -> int:
     return 3 if outputs % 3 == 0 else 1
 
 
-def squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None = None) -> Tensor:
-    """The squared norm of each parameter of the whole model [p]: 0 for those that are not in a vector, or not named.
+def whole_norm(context: MergeContext, vector: Tensor, names: Sequence[str] | None = None) -> float:
+    """The norm of a vector of the whole model, or of some of its parameters.
 
-    See :func:`whole_norms`.
+    The sum of the squares is rounded once, so it does not depend on which parameters are merged together.
+
+    Example:
+        >>> context = MergeContext(["weight", "bias"], [(1,), (1,)])
+        >>> whole_norm(context, torch.tensor([3.0, 4.0])), whole_norm(context, torch.tensor([3.0, 4.0]), ["bias"])
+        (5.0, 4.0)
     """
+    return math.sqrt(math.fsum(context.summed(lambda: _squares(context, vector, names)).tolist()))
+
+
+def _squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None) -> Tensor:
+    """The squared norm of each parameter of the whole model [p]: 0 for those that are not in a vector, or not named."""
     found = torch.zeros(len(context.all_shapes), dtype=torch.float64)
     place = {name: index for index, name in enumerate(context.all_shapes)}
     for name, piece in tensors(vector, context).items():
         if names is None or name in names:
             found[place[name]] = norm(piece.flatten()) ** 2
     return found
-
-
-def whole_norms(context: MergeContext, *vectors: Tensor) -> list[float]:
-    """Norms of vectors of the whole model, each from its :func:`squares`.
-
-    The sum is rounded once, so it does not depend on which parameters are merged together.
-
-    Example:
-        >>> context = MergeContext(["weight", "bias"], [(1,), (1,)])
-        >>> whole_norms(context, squares(context, torch.tensor([3.0, 4.0])))
-        [5.0]
-    """
-    numbers = torch.stack(vectors)
-    if context.sum_ is not None:
-        context.sum_(numbers)
-    return [math.sqrt(math.fsum(row)) for row in numbers.tolist()]
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -1,7 +1,9 @@
 """Continual TIES-Merging: trim, elect a sign, merge what agrees with it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -10,19 +12,55 @@ from torch.nn.functional import hardshrink
 
 from lightning_odem.arguments import check_choice, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.linalg import total
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 from lightning_odem.parameters.vector import is_finite
 
 Combine = Literal["sum", "mean"]
-Sum = Callable[[Tensor], None]
+Computed = Callable[[], Tensor]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _BLOCK = 1 << 18  # entries that are looked at together, so that they stay in the cache
 
 
-def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = None) -> list[Tensor]:
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two vectors [d] times a factor, of which only blocks are in memory."""
+
+    model: Tensor
+    base: Tensor
+    factor: float
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def __getitem__(self, mask: Tensor) -> Tensor:
+        return (self.model[mask] - self.base[mask]).mul_(self.factor)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The blocks, one after the other."""
+        for model, base in zip(self.model.split(size), self.base.split(size), strict=True):
+            yield (model - base).mul_(self.factor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the entries."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors lie."""
+        return self.model.device
+
+
+def at_once(compute: Computed) -> Tensor:
+    """What is computed, of vectors that are whole."""
+    return compute()
+
+
+def thresholds(
+    vectors: Sequence[Tensor | Difference], density: float, summed: Callable[[Computed], Tensor] = at_once
+) -> list[Tensor]:
     """Find the magnitude of the smallest entry that :func:`trim` keeps, for each of some vectors of one dtype.
 
     The bits of positive numbers are ordered like the numbers. So the digits of the threshold to the base 2^16 are found
@@ -31,7 +69,7 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     Args:
         vectors: The vectors, or parts of them.
         density: Fraction of entries to keep.
-        sum_: Sums over the parts in place, see :class:`~lightning_odem.methods.MergeContext`.
+        summed: Sums over the parts, see :class:`~lightning_odem.methods.MergeContext`.
 
     Example:
         >>> thresholds([torch.tensor([3.0, -1.0, 2.0, -4.0])], 0.5)
@@ -40,9 +78,7 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     dtype = vectors[0].dtype
     found, ranks = [0] * len(vectors), [0] * len(vectors)
     for shift in range(torch.finfo(dtype).bits - 16, -1, -16):
-        counts = torch.stack([_digits(vector, shift, known) for vector, known in zip(vectors, found, strict=True)])
-        if sum_ is not None:
-            sum_(counts)
+        counts = summed(partial(_digits, vectors, shift, list(found)))
         for index, count in enumerate(counts):
             if not found[index] and not ranks[index]:
                 ranks[index] = max(round(density * int(count.sum())), 1)
@@ -53,14 +89,16 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     return [torch.tensor(bits, dtype=_BITS[dtype], device=vectors[0].device).view(dtype) for bits in found]
 
 
-def _digits(vector: Tensor, shift: int, known: int) -> Tensor:
-    """How many entries have each digit, of those whose digits before it are known; on the CPU, in fp64."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for piece in vector.split(_BLOCK):
-        bits = piece.abs().view(_BITS[vector.dtype])
-        if shift + 16 < torch.finfo(vector.dtype).bits:
-            bits = bits[bits >> (shift + 16) == known]
-        counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+def _digits(vectors: Sequence[Tensor | Difference], shift: int, known: Sequence[int]) -> Tensor:
+    """How many entries of each vector have each digit, of those whose digits before are known; on the CPU, in fp64."""
+    counts = torch.zeros(len(vectors), 1 << 16, dtype=torch.int64)
+    for vector, count, above in zip(vectors, counts, known, strict=True):
+        for piece in vector.split(_BLOCK):
+            bits = piece.abs().view(_BITS[vector.dtype])
+            digits = bits >> shift
+            if shift + 16 < torch.finfo(vector.dtype).bits:
+                digits = digits[bits >> (shift + 16) == above] & 0xFFFF
+            count += torch.bincount(digits, minlength=1 << 16).cpu()
     return counts.double()
 
 
@@ -81,7 +119,7 @@ def _trim(vector: Tensor, threshold: Tensor) -> Tensor:
     return hardshrink(vector, float(torch.nextafter(threshold, torch.zeros_like(threshold) - 1)))
 
 
-def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
+def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
     """Return the sign of the sum of the vectors in each entry; where the sum is 0, the sign that most entries have.
 
     Example:
@@ -89,8 +127,8 @@ def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
         tensor([1., 1., 1.])
     """
     sign = _sign(vectors)
-    majority = total(float(sign.double().sum()), sum_)
-    return sign.masked_fill_(sign == 0, (majority > 0) - (majority < 0))
+    majority = sign.double().sum()
+    return sign.masked_fill_(sign == 0, float(majority.sign()))
 
 
 def _sign(vectors: Sequence[Tensor]) -> Tensor:
@@ -115,22 +153,22 @@ def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "
 
 
 def ties(
-    vectors: Sequence[Tensor],
+    vectors: Sequence[Tensor | Difference],
     density: float = 0.2,
     combine: Combine = "sum",
-    sum_: Sum | None = None,
-    kept: Callable[[Callable[[], Tensor]], Tensor] = lambda compute: compute(),
+    summed: Callable[[Computed], Tensor] = at_once,
+    kept: Callable[[Computed], Tensor] = at_once,
 ) -> Tensor:
     """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge.
 
-    ``sum_`` and ``kept`` are those of :class:`~lightning_odem.methods.MergeContext`.
+    ``summed`` and ``kept`` are those of :class:`~lightning_odem.methods.MergeContext`.
     """
-    least = thresholds(vectors, density, sum_)
+    least = thresholds(vectors, density, summed)
     signs: list[float] = []
 
     def decided() -> Tensor:
         """The merged entries; NaN where entries cancel, as the majority of all others decides about these few."""
-        merged = torch.empty_like(vectors[0])
+        merged = torch.empty(len(vectors[0]), dtype=vectors[0].dtype, device=vectors[0].device)
         for out, *parts in zip(*(each.split(_BLOCK) for each in (merged, *vectors)), strict=True):
             trimmed = [_trim(part, threshold) for part, threshold in zip(parts, least, strict=True)]
             sign = _sign(trimmed)
@@ -142,13 +180,12 @@ def ties(
         return merged
 
     merged = kept(decided)
-    majority = total(math.fsum(signs), sum_)
+    majority = float(summed(lambda: torch.tensor(math.fsum(signs), dtype=torch.float64)))
     if not is_finite(merged):
         cancelled = merged.isnan()
         trimmed = [_trim(vector[cancelled], threshold) for vector, threshold in zip(vectors, least, strict=True)]
-        merged[cancelled] = disjoint_merge(
-            trimmed, torch.full_like(trimmed[0], (majority > 0) - (majority < 0)), combine
-        )
+        sign = torch.full_like(trimmed[0], (majority > 0) - (majority < 0))
+        merged[cancelled] = disjoint_merge(trimmed, sign, combine)
     return merged
 
 
@@ -209,9 +246,9 @@ class TiesMerge(MergeMethod):
         """Merge the accumulated update and the task vector."""
         if t == 0.0:
             return MergeResult(merged)
-        base = context[BaseModel]
-        update, task_vector = merged - base, incoming - base
-        if self.recursion == "utility":
-            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), base
-        both = ties([update, task_vector], self.density, self.combine, context.sum_, context.kept)
-        return MergeResult(torch.add(merged, both, alpha=self.scale, out=both))
+        base, utility = context[BaseModel], self.recursion == "utility"
+        update, task_vector = (
+            Difference(model, base, share if utility else 1.0) for model, share in ((merged, 1 - t), (incoming, t))
+        )
+        both = ties([update, task_vector], self.density, self.combine, context.summed, context.kept)
+        return MergeResult(torch.add(base if utility else merged, both, alpha=self.scale))
