@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,16 +121,21 @@ class FilesInPieces:
     ) -> Iterator[Snapshot]:
         """Merge all pieces with one checkpoint, then with the next."""
         for number in range(len(self._incoming)):
-            sums = PieceSums()
-            while not sums.are_known:
-                for piece in pieces:
-                    with suppress(UnknownSumError):
+            sums, running = PieceSums(), pieces
+            while running:
+                waiting = []
+                for piece in running:
+                    try:
                         self._merge(piece, number, Whole(shapes, sums.next_part()), advance)
-                        if number == len(self._incoming) - 1:
-                            yield self._finished(piece)
-                        else:
-                            piece.put_aside()
+                    except UnknownSumError:
+                        waiting.append(piece)
+                        continue
+                    if number == len(self._incoming) - 1:
+                        yield self._finished(piece)
+                    else:
+                        piece.put_aside()
                 sums.end_pass()
+                running = waiting
 
     def _merge(self, piece: Piece, number: int, whole: Whole | None, advance: Advance) -> None:
         """Merge some of the parameters of a checkpoint."""

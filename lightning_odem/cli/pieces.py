@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_odem.methods import MergeContext, MergeMethod, method_name
-from lightning_odem.methods.base import Whole
+from lightning_odem.methods.base import Summed, Whole
 from lightning_odem.methods.kept_state import KeptState, copy_containers
 from lightning_odem.methods.needs import BaseModel, Need
 from lightning_odem.parameters.snapshot import Snapshot
@@ -165,46 +165,46 @@ class PieceSums:
     """Sums over parameters that are merged one after the other, found in several passes over all of them.
 
     In each pass, every part runs until it needs a sum that is not known yet, and adds what it has to this sum. The next
-    pass knows it.
-
-    Attributes:
-        are_known: Whether all parts have run to their end in the last pass.
+    pass knows it. A part that has run to its end does not run again.
 
     Example:
         >>> import torch
-        >>> from contextlib import suppress
-        >>> sums = PieceSums()
-        >>> while not sums.are_known:
-        ...     for part in (1.0, 2.0):
-        ...         with suppress(UnknownSumError):
+        >>> sums, parts = PieceSums(), [1.0, 2.0]
+        >>> while parts:
+        ...     waiting = []
+        ...     for part in parts:
+        ...         try:
         ...             print(part, sums.next_part()(lambda: torch.tensor(part)))
+        ...         except UnknownSumError:
+        ...             waiting.append(part)
+        ...     parts = waiting
         ...     sums.end_pass()
         1.0 tensor(3.)
         2.0 tensor(3.)
     """
 
     def __init__(self) -> None:
-        self.are_known = False
         self._totals: list[Tensor] = []
         self._next: Tensor | None = None
 
-    def next_part(self) -> Callable[[Callable[[], Tensor]], Tensor]:
+    def next_part(self) -> Summed:
         """The sums for the next part: each call is another one."""
         known = iter(self._totals)
 
-        def summed(compute: Callable[[], Tensor]) -> Tensor:
+        def summed(compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
             total = next(known, None)
-            if total is None:
-                numbers = compute()
-                self._next = numbers.clone() if self._next is None else self._next.add_(numbers)
+            if total is not None:
+                return total.clone()
+            numbers = compute()
+            self._next = numbers.clone() if self._next is None else self._next.add_(numbers)
+            if wanted:
                 raise UnknownSumError
-            return total.clone()
+            return numbers
 
         return summed
 
     def end_pass(self) -> None:
-        """All parts have run."""
-        self.are_known = self._next is None
+        """All parts that had not run to their end have run."""
         if self._next is not None:
             self._totals.append(self._next)
         self._next = None

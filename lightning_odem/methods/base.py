@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from lightning_odem.parameters.shards import Shards
 
 T = TypeVar("T")
+
+
+class Summed(Protocol):
+    """Sums what a function computes over the parts of a model, see :meth:`MergeContext.summed`."""
+
+    def __call__(self, compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
+        """The sum; anything if it is not wanted."""
 
 
 class Whole(NamedTuple):
@@ -27,7 +34,7 @@ class Whole(NamedTuple):
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    summed: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    summed: Summed | None = None
     keep: Callable[[Callable[[], Tensor]], Tensor] | None = None
 
 
@@ -126,13 +133,18 @@ class MergeContext:
 
         return sum_
 
-    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
+    def summed(self, compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
         """The sum of what ``compute`` gives over the parts of the model, like :attr:`sum_`.
 
         If the method is called again for the same merge, sums that are known are not computed again.
+
+        Args:
+            compute: Computes the numbers of this part.
+            wanted: Whether this part needs the sum, or only adds to it for the others. Only the last sum of a merge may
+                be one that some parts do not need.
         """
         if self.shards is None and self.whole is not None and self.whole.summed is not None:
-            return self.whole.summed(compute)
+            return self.whole.summed(compute, wanted)
         numbers = compute()
         if self.sum_ is not None:
             self.sum_(numbers)

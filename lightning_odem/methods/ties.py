@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from lightning_odem.arguments import check_choice, check_range
-from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult, Summed
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 from lightning_odem.parameters.vector import is_finite
 
 Combine = Literal["sum", "mean"]
-Computed = Callable[[], Tensor]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _BLOCK = 1 << 18  # entries that are looked at together, so that they stay in the cache
@@ -53,14 +52,12 @@ class Difference:
         return self.model.device
 
 
-def at_once(compute: Computed) -> Tensor:
+def at_once(compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
     """What is computed, of vectors that are whole."""
     return compute()
 
 
-def thresholds(
-    vectors: Sequence[Tensor | Difference], density: float, summed: Callable[[Computed], Tensor] = at_once
-) -> list[Tensor]:
+def thresholds(vectors: Sequence[Tensor | Difference], density: float, summed: Summed = at_once) -> list[Tensor]:
     """Find the magnitude of the smallest entry that :func:`trim` keeps, for each of some vectors of one dtype.
 
     The bits of positive numbers are ordered like the numbers. So the digits of the threshold to the base 2^16 are found
@@ -156,32 +153,27 @@ def ties(
     vectors: Sequence[Tensor | Difference],
     density: float = 0.2,
     combine: Combine = "sum",
-    summed: Callable[[Computed], Tensor] = at_once,
-    kept: Callable[[Computed], Tensor] = at_once,
+    summed: Summed = at_once,
 ) -> Tensor:
     """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge.
 
-    ``summed`` and ``kept`` are those of :class:`~lightning_odem.methods.MergeContext`.
+    ``summed`` is that of :class:`~lightning_odem.methods.MergeContext`.
     """
     least = thresholds(vectors, density, summed)
     signs: list[float] = []
-
-    def decided() -> Tensor:
-        """The merged entries; NaN where entries cancel, as the majority of all others decides about these few."""
-        merged = torch.empty(len(vectors[0]), dtype=vectors[0].dtype, device=vectors[0].device)
-        for out, *parts in zip(*(each.split(_BLOCK) for each in (merged, *vectors)), strict=True):
-            trimmed = [_trim(part, threshold) for part, threshold in zip(parts, least, strict=True)]
-            sign = _sign(trimmed)
-            signs.append(float(sign.sum()))
-            out.copy_(disjoint_merge(trimmed, sign, combine))
-            rest = sum((part.abs() for part in trimmed[1:]), start=trimmed[0].abs()).mul_(1 - sign.abs())
-            if rest.sum():
-                out[rest != 0] = math.nan
-        return merged
-
-    merged = kept(decided)
-    majority = float(summed(lambda: torch.tensor(math.fsum(signs), dtype=torch.float64)))
-    if not is_finite(merged):
+    merged = torch.empty(len(vectors[0]), dtype=vectors[0].dtype, device=vectors[0].device)
+    for out, *parts in zip(*(each.split(_BLOCK) for each in (merged, *vectors)), strict=True):
+        trimmed = [_trim(part, threshold) for part, threshold in zip(parts, least, strict=True)]
+        sign = _sign(trimmed)
+        signs.append(float(sign.sum()))
+        out.copy_(disjoint_merge(trimmed, sign, combine))
+        # Where entries cancel, the majority of all others decides. They are few, so most parts do not wait for it.
+        rest = sum((part.abs() for part in trimmed[1:]), start=trimmed[0].abs()).mul_(1 - sign.abs())
+        if rest.sum():
+            out[rest != 0] = math.nan
+    cancel = not is_finite(merged)
+    majority = float(summed(lambda: torch.tensor(math.fsum(signs), dtype=torch.float64), cancel))
+    if cancel:
         cancelled = merged.isnan()
         trimmed = [_trim(vector[cancelled], threshold) for vector, threshold in zip(vectors, least, strict=True)]
         sign = torch.full_like(trimmed[0], (majority > 0) - (majority < 0))
@@ -250,5 +242,5 @@ class TiesMerge(MergeMethod):
         update, task_vector = (
             Difference(model, base, share if utility else 1.0) for model, share in ((merged, 1 - t), (incoming, t))
         )
-        both = ties([update, task_vector], self.density, self.combine, context.summed, context.kept)
+        both = ties([update, task_vector], self.density, self.combine, context.summed)
         return MergeResult(torch.add(base if utility else merged, both, alpha=self.scale))
