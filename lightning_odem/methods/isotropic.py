@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_odem.arguments import check_choice, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext
 from lightning_odem.methods.exact_stream import ExactStream, Sums
-from lightning_odem.methods.layout import matrices, parts, weight_matrices, whole_norm
+from lightning_odem.methods.layout import matrices, parts, squares, weight_matrices, whole_norms
 from lightning_odem.methods.linalg import exact, singular
 
 NORM = "norm"
@@ -114,4 +114,5 @@ class IsotropicMerge(ExactStream):
 
     def _norm(self, vector: Tensor, context: MergeContext) -> float:
         """Norm of all weight matrices in a vector [d] together."""
-        return whole_norm(context, vector, weight_matrices(context, self.layers))
+        names = weight_matrices(context, self.layers)
+        return whole_norms(context, lambda: [squares(context, vector, names)])[0]

@@ -1,7 +1,7 @@
 """Views of flat vectors as the tensors they consist of; weight matrices are kept apart from the rest."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -152,20 +152,7 @@ def _packed_layers(name: str, outputs: int, inputs: int) -> int:
     return 3 if outputs % 3 == 0 else 1
 
 
-def whole_norm(context: MergeContext, vector: Tensor, names: Sequence[str] | None = None) -> float:
-    """The norm of a vector of the whole model, or of some of its parameters.
-
-    The sum of the squares is rounded once, so it does not depend on which parameters are merged together.
-
-    Example:
-        >>> context = MergeContext(["weight", "bias"], [(1,), (1,)])
-        >>> whole_norm(context, torch.tensor([3.0, 4.0])), whole_norm(context, torch.tensor([3.0, 4.0]), ["bias"])
-        (5.0, 4.0)
-    """
-    return math.sqrt(math.fsum(context.summed(lambda: _squares(context, vector, names)).tolist()))
-
-
-def _squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None) -> Tensor:
+def squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None = None) -> Tensor:
     """The squared norm of each parameter of the whole model [p]: 0 for those that are not in a vector, or not named."""
     found = torch.zeros(len(context.all_shapes), dtype=torch.float64)
     place = {name: index for index, name in enumerate(context.all_shapes)}
@@ -173,6 +160,21 @@ def _squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None)
         if names is None or name in names:
             found[place[name]] = norm(piece.flatten()) ** 2
     return found
+
+
+def whole_norms(context: MergeContext, compute: Callable[[], Sequence[Tensor]]) -> list[float]:
+    """Norms of vectors of the whole model, each from its :func:`squares`.
+
+    The sum is rounded once, so it does not depend on which parameters are merged together.
+
+    Example:
+        >>> context = MergeContext(["weight", "bias"], [(1,), (1,)])
+        >>> vector = torch.tensor([3.0, 4.0])
+        >>> whole_norms(context, lambda: [squares(context, vector), squares(context, vector, ["bias"])])
+        [5.0, 4.0]
+    """
+    summed = context.summed(lambda: torch.stack(list(compute())))
+    return [math.sqrt(math.fsum(row)) for row in summed.tolist()]
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

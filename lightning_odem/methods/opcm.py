@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_odem.arguments import check_choice, check_flag, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.layout import matrices, weight_matrices, whole_norm
+from lightning_odem.methods.layout import matrices, squares, weight_matrices, whole_norms
 from lightning_odem.methods.linalg import exact, singular
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
@@ -107,9 +107,10 @@ class OPCMMerge(MergeMethod):
         if t == 0.0:
             return MergeResult(merged)
         accumulated, task_vector = merged.sub_(context[BaseModel]), incoming - context[BaseModel]
-        norms = [*(self._norms or [whole_norm(context, accumulated)]), whole_norm(context, task_vector)]
+        before = [squares(context, accumulated), squares(context, task_vector)]
         accumulated = context.kept(partial(self._accumulate, accumulated, task_vector, t, context))
-        length = whole_norm(context, accumulated)
+        first, new, length = whole_norms(context, lambda: [*before, squares(context, accumulated)])
+        norms = [*(self._norms or [first]), new]
         # Two task vectors may cancel: then there is no direction left to scale.
         scale = length * len(norms) / sum(norms) if any(norms) else 0.0
         self._scale, self._norms = scale or 1.0, norms
