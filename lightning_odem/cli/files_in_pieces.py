@@ -1,12 +1,8 @@
 """Files of models that are merged a few parameters at a time."""
 
-import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -14,8 +10,9 @@ import torch
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
 from lightning_odem.cli.pieces import Piece, PieceSums, UnknownSumError
 from lightning_odem.cli.state_module import StateModule
+from lightning_odem.cli.unfinished import UnfinishedMerge
 from lightning_odem.flow import operating_time
-from lightning_odem.methods import MergeMethod
+from lightning_odem.methods import MergeMethod, method_name
 from lightning_odem.methods.base import Whole
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.parameters.model_files import ModelFiles
@@ -25,6 +22,8 @@ from lightning_odem.stream.merging import check_finite
 
 # Bytes that are merged together, and their share of large models. Less would open the files more often.
 _PIECE, _SHARE = 8 << 20, 1 / 256
+# Seconds from which on the result of a piece is worth to be written, in case that the merge is interrupted.
+_LONG = 1.0
 
 
 class Incoming(NamedTuple):
@@ -61,7 +60,8 @@ class FilesInPieces:
         batch_norm: Policy for running statistics, see :class:`~lightning_odem.calibration.BatchNormStatistics`.
 
     Attributes:
-        records: The record of each merge, when all is merged.
+        groups: Names of the parameters that are merged together.
+        records: The record of each merge; its seconds are right when all is merged.
     """
 
     def __init__(
@@ -80,7 +80,11 @@ class FilesInPieces:
         self._others = [name for name, _ in module.named_buffers()]
         weights = [entry.weight for entry in incoming]
         self._times = [operating_time(weights[: number + 1]) for number in range(len(weights))]
-        self.records: list[MergeRecord] = []
+        self.groups = self._divide()
+        self.records = [
+            MergeRecord(task=entry.task, t=t, method=method_name(method), merge_seconds=0.0)
+            for entry, t in zip(incoming, self._times, strict=True)
+        ]
         self._done = 0
 
     @staticmethod
@@ -90,52 +94,72 @@ class FilesInPieces:
         wide = {tensor.dtype == torch.float64 for tensor in module.parameters()}
         return bool(method.by_tensor) and len(wide) == 1 and all(isinstance(need, BaseModel) for need in method.needs)
 
-    def merged(self, advance: Advance, scratch: str | os.PathLike) -> Iterator[Snapshot]:
+    def merged(self, advance: Advance, unfinished: UnfinishedMerge) -> Iterator[Snapshot]:
         """Merge, and yield the merged tensors in fp32 as they are done.
 
         Args:
             advance: Told of the progress.
-            scratch: A folder with room for the merged model in fp32 and the method's state, if it needs sums.
+            unfinished: Where what is merged lies meanwhile if the method needs sums, and what took long.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self._parameters.items()}
-        groups = self._groups()
-        in_step = self._method.by_tensor == "sums" and len(groups) > 1
         dtype = next(iter(self._parameters.values())).dtype
         yield self._merged_others()
-        with TemporaryDirectory(dir=scratch, prefix=".merging") if in_step else nullcontext() as folder:
-            places = [None if folder is None else Path(folder, str(index)) for index in range(len(groups))]
-            pieces = [
-                Piece({name: shapes[name] for name in names}, dtype, self._device, place)
-                for names, place in zip(groups, places, strict=True)
-            ]
-            if in_step:
-                yield from self._in_step(pieces, shapes, advance)
-            while pieces and not in_step:
-                piece = pieces.pop(0)
-                for number in range(len(self._incoming)):
-                    self._merge(piece, number, Whole(shapes) if len(groups) > 1 else None, advance)
-                yield self._finished(piece)
+        pieces = [
+            Piece({name: shapes[name] for name in names}, dtype, self._device, f"{index}", unfinished)
+            for index, names in enumerate(self.groups)
+        ]
+        if self._method.by_tensor == "sums" and len(pieces) > 1:
+            yield from self._in_step(pieces, shapes, advance, unfinished)
+            return
+        last = len(self._incoming)
+        while pieces:
+            piece = pieces.pop(0)
+            if not piece.take_up(last):
+                started = time.perf_counter()
+                for number in range(last):
+                    self._merge(piece, number, Whole(shapes) if len(self.groups) > 1 else None, advance)
+                if time.perf_counter() - started > _LONG:
+                    piece.put_aside(last)
+                    piece.take_up(last)
+            yield self._finished(piece)
 
     def _in_step(
-        self, pieces: Sequence[Piece], shapes: Mapping[str, tuple[int, ...]], advance: Advance
+        self,
+        pieces: Sequence[Piece],
+        shapes: Mapping[str, tuple[int, ...]],
+        advance: Advance,
+        unfinished: UnfinishedMerge,
     ) -> Iterator[Snapshot]:
         """Merge all pieces with one checkpoint, then with the next."""
-        for number in range(len(self._incoming)):
-            sums, running = PieceSums(), pieces
+        last = len(self._incoming) - 1
+        # The latest merge that all pieces have behind them.
+        begin = next(done for done in range(last, -1, -1) if all(piece.take_up(done) for piece in pieces))
+        for number in range(begin, last + 1):
+            sums, running = PieceSums(), list(pieces)
+            while (known := unfinished.load(f"{number}.sum{len(sums.totals)}")) is not None:
+                sums.totals.append(known["sum"])
             while running:
-                waiting = []
+                waiting, before = [], len(sums.totals)
                 for piece in running:
+                    piece.take_up(number)
+                    whole = Whole(shapes, sums.next_part(), piece.keeping(number))
                     try:
-                        self._merge(piece, number, Whole(shapes, sums.next_part()), advance)
+                        self._merge(piece, number, whole, advance)
                     except UnknownSumError:
+                        piece.drop()
                         waiting.append(piece)
                         continue
-                    if number == len(self._incoming) - 1:
+                    if number == last:
                         yield self._finished(piece)
                     else:
-                        piece.put_aside()
+                        piece.put_aside(number + 1)
                 sums.end_pass()
+                if len(sums.totals) > before and waiting:
+                    unfinished.save(f"{number}.sum{before}", {"sum": sums.totals[-1]})
                 running = waiting
+            if number < last:
+                for pattern in (f"*.{number}", f"*.{number}.*", f"{number}.sum*"):
+                    unfinished.forget(pattern)
 
     def _merge(self, piece: Piece, number: int, whole: Whole | None, advance: Advance) -> None:
         """Merge some of the parameters of a checkpoint."""
@@ -165,15 +189,13 @@ class FilesInPieces:
         advance(what, self._done + size * done // max(steps, 1))
 
     def _finished(self, piece: Piece) -> Snapshot:
-        """The merged tensors of a piece, which forgets them; its records are added to those of the others."""
-        seconds = [record.merge_seconds for record in self.records] or [0.0] * len(piece.records)
-        self.records = [
-            replace(record, merge_seconds=record.merge_seconds + before)
-            for record, before in zip(piece.records, seconds, strict=True)
-        ]
+        """The merged tensors of a piece, which forgets them; its seconds are added to those of the others."""
+        for record in piece.records:
+            ours = next(known for known in self.records if known.task == record.task)
+            ours.merge_seconds += record.merge_seconds
         return piece.take()
 
-    def _groups(self) -> list[list[str]]:
+    def _divide(self) -> list[list[str]]:
         """The parameters divided into those that are merged together, in the order of the flat vector."""
         groups: list[list[str]] = [[]]
         held = 0

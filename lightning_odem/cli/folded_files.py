@@ -3,12 +3,15 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_odem.cli.files_in_pieces import Advance, FilesInPieces, Incoming, empty_like
 from lightning_odem.cli.state_module import StateModule
+from lightning_odem.cli.unfinished import UnfinishedMerge
 from lightning_odem.methods import MergeMethod
 from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.checkpoint import read_hyper_parameters
@@ -69,6 +72,7 @@ class FoldedFiles:
                 f"{', '.join(self._files.like)}."
             )
         self._incoming, self._base, self._device, self._dtype = incoming, base, device, dtype
+        self._batch_norm = batch_norm
         module = StateModule({name: empty_like(each, "meta") for name, each in self._files.like.items()})
         self._stream = Stream(method, batch_norm=batch_norm)
         self._stream.division.check(module)
@@ -93,24 +97,34 @@ class FoldedFiles:
         """Bytes that are merged, of all checkpoints together."""
         return len(self._incoming) * sum(each.nbytes for each in self._files.like.values())
 
-    def merged(self, advance: Advance, scratch: str | os.PathLike) -> Iterator[Snapshot]:
+    def merged(self, advance: Advance, unfinished: UnfinishedMerge | None = None) -> Iterator[Snapshot]:
         """Merge, and yield the merged tensors as they are done.
 
         Args:
             advance: Told of the progress.
-            scratch: A folder with room for the merged model in fp32, for methods that look at all parameters between
-                two merges.
+            unfinished: Where what is merged lies meanwhile; None for models that are merged as a whole.
         """
         pieces = self._in_pieces
-        for piece in self._whole(advance) if pieces is None else pieces.merged(advance, scratch):
+        if pieces is not None and unfinished is not None:
+            found = pieces.merged(advance, unfinished)
+        else:
+            found = self._whole(advance)
+        for piece in found:
             if self._dtype is None:
                 piece = {name: tensor.to(self._files.like[name].dtype) for name, tensor in piece.items()}
             yield self._rounded(piece)
         self.records = self.records if pieces is None else pieces.records
 
+    def unfinished(self, output: str | os.PathLike, identity: Mapping[str, Any]) -> UnfinishedMerge:
+        """What an interrupted merge into this output has left, if it was the same one; ``identity`` is added to."""
+        output = Path(output).absolute()
+        groups = None if self._in_pieces is None else self._in_pieces.groups
+        own = {"device": self._device, "dtype": str(self._dtype), "batch_norm": self._batch_norm, "pieces": groups}
+        return UnfinishedMerge(output.with_name(f".{output.name}.merging"), {**identity, **own})
+
     def updates(self, advance: Advance) -> Snapshot:
         """Merge, and give all merged tensors at once; of adapters the whole updates."""
-        return {name: each for piece in self.merged(advance, os.curdir) for name, each in piece.items()}
+        return {name: each for piece in self.merged(advance) for name, each in piece.items()}
 
     def merged_adapter(self, advance: Advance) -> Snapshot:
         """Merge, and give the factors of the merged updates."""

@@ -199,10 +199,14 @@ def merge_checkpoints(
             place.write(files.merged_adapter(advance), {**adapters.header, **metadata}, files.hyper_parameters)
         else:
             excluded = {} if isinstance(place, FolderOutput) else files.excluded
-            with place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write:
-                for piece in files.merged(advance, Path(output).absolute().parent):
+            with (
+                files.unfinished(output, {**metadata, "exclude": list(exclude)}) as unfinished,
+                place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write,
+            ):
+                for piece in files.merged(advance, unfinished):
                     write(piece)
                 write(excluded)
+            notes += [unfinished.note] if unfinished.note else []
     return Merged(incoming, files.records, place.paths, [*notes, *files.notes], place.checked)
 
 

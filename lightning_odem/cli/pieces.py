@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_odem.cli.unfinished import UnfinishedMerge
 from lightning_odem.methods import MergeContext, MergeMethod, method_name
 from lightning_odem.methods.base import Summed, Whole
 from lightning_odem.methods.kept_state import KeptState, copy_containers
@@ -27,17 +27,23 @@ class Piece:
         shapes: Shapes of the parameters by name.
         dtype: Dtype of the vector.
         device: Where it is merged.
-        path: Where the vector and the method's state lie between two merges, and what a method keeps between its calls
-            for one merge; by default in memory.
+        key: Begins the names of its results among those of the unfinished merge.
+        unfinished: Where results lie between two merges, and what a method keeps between its calls for one merge.
 
     Attributes:
         records: The records of the merges.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, path: Path | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: str,
+        key: str,
+        unfinished: UnfinishedMerge,
     ) -> None:
-        self._shapes, self._dtype, self._device, self._path = shapes, dtype, device, path
+        self._shapes, self._dtype, self._device = shapes, dtype, device
+        self._key, self._unfinished = key, unfinished
         self._sizes = [math.prod(shape) for shape in shapes.values()]
         self._merged: Tensor | None = None
         self._state: dict[str, Any] = {}
@@ -74,14 +80,12 @@ class Piece:
             ValueError: If a merged weight is not finite, or the method changed its state in place.
         """
         started = time.perf_counter()
-        merged, state = self._open()
+        merged, state = self._merged, self._state
         method.load_state_dict(copy_containers(state))
         kept = KeptState(method)
         vector = self._vector(incoming)
         needed: dict[type[Need[Any]], Any] = {} if base is None else {BaseModel: self._vector(base)}
         names, shapes = list(self._shapes), list(self._shapes.values())
-        if whole is not None and whole.summed is not None:
-            whole = whole._replace(keep=self._keeping())
         context = MergeContext(names, shapes, needed, on_step, whole=whole)
         result = method.start(vector, context) if merged is None else method.merge(merged, vector, t, context)
         kept.check()
@@ -94,40 +98,41 @@ class Piece:
         record.merge_seconds = time.perf_counter() - started
         self.records.append(record)
 
-    def put_aside(self) -> None:
-        """Write what was merged to the disk."""
-        assert self._path is not None, "there is a place"
+    def put_aside(self, number: int) -> None:
+        """Write what was merged to the disk, as the result of so many merges."""
         assert self._merged is not None, "something was merged"
-        _save({"merged": self._merged.cpu(), "state": self._state}, self._path)
+        self._unfinished.save(f"{self._key}.{number}", {"merged": self._merged.cpu(), "state": self._state})
         self._merged, self._state = None, {}
-        for kept in self._path.parent.glob(f"{self._path.name}.kept*"):
-            kept.unlink()
+
+    def take_up(self, number: int) -> bool:
+        """Read the result of so many merges; tells whether there is one. No merge has no result."""
+        found = self._unfinished.load(f"{self._key}.{number}") if number else {"merged": None, "state": {}}
+        if found is not None:
+            self._merged, self._state = found["merged"], found["state"]
+            self._merged = None if self._merged is None else self._merged.to(self._device)
+        return found is not None
+
+    def drop(self) -> None:
+        """Forget what is in memory."""
+        self._merged, self._state = None, {}
 
     def take(self) -> Snapshot:
         """The merged parameters by name, on the CPU; they are then forgotten."""
         assert self._merged is not None, "something was merged"
         tensors = dict(self._divided(self._merged.cpu()))
-        self._merged, self._state = None, {}
+        self.drop()
         return tensors
 
-    def _open(self) -> tuple[Tensor | None, dict[str, Any]]:
-        """The vector, on the device, and the method's state."""
-        if self._path is None or not self._path.exists():
-            return self._merged, self._state
-        found = _load(self._path)
-        return found["merged"].to(self._device), found["state"]
-
-    def _keeping(self) -> Callable[[Callable[[], Tensor]], Tensor]:
-        """Computes tensors and keeps each on the disk until the merge is done."""
+    def keeping(self, number: int) -> Callable[[Callable[[], Tensor]], Tensor]:
+        """Computes tensors in the merge that follows so many, each once."""
         calls = count()
 
         def keep(compute: Callable[[], Tensor]) -> Tensor:
-            assert self._path is not None, "what is merged in several passes has a place"
-            path = self._path.with_name(f"{self._path.name}.kept{next(calls)}")
-            if path.exists():
-                return _load(path)["kept"].to(self._device)
+            name = f"{self._key}.{number}.kept{next(calls)}"
+            if (known := self._unfinished.load(name)) is not None:
+                return known["kept"].to(self._device)
             found = compute()
-            _save({"kept": found.cpu()}, path)
+            self._unfinished.save(name, {"kept": found.cpu()})
             return found
 
         return keep
@@ -146,17 +151,6 @@ class Piece:
         return vector
 
 
-def _save(value: dict[str, Any], path: Path) -> None:
-    draft = path.with_suffix(f"{path.suffix}.next")  # the file may be mapped
-    torch.save(value, draft)
-    draft.replace(path)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """What was saved, mapped into memory; to write to it does not change the file."""
-    return torch.load(path, mmap=True, weights_only=True)
-
-
 class UnknownSumError(Exception):
     """A method needs a sum that has not been taken over all parameters yet."""
 
@@ -166,6 +160,12 @@ class PieceSums:
 
     In each pass, every part runs until it needs a sum that is not known yet, and adds what it has to this sum. The next
     pass knows it. A part that has run to its end does not run again.
+
+    Args:
+        totals: Sums that are known.
+
+    Attributes:
+        totals: All sums that are known.
 
     Example:
         >>> import torch
@@ -183,13 +183,13 @@ class PieceSums:
         2.0 tensor(3.)
     """
 
-    def __init__(self) -> None:
-        self._totals: list[Tensor] = []
+    def __init__(self, totals: Sequence[Tensor] = ()) -> None:
+        self.totals = list(totals)
         self._next: Tensor | None = None
 
     def next_part(self) -> Summed:
         """The sums for the next part: each call is another one."""
-        known = iter(self._totals)
+        known = iter(self.totals)
 
         def summed(compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
             total = next(known, None)
@@ -206,5 +206,5 @@ class PieceSums:
     def end_pass(self) -> None:
         """All parts that had not run to their end have run."""
         if self._next is not None:
-            self._totals.append(self._next)
+            self.totals.append(self._next)
         self._next = None
