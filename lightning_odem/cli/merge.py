@@ -92,7 +92,7 @@ def merge_checkpoints(
     Mismatches are found before the first merge. Without a ``model``, half precision is merged in fp32 and rounded at
     the end. Methods that look at one parameter at a time then read, merge and write a few tensors at a time, so that
     models may be larger than the memory; with others, one incoming model is in memory at a time. A merge that is
-    interrupted leaves no output and begins anew.
+    killed leaves no output; run again, it goes on from what took long to compute.
 
     Args:
         checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints or folders of
