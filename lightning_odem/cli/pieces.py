@@ -64,7 +64,7 @@ class Piece:
         whole: Whole | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Merge the next model; if that fails, the piece stays what it was.
+        """Merge the next model; if that fails, the piece has to be taken up again.
 
         Args:
             method: The merge method, which gets the state that it has for these parameters.

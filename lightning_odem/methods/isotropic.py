@@ -36,7 +36,7 @@ def flatten_spectrum(matrix: Tensor, rows: int | None = None, sum_: Callable[[Te
     """
     if sum_ is None:
         u, s, v = singular(matrix)
-        return (u @ v.T * (s.sum() / min(matrix.shape))).to(matrix)
+        return (u @ v.T).mul_(s.sum() / min(matrix.shape)).to(matrix)
     wide = exact(matrix)
     gram = wide.T @ wide
     sum_(gram)

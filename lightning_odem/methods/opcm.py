@@ -41,12 +41,13 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
     within = u.T @ task_vector
     # This takes half the products of going to the basis and back: outside the block only the diagonal entries are
     # needed.
-    removed = (within * rows).sum(1, keepdim=True) * rows
+    diagonal = (within * rows).sum(1, keepdim=True)
+    removed = diagonal * rows
     if len(s):
         cumulated = s.cumsum(0)
         rank = int((cumulated <= (1 + _ROUNDING) * alpha * cumulated[-1]).sum())
         removed[:rank] = within[:rank] @ v[:, :rank] @ rows[:rank]
-    return task_vector - u @ removed
+    return (u @ removed).neg_().add_(task_vector)
 
 
 class OPCMMerge(MergeMethod):
