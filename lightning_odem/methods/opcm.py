@@ -47,6 +47,7 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
         cumulated = s.cumsum(0)
         rank = int((cumulated <= (1 + _ROUNDING) * alpha * cumulated[-1]).sum())
         removed[:rank] = within[:rank] @ v[:, :rank] @ rows[:rank]
+    del within, rows, v  # each may be as large as the matrix
     return (u @ removed).neg_().add_(task_vector)
 
 
