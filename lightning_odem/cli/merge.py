@@ -92,7 +92,7 @@ def merge_checkpoints(
     Mismatches are found before the first merge. Without a ``model``, half precision is merged in fp32 and rounded at
     the end. Methods that look at one parameter at a time then read, merge and write a few tensors at a time, so that
     models may be larger than the memory; with others, one incoming model is in memory at a time. A merge that is
-    interrupted leaves no output and begins anew.
+    killed leaves no output; run again, it goes on from what took long to compute.
 
     Args:
         checkpoints: Models to merge: .safetensors files, state dicts, Lightning checkpoints or folders of
@@ -199,10 +199,14 @@ def merge_checkpoints(
             place.write(files.merged_adapter(advance), {**adapters.header, **metadata}, files.hyper_parameters)
         else:
             excluded = {} if isinstance(place, FolderOutput) else files.excluded
-            with place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write:
-                for piece in files.merged(advance, Path(output).absolute().parent):
+            with (
+                files.unfinished(output, {**metadata, "exclude": list(exclude)}) as unfinished,
+                place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write,
+            ):
+                for piece in files.merged(advance, unfinished):
                     write(piece)
                 write(excluded)
+            notes += [unfinished.note] if unfinished.note else []
     return Merged(incoming, files.records, place.paths, [*notes, *files.notes], place.checked)
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,16 +16,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Summed(Protocol):
+    """Sums what a function computes over the parts of a model, see :meth:`MergeContext.summed`."""
+
+    def __call__(self, compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
+        """The sum; anything if it is not wanted."""
+
+
 class Whole(NamedTuple):
     """A model of which a merge sees some parameters at a time.
 
     Args:
         shapes: Shapes of all merged parameters by name.
-        sum_: Sums numbers over all parameters in place; None for methods that need no sums.
+        summed: The sum of what a function computes over all parameters; the function is not called again for a sum that
+            is known. None for methods that need no sums.
+        keep: Computes a tensor, or gives the one that an earlier call of the same merge has computed.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    sum_: Callable[[Tensor], None] | None = None
+    summed: Summed | None = None
+    keep: Callable[[Callable[[], Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,39 @@ class MergeContext:
         Parts are the shards of processes, or parameters that are merged one after the other. All of them have to call
         it equally often.
         """
-        if self.shards is None:
-            return None if self.whole is None else self.whole.sum_
-        return self.shards.sum_
+        if self.shards is not None:
+            return self.shards.sum_
+        if self.whole is None or (summed := self.whole.summed) is None:
+            return None
+
+        def sum_(numbers: Tensor) -> None:
+            numbers.copy_(summed(lambda: numbers))
+
+        return sum_
+
+    def summed(self, compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
+        """The sum of what ``compute`` gives over the parts of the model, like :attr:`sum_`.
+
+        If the method is called again for the same merge, sums that are known are not computed again.
+
+        Args:
+            compute: Computes the numbers of this part.
+            wanted: Whether this part needs the sum, or only adds to it for the others. Only the last sum of a merge may
+                be one that some parts do not need.
+        """
+        if self.shards is None and self.whole is not None and self.whole.summed is not None:
+            return self.whole.summed(compute, wanted)
+        numbers = compute()
+        if self.sum_ is not None:
+            self.sum_(numbers)
+        return numbers
+
+    def kept(self, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor that takes long to compute, and does not change if the method is called again for the same merge.
+
+        The method may overwrite it.
+        """
+        return compute() if self.whole is None or self.whole.keep is None else self.whole.keep(compute)
 
 
 @dataclass(frozen=True)
@@ -157,7 +197,8 @@ class MergeMethod(ABC):
         by_tensor: Whether what the rule does with a parameter depends on that parameter alone. Files are then merged a
             few parameters at a time, each from the first checkpoint to the last, so that models larger than the memory
             can be merged. It may depend on the settings. ``"sums"`` if it also depends on sums over all entries, taken
-            with ``context.sum_``: the method then keeps no state, and is called several times for one merge.
+            with ``context.sum_`` or ``context.summed``: the method is then called several times for one merge. What
+            takes long it computes within ``context.kept``.
 
     Example:
         >>> import torch

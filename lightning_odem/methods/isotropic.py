@@ -1,7 +1,7 @@
 """Isotropic merging: the sum of the task vectors with each matrix's spectrum flattened."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_odem.arguments import check_choice, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext
 from lightning_odem.methods.exact_stream import ExactStream, Sums
-from lightning_odem.methods.layout import matrices, parts, weight_matrices
-from lightning_odem.methods.linalg import exact, norm, singular, total
+from lightning_odem.methods.layout import matrices, parts, squares, weight_matrices, whole_norms
+from lightning_odem.methods.linalg import exact, singular
 
 NORM = "norm"
 """Key of the tasks' mean norm."""
@@ -36,7 +36,7 @@ def flatten_spectrum(matrix: Tensor, rows: int | None = None, sum_: Callable[[Te
     """
     if sum_ is None:
         u, s, v = singular(matrix)
-        return (u @ v.T * (s.sum() / min(matrix.shape))).to(matrix)
+        return (u @ v.T).mul_(s.sum() / min(matrix.shape)).to(matrix)
     wide = exact(matrix)
     gram = wide.T @ wide
     sum_(gram)
@@ -88,7 +88,7 @@ class IsotropicMerge(ExactStream):
         else:
             scale = check_range("scale", scale, 0, open_low=True)
         self.scale = scale
-        self.by_tensor = not isinstance(scale, str)  # else the norm of all matrices together counts
+        self.by_tensor = "sums" if isinstance(scale, str) else True  # the norm of all matrices together counts
         self.layers = check_patterns("layers", layers)
 
     def statistics(self, task_vector: Tensor, context: MergeContext) -> Iterator[tuple[str, Tensor]]:
@@ -97,8 +97,7 @@ class IsotropicMerge(ExactStream):
 
     def solve(self, mean: Tensor, sums: Sums, context: MergeContext) -> Tensor:
         """Flatten the matrices of the sum."""
-        for part, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
-            matrix.copy_(flatten_spectrum(matrix, part.rows, context.sum_).mul_(self.tasks))
+        mean = context.kept(partial(self._flatten, mean, context))
         scale = self.scale
         if isinstance(scale, str):
             scale = float(sums[NORM]) / (self._norm(mean, context) or 1.0)
@@ -106,8 +105,14 @@ class IsotropicMerge(ExactStream):
             matrix.mul_(scale)
         return mean
 
+    def _flatten(self, mean: Tensor, context: MergeContext) -> Tensor:
+        """The sum of the task vectors from their mean, with flat spectra, in its memory."""
+        sum_ = None if context.shards is None else context.shards.sum_
+        for part, (matrix,) in parts(context, weight_matrices(context, self.layers), mean):
+            matrix.copy_(flatten_spectrum(matrix, part.rows, sum_).mul_(self.tasks))
+        return mean
+
     def _norm(self, vector: Tensor, context: MergeContext) -> float:
         """Norm of all weight matrices in a vector [d] together."""
         names = weight_matrices(context, self.layers)
-        square = math.fsum(norm(matrix.flatten()) ** 2 for (matrix,) in matrices(context, names, vector))
-        return math.sqrt(total(square, context.sum_))
+        return whole_norms(context, lambda: [squares(context, vector, names)])[0]

@@ -1,12 +1,14 @@
 """Views of flat vectors as the tensors they consist of; weight matrices are kept apart from the rest."""
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_odem.methods.base import MergeContext
+from lightning_odem.methods.linalg import norm
 from lightning_odem.parameters.vector import is_excluded
 
 
@@ -162,6 +164,31 @@ def _packed_layers(name: str, outputs: int, inputs: int) -> int:
     if name.endswith("c_attn.weight"):  # keys and values only: the queries come from elsewhere
         return outputs // inputs if outputs in (2 * inputs, 3 * inputs) else 1
     return 3 if outputs % 3 == 0 else 1
+
+
+def squares(context: MergeContext, vector: Tensor, names: Sequence[str] | None = None) -> Tensor:
+    """The squared norm of each parameter of the whole model [p]: 0 for those that are not in a vector, or not named."""
+    found = torch.zeros(len(context.all_shapes), dtype=torch.float64)
+    place = {name: index for index, name in enumerate(context.all_shapes)}
+    for name, piece in tensors(vector, context).items():
+        if names is None or name in names:
+            found[place[name]] = norm(piece.flatten()) ** 2
+    return found
+
+
+def whole_norms(context: MergeContext, compute: Callable[[], Sequence[Tensor]]) -> list[float]:
+    """Norms of vectors of the whole model, each from its :func:`squares`.
+
+    The sum is rounded once, so it does not depend on which parameters are merged together.
+
+    Example:
+        >>> context = MergeContext(["weight", "bias"], [(1,), (1,)])
+        >>> vector = torch.tensor([3.0, 4.0])
+        >>> whole_norms(context, lambda: [squares(context, vector), squares(context, vector, ["bias"])])
+        [5.0, 4.0]
+    """
+    summed = context.summed(lambda: torch.stack(list(compute())))
+    return [math.sqrt(math.fsum(row)) for row in summed.tolist()]
 
 
 def others(context: MergeContext, names: Sequence[str], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -85,7 +85,7 @@ def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = wide.T if transposed else wide
         squares, u = torch.linalg.eigh(wide @ wide.T)
         s, u = squares.clamp(min=0.0).sqrt().flip(0), u.flip(1)
-        v = wide.T @ u / s
+        v = (wide.T @ u).div_(s)
         u, v = (v, u) if transposed else (u, v)
     rank = int((s > s[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps).sum())
     return u[:, :rank], s[:rank], v[:, :rank]

@@ -1,14 +1,15 @@
 """OPCM: orthogonal projection-based continual merging."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor
 
 from lightning_odem.arguments import check_choice, check_flag, check_patterns, check_range
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.layout import matrices, weight_matrices
-from lightning_odem.methods.linalg import exact, norm, singular
+from lightning_odem.methods.layout import matrices, squares, weight_matrices, whole_norms
+from lightning_odem.methods.linalg import exact, singular
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
 
@@ -40,12 +41,14 @@ def project(task_vector: Tensor, update: Tensor, alpha: float = 0.5) -> Tensor:
     within = u.T @ task_vector
     # This takes half the products of going to the basis and back: outside the block only the diagonal entries are
     # needed.
-    removed = (within * rows).sum(1, keepdim=True) * rows
+    diagonal = (within * rows).sum(1, keepdim=True)
+    removed = diagonal * rows
     if len(s):
         cumulated = s.cumsum(0)
         rank = int((cumulated <= (1 + _ROUNDING) * alpha * cumulated[-1]).sum())
         removed[:rank] = within[:rank] @ v[:, :rank] @ rows[:rank]
-    return task_vector - u @ removed
+    del within, rows, v  # each may be as large as the matrix
+    return (u @ removed).neg_().add_(task_vector)
 
 
 class OPCMMerge(MergeMethod):
@@ -80,6 +83,7 @@ class OPCMMerge(MergeMethod):
     """
 
     needs = (BaseModel(),)
+    by_tensor = "sums"
 
     def __init__(
         self,
@@ -105,19 +109,22 @@ class OPCMMerge(MergeMethod):
         if t == 0.0:
             return MergeResult(merged)
         accumulated, task_vector = merged.sub_(context[BaseModel]), incoming - context[BaseModel]
-        norms = [*(self._norms or [norm(accumulated)]), norm(task_vector)]
+        before = [squares(context, accumulated), squares(context, task_vector)]
+        accumulated = context.kept(partial(self._accumulate, accumulated, task_vector, t, context))
+        first, new, length = whole_norms(context, lambda: [*before, squares(context, accumulated)])
+        norms = [*(self._norms or [first]), new]
+        # Two task vectors may cancel: then there is no direction left to scale.
+        scale = length * len(norms) / sum(norms) if any(norms) else 0.0
+        self._scale, self._norms = scale or 1.0, norms
+        return MergeResult(accumulated.div_(self._scale).add_(context[BaseModel]))
+
+    def _accumulate(self, accumulated: Tensor, task_vector: Tensor, t: float, context: MergeContext) -> Tensor:
+        """Add the projected task vector to the accumulated update, in the memory of both."""
         accumulated *= self._scale
         names = weight_matrices(context, self.layers, convolutions=self.convolutions)
         for task_matrix, update in matrices(context, names, task_vector, accumulated):
             task_matrix.copy_(project(task_matrix, update, self.alpha))
-        if self.recursion == "utility":
-            accumulated.lerp_(task_vector, t)
-        else:
-            accumulated.add_(task_vector)
-        # Two task vectors may cancel: then there is no direction left to scale.
-        scale = norm(accumulated) * len(norms) / sum(norms) if any(norms) else 0.0
-        self._scale, self._norms = scale or 1.0, norms
-        return MergeResult(accumulated.div_(self._scale).add_(context[BaseModel]))
+        return accumulated.lerp_(task_vector, t) if self.recursion == "utility" else accumulated.add_(task_vector)
 
     def state_dict(self) -> dict[str, Any]:
         """The scale of the accumulated update and the norm of each task vector; empty before the second task."""

@@ -84,7 +84,7 @@ class OnShards:
             shapes=[shapes[name] for name in owners.mine],
             needed=needed,
             shards=None,
-            whole=Whole(shapes, context.sum_ if self._method.by_tensor == "sums" else None),
+            whole=Whole(shapes, context.summed if self._method.by_tensor == "sums" else None),
         )
 
     def _part_of(self, value: Any, owners: Owners, context: MergeContext) -> Any:

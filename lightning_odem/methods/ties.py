@@ -1,25 +1,63 @@
 """Continual TIES-Merging: trim, elect a sign, merge what agrees with it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_odem.arguments import check_choice, check_range
-from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.linalg import total
+from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult, Summed
 from lightning_odem.methods.needs import BaseModel
 from lightning_odem.methods.task_arithmetic import Recursion
+from lightning_odem.parameters.vector import is_finite
 
 Combine = Literal["sum", "mean"]
-Sum = Callable[[Tensor], None]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # entries that are looked at together, so that they stay in the cache
 
 
-def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = None) -> list[Tensor]:
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two vectors [d] times a factor, of which only blocks are in memory."""
+
+    model: Tensor
+    base: Tensor
+    factor: float
+
+    def __len__(self) -> int:
+        return len(self.model)
+
+    def __getitem__(self, mask: Tensor) -> Tensor:
+        return (self.model[mask] - self.base[mask]).mul_(self.factor)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The blocks, one after the other."""
+        for model, base in zip(self.model.split(size), self.base.split(size), strict=True):
+            yield (model - base).mul_(self.factor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the entries."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors lie."""
+        return self.model.device
+
+
+def at_once(compute: Callable[[], Tensor], wanted: bool = True) -> Tensor:
+    """What is computed, of vectors that are whole."""
+    return compute()
+
+
+def thresholds(vectors: Sequence[Tensor | Difference], density: float, summed: Summed = at_once) -> list[Tensor]:
     """Find the magnitude of the smallest entry that :func:`trim` keeps, for each of some vectors of one dtype.
 
     The bits of positive numbers are ordered like the numbers. So the digits of the threshold to the base 2^16 are found
@@ -28,7 +66,7 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     Args:
         vectors: The vectors, or parts of them.
         density: Fraction of entries to keep.
-        sum_: Sums over the parts in place, see :class:`~lightning_odem.methods.MergeContext`.
+        summed: Sums over the parts, see :class:`~lightning_odem.methods.MergeContext`.
 
     Example:
         >>> thresholds([torch.tensor([3.0, -1.0, 2.0, -4.0])], 0.5)
@@ -37,9 +75,7 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     dtype = vectors[0].dtype
     found, ranks = [0] * len(vectors), [0] * len(vectors)
     for shift in range(torch.finfo(dtype).bits - 16, -1, -16):
-        counts = torch.stack([_digits(vector, shift, known) for vector, known in zip(vectors, found, strict=True)])
-        if sum_ is not None:
-            sum_(counts)
+        counts = summed(partial(_digits, vectors, shift, list(found)))
         for index, count in enumerate(counts):
             if not found[index] and not ranks[index]:
                 ranks[index] = max(round(density * int(count.sum())), 1)
@@ -50,14 +86,16 @@ def thresholds(vectors: Sequence[Tensor], density: float, sum_: Sum | None = Non
     return [torch.tensor(bits, dtype=_BITS[dtype], device=vectors[0].device).view(dtype) for bits in found]
 
 
-def _digits(vector: Tensor, shift: int, known: int) -> Tensor:
-    """How many entries have each digit, of those whose digits before it are known; on the CPU, in fp64."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for piece in vector.split(_BLOCK):
-        bits = piece.abs().view(_BITS[vector.dtype])
-        if shift + 16 < torch.finfo(vector.dtype).bits:
-            bits = bits[bits >> (shift + 16) == known]
-        counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+def _digits(vectors: Sequence[Tensor | Difference], shift: int, known: Sequence[int]) -> Tensor:
+    """How many entries of each vector have each digit, of those whose digits before are known; on the CPU, in fp64."""
+    counts = torch.zeros(len(vectors), 1 << 16, dtype=torch.int64)
+    for vector, count, above in zip(vectors, counts, known, strict=True):
+        for piece in vector.split(_BLOCK):
+            bits = piece.abs().view(_BITS[vector.dtype])
+            digits = bits >> shift
+            if shift + 16 < torch.finfo(vector.dtype).bits:
+                digits = digits[bits >> (shift + 16) == above] & 0xFFFF
+            count += torch.bincount(digits, minlength=1 << 16).cpu()
     return counts.double()
 
 
@@ -74,19 +112,24 @@ def trim(vector: Tensor, density: float) -> Tensor:
 
 
 def _trim(vector: Tensor, threshold: Tensor) -> Tensor:
-    return vector.where(vector.abs() >= threshold, 0)
+    # Much faster than a comparison, whose result is boolean; it keeps what is larger, not what is as large.
+    return hardshrink(vector, float(torch.nextafter(threshold, torch.zeros_like(threshold) - 1)))
 
 
-def elect_sign(vectors: Sequence[Tensor], sum_: Sum | None = None) -> Tensor:
+def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
     """Return the sign of the sum of the vectors in each entry; where the sum is 0, the sign that most entries have.
 
     Example:
         >>> elect_sign([torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 1.0, -1.0])])
         tensor([1., 1., 1.])
     """
-    sign = sum(vectors[1:], start=vectors[0]).sign()
-    majority = total(float(torch.count_nonzero(sign > 0) - torch.count_nonzero(sign < 0)), sum_)
-    return sign.masked_fill_(sign == 0, (majority > 0) - (majority < 0))
+    sign = _sign(vectors)
+    majority = sign.double().sum()
+    return sign.masked_fill_(sign == 0, float(majority.sign()))
+
+
+def _sign(vectors: Sequence[Tensor]) -> Tensor:
+    return sum(vectors[1:], start=vectors[0]).sign()
 
 
 def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "sum") -> Tensor:
@@ -99,17 +142,43 @@ def disjoint_merge(vectors: Sequence[Tensor], sign: Tensor, combine: Combine = "
     """
     total, count = torch.zeros_like(vectors[0]), torch.zeros_like(vectors[0])
     for vector in vectors:
-        agrees = (vector * sign) > 0
-        total += vector * agrees
-        count += agrees
-    return total if combine == "sum" else total / count.clamp_(min=1)
+        agreeing = (vector * sign).relu_()
+        total.addcmul_(agreeing, sign)
+        if combine == "mean":
+            count += agreeing.sign_()
+    return total if combine == "sum" else total.div_(count.clamp_(min=1))
 
 
-def ties(vectors: Sequence[Tensor], density: float = 0.2, combine: Combine = "sum", sum_: Sum | None = None) -> Tensor:
-    """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge."""
-    least = thresholds(vectors, density, sum_)
-    trimmed = [_trim(vector, threshold) for vector, threshold in zip(vectors, least, strict=True)]
-    return disjoint_merge(trimmed, elect_sign(trimmed, sum_), combine)
+def ties(
+    vectors: Sequence[Tensor | Difference],
+    density: float = 0.2,
+    combine: Combine = "sum",
+    summed: Summed = at_once,
+) -> Tensor:
+    """The TIES operator on task vectors of shape [d] (Yadav et al., NeurIPS 2023): trim, elect sign, disjoint merge.
+
+    ``summed`` is that of :class:`~lightning_odem.methods.MergeContext`.
+    """
+    least = thresholds(vectors, density, summed)
+    signs: list[float] = []
+    merged = torch.empty(len(vectors[0]), dtype=vectors[0].dtype, device=vectors[0].device)
+    for out, *parts in zip(*(each.split(_BLOCK) for each in (merged, *vectors)), strict=True):
+        trimmed = [_trim(part, threshold) for part, threshold in zip(parts, least, strict=True)]
+        sign = _sign(trimmed)
+        signs.append(float(sign.sum()))
+        out.copy_(disjoint_merge(trimmed, sign, combine))
+        # Where entries cancel, the majority of all others decides. They are few, so most parts do not wait for it.
+        rest = sum((part.abs() for part in trimmed[1:]), start=trimmed[0].abs()).mul_(1 - sign.abs())
+        if rest.sum():
+            out[rest != 0] = math.nan
+    cancel = not is_finite(merged)
+    majority = float(summed(lambda: torch.tensor(math.fsum(signs), dtype=torch.float64), cancel))
+    if cancel:
+        cancelled = merged.isnan()
+        trimmed = [_trim(vector[cancelled], threshold) for vector, threshold in zip(vectors, least, strict=True)]
+        sign = torch.full_like(trimmed[0], (majority > 0) - (majority < 0))
+        merged[cancelled] = disjoint_merge(trimmed, sign, combine)
+    return merged
 
 
 class TiesMerge(MergeMethod):
@@ -169,8 +238,9 @@ class TiesMerge(MergeMethod):
         """Merge the accumulated update and the task vector."""
         if t == 0.0:
             return MergeResult(merged)
-        update, task_vector = merged - context[BaseModel], incoming - context[BaseModel]
-        if self.recursion == "utility":
-            update, task_vector, merged = update.mul_(1 - t), task_vector.mul_(t), merged.copy_(context[BaseModel])
-        both = ties([update, task_vector], self.density, self.combine, context.sum_)
-        return MergeResult(merged.add_(both, alpha=self.scale))
+        base, utility = context[BaseModel], self.recursion == "utility"
+        update, task_vector = (
+            Difference(model, base, share if utility else 1.0) for model, share in ((merged, 1 - t), (incoming, t))
+        )
+        both = ties([update, task_vector], self.density, self.combine, context.summed)
+        return MergeResult(torch.add(base if utility else merged, both, alpha=self.scale))

@@ -54,12 +54,13 @@ def hash_checkpoint(path: str | os.PathLike) -> dict[str, str]:
     path = Path(path)
     files = ModelFolder(path).weight_files() if path.is_dir() else [path]
     digests = {}
+    buffer = memoryview(bytearray(1 << 18))  # fits into the cache
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
         sha = hashlib.sha256()
-        with file.open("rb") as content:
-            while part := content.read(1 << 20):
-                sha.update(part)
+        with file.open("rb", buffering=0) as content:
+            while size := content.readinto(buffer):
+                sha.update(buffer[:size])
         digests[name] = sha.hexdigest()
     return digests
 

@@ -77,6 +77,8 @@ class ModelFiles:
         self.excluded: set[str] = set()
         # Name in the file for each common name, by path.
         self._places: dict[str, dict[str, str]] = {}
+        # Tensors whose values have been looked at; merges in several passes read them again.
+        self._finite: set[tuple[str, str]] = set()
         self.like = {
             name: _without_memory(tensor)
             for name, tensor in (self._divide(checkpoints[0])[0] if own is None else own).items()
@@ -103,12 +105,15 @@ class ModelFiles:
         places = {name: there for name, there in self._places[str(path)].items() if name in wanted}
         tensors = self._tensors(path, set(places.values()))
         found = {name: tensors[there] for name, there in places.items()}
-        broken = [name for name, tensor in found.items() if not is_finite(tensor)]
+        broken = [
+            name for name, tensor in found.items() if (str(path), name) not in self._finite and not is_finite(tensor)
+        ]
         if broken:
             raise ValueError(
                 f"{path} holds infinite or NaN values in {', '.join(broken)}; merged they would spoil the other models "
                 "as well. Leave this checkpoint out."
             )
+        self._finite.update((str(path), name) for name in found)
         fixed = {name: self.like[name] for name in wanted if not self.like[name].is_meta}
         return {**fixed, **found}
 

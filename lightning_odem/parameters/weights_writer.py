@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+_BLOCK = 1 << 19  # bytes that are read back together
+
 
 class WeightsWriter:
     """Writes a ``.safetensors`` file whose tensors are not in memory together.
@@ -71,7 +73,7 @@ class WeightsWriter:
             if len(content) != end - begin or tensor.dtype != self._dtypes[name]:
                 raise ValueError(f"{name} comes as {tuple(tensor.shape)}, {tensor.dtype}; another was announced.")
             self._put(self._start + begin, content)
-            if not torch.equal(self._get(self._start + begin, end - begin), content):
+            if not self._holds(self._start + begin, content):
                 raise OSError(f"{name} did not come back from {self._path} as written. Check the disk.")
             self._missing.pop(name, None)
 
@@ -81,13 +83,23 @@ class WeightsWriter:
         while left:
             left = left[self._file.write(left) :]
 
-    def _get(self, place: int, size: int) -> Tensor:
+    def _holds(self, place: int, content: Tensor) -> bool:
+        """Whether the file has this content at this place."""
         self._file.seek(place)
-        content = torch.empty(size, dtype=torch.uint8)
-        left = content.numpy().data
-        while left and (read := self._file.readinto(left)):
-            left = left[read:]
-        return content
+        found = torch.empty(min(_BLOCK, len(content)), dtype=torch.uint8)
+        for block in content.split(_BLOCK):
+            read = found[: len(block)]
+            left = read.numpy().data
+            while left:
+                if not (size := self._file.readinto(left)):
+                    return False
+                left = left[size:]
+            # Words are compared three times as fast as bytes.
+            words = len(block) % 8 == block.storage_offset() % 8 == 0
+            kind = torch.int64 if words else torch.uint8
+            if not torch.equal(read.view(kind), block.view(kind)):
+                return False
+        return True
 
     def __enter__(self) -> "WeightsWriter":
         return self

@@ -133,7 +133,7 @@ def merging(
     try:
         with Processes.current().together():
             with undisturbed(module):
-                _check_finite(vector.not_finite(incoming) + statistics.not_finite(), task, "incoming")
+                check_finite(vector.not_finite(incoming) + statistics.not_finite(), task, "incoming")
                 if calibration is not None:
                     calibration.store_logits(task)
                     if merged is not None and any(isinstance(need, Calibration) for need in method.needs):
@@ -163,11 +163,11 @@ def merging(
                         statistics.write_(incoming_statistics)
                         statistics.interpolate(merged, t)
                 method_state.check()
-                _check_finite(vector.not_finite(result.theta), task, "merged")
+                check_finite(vector.not_finite(result.theta), task, "merged")
                 vector.write_(result.theta)
                 if calibration and merged is not None and batch_norm == "recalibrate":
                     statistics.recalibrate(calibration.buffer, calibration.loss, calibration.batch_size)
-                _check_finite(statistics.not_finite(), task, "merged")
+                check_finite(statistics.not_finite(), task, "merged")
                 merged_statistics = statistics.read()
             statistics.write_(merged_statistics)
             unchanged = merged if merged is not None and t == 0.0 else None
@@ -178,7 +178,7 @@ def merging(
             if unchanged is not None:
                 load_snapshot(module, unchanged, lambda name: name in unchanged)  # the other buffers stay as well
                 unrounded |= {name: unchanged[name] for name in factors}
-            record = _record(result, task=task, t=t, method=method_name(method), discarded=discarded)
+            record = record_of(result, task=task, t=t, method=method_name(method), discarded=discarded)
             if calibration is not None:
                 record.calibration = calibration.buffer.counts
             for need in method.needs:
@@ -202,7 +202,17 @@ def merging(
             parameter.requires_grad_(False)
 
 
-def _check_finite(broken: list[str], task: str, which: str) -> None:
+def check_finite(broken: list[str], task: str, which: str) -> None:
+    """Refuse a model with infinite or NaN values.
+
+    Args:
+        broken: Names of the tensors that hold them.
+        task: Name of the incoming task.
+        which: Which model it is: ``"incoming"`` or ``"merged"``.
+
+    Raises:
+        ValueError: If there are any.
+    """
     if broken:
         names = f"{', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}"
         cause = "its training has diverged" if which == "incoming" else "the merge method made them"
@@ -249,7 +259,8 @@ def check_needs(method: MergeMethod, offer: Offer) -> None:
         )
 
 
-def _record(result: MergeResult, **known: Any) -> MergeRecord:
+def record_of(result: MergeResult, **known: Any) -> MergeRecord:
+    """The record of a merge, from its path and what else is known."""
     record = MergeRecord(**known)
     path = result.trajectory
     if path is not None:

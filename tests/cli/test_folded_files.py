@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import same
 
-from lightning_odem.cli import folded_files
+from lightning_odem.cli import files_in_pieces
 from lightning_odem.cli.merge import merge_checkpoints
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.methods import (
@@ -21,6 +21,8 @@ from lightning_odem.methods import (
     TaskArithmeticMerge,
     TaskSingularVectorsMerge,
     TiesMerge,
+    isotropic,
+    opcm,
 )
 from lightning_odem.stream import Stream
 
@@ -94,8 +96,8 @@ def flat(method, models, base):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_piece_at_a_time_is_bit_by_bit_what_one_vector_gives(rule, dtype, monkeypatch):
-    monkeypatch.setattr(folded_files, "_PIECE", 1)
-    monkeypatch.setattr(folded_files, "_SHARE", 0.0)
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 1)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
     models = [model(seed, DTYPES[dtype]) for seed in (1, 2, 3, 4)]
     base = model(0, DTYPES[dtype])
     for number, state in enumerate([*models, base]):
@@ -122,8 +124,8 @@ class Seen(MergeMethod):
 
 
 def test_few_parameters_are_in_memory_at_a_time(monkeypatch):
-    monkeypatch.setattr(folded_files, "_PIECE", 100)
-    monkeypatch.setattr(folded_files, "_SHARE", 0.0)
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 100)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
     for number in range(3):
         save_file(
             {name: torch.zeros(size) for name, size in {"a": 10, "b": 10, "c": 40, "d": 3}.items()},
@@ -196,3 +198,64 @@ def test_a_size_goes_with_a_folder_only():
         merge_checkpoints(["a.safetensors"], "merged.safetensors", shard_size="5GB")
     with pytest.raises(ValueError, match="'5 bits' is no size"):
         merge_checkpoints([folder("a", 1)], "merged", shard_size="5 bits")
+
+
+def test_sums_over_all_parameters_take_passes_but_no_second_decomposition(monkeypatch):
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 1)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
+    paths = [save(f"{seed}.safetensors", seed) for seed in range(4)]
+    calls = []
+    for module, name in ((opcm, "project"), (isotropic, "flatten_spectrum")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, f=function, n=name: calls.append(n) or f(*given))
+    merge_checkpoints(paths[1:], "a.safetensors", "opcm", paths[0])
+    merge_checkpoints(paths[1:], "b.safetensors", "isotropic", paths[0])
+    matrices = 4  # of which one holds three
+    assert {name: calls.count(name) for name in calls} == {
+        "project": 2 * matrices,
+        "flatten_spectrum": 2 * (matrices + 2),
+    }
+    assert not [path for path in pathlib.Path().iterdir() if path.name.startswith(".")]
+
+
+def save(name, seed):
+    save_file(model(seed, [torch.float32]), name)
+    return name
+
+
+class Largest(MergeMethod):
+    """Scales by a sum over all entries, and remembers how many models it saw and the sum."""
+
+    by_tensor = "sums"
+
+    def __init__(self):
+        self.seen = []
+
+    def merge(self, merged, incoming, t, context):
+        total = float(context.summed(lambda: incoming.double().sum()))
+        mean = context.kept(lambda: merged.lerp(incoming, t))
+        self.seen = [*self.seen, total, float(context.summed(lambda: mean.double().sum()))]
+        return MergeResult(mean / self.seen[-1])
+
+    def state_dict(self):
+        return {"seen": list(self.seen)} if self.seen else {}
+
+    def load_state_dict(self, state):
+        self.seen = list(state.get("seen", []))
+
+
+def test_a_method_of_ones_own_with_sums_and_a_state_merges_in_pieces(monkeypatch):
+    models = [{"a": torch.rand(3), "b": torch.rand(2, 2), "c": torch.rand(5)} for _ in range(3)]
+    for number, state in enumerate(models):
+        save_file(state, f"{number}.safetensors")
+    paths = [f"{number}.safetensors" for number in range(3)]
+    method = Largest()
+    merge_checkpoints(paths, "whole.safetensors", method)
+    seen = method.seen
+    monkeypatch.setattr(files_in_pieces, "_PIECE", 1)
+    monkeypatch.setattr(files_in_pieces, "_SHARE", 0.0)
+    merge_checkpoints(paths, "merged.safetensors", method)
+    assert method.seen == pytest.approx(seen)
+    whole, merged = load_file("whole.safetensors"), load_file("merged.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(merged[name], tensor)

@@ -16,6 +16,7 @@ from lightning_odem.methods import (
     MergeMethod,
     MergeResult,
     NUFILTMerge,
+    OPCMMerge,
     TaskSingularVectorsMerge,
 )
 from lightning_odem.methods.linalg import norm
@@ -87,6 +88,8 @@ METHODS = {
     "dop sylvester": lambda: DOPMerge(solver="sylvester", others="average", alpha=None),
     "nufilt": lambda: NUFILTMerge(steps=3, lora_rank=2, task_rank=2),
     "nufilt null_space": lambda: NUFILTMerge("null_space", others="average"),
+    "opcm": OPCMMerge,
+    "opcm sum": lambda: OPCMMerge(alpha=0.3, recursion="sum"),
     "task_singular_vectors": TaskSingularVectorsMerge,
     "run": LargestOfRun,
     "sums": MeanNorm,

@@ -92,7 +92,7 @@ def test_what_cannot_be_divided_among_processes_is_refused(jobs, size):
         assert "'Told' reads a str besides the models, which cannot be divided" in result["refusals"]["need"]
 
 
-@pytest.mark.parametrize("name", sorted(NAMES.keys() - {"opcm"}))
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_methods_that_need_all_parameters_at_once_are_refused(name):
     if name in WHOLE_ONLY:
         with pytest.raises(ValueError, match=f"'{name}' needs all parameters whole.* merge shards are .*dop, .*ties;"):
