@@ -6,7 +6,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -60,7 +60,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft, old = (path.with_name(f".{path.name}{kind}.{os.getpid()}") for kind in ("", ".old"))
-    remove(draft)  # of a killed process with this number
+    remove_folder(draft)  # of a killed process with this number
     draft.mkdir()
     try:
         yield draft
@@ -77,9 +77,9 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
                 os.rename(old, path)
             raise
         sync(path.parent)
-        remove(old)
+        remove_folder(old)
     finally:
-        remove(draft)
+        remove_folder(draft)
 
 
 def make_writable(directory: str | os.PathLike) -> None:
@@ -107,13 +107,10 @@ def make_writable(directory: str | os.PathLike) -> None:
         ) from error
 
 
-def remove(path: str | os.PathLike) -> None:
-    """Remove a folder, or what else there is, as far as that is possible; a pipe is not waited for."""
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder as far as that is possible. What else there is stays, and a pipe is not waited for."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            os.unlink(path)
 
 
 class NotRegularError(OSError):

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_odem import version
-from lightning_odem.parameters.files import remove, sync
+from lightning_odem.parameters.files import remove_folder, sync
 from lightning_odem.stream.store.encoding import decode, encode
 from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
 from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section, tensor_files
@@ -294,7 +294,7 @@ class StreamStore:
             raise DamagedFileError(f"{self._manifest_path(number)}, section {name!r}: {error}") from error
 
     def _remove_drafts(self) -> None:
-        remove(self._drafts)
+        remove_folder(self._drafts)
 
     def _remove_unused(self) -> None:
         """Remove tensor files that no manifest names; damaged manifests are searched for names too."""

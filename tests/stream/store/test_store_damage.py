@@ -86,12 +86,13 @@ def test_a_pipe_in_the_place_of_a_file_of_tensors_is_damage(directory):
 @pytest.mark.parametrize(
     "make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/")], ids=["pipe", "file", "link"]
 )
-def test_what_is_in_the_place_of_drafts_is_removed(directory, make, no_waiting):
+def test_what_is_in_the_way_of_drafts_is_told_and_harms_nothing(directory, make, no_waiting):
     make(directory / "drafts")
     store = StreamStore(directory)
     store.load()
-    assert store.save(state_of(3)) == 3
-    assert load(directory)[0] == 3
+    with pytest.raises(OSError, match="drafts.* What was saved there before is intact"):
+        store.save(state_of(3))
+    assert load(directory)[0] == 2
 
 
 def damages(content):
