@@ -99,7 +99,9 @@ def main() -> None:
         columns = list(zip(*rows, strict=True))
         for index, axes in panels.items():
             axes.plot(columns[0], columns[index], marker="o", label=method)
-            axes.set(xlabel="tasks", ylabel=names[index], ylim=(0, None))
+            axes.set(xlabel="tasks", ylabel=names[index])
+    for axes in panels.values():
+        axes.set_ylim(bottom=0)
     panels[1].legend()
     figure.savefig("long_streams.png", dpi=100)
 
