@@ -31,7 +31,7 @@ class UnfinishedMerge:
         note: What was found there, in a line; empty if there was nothing.
 
     Raises:
-        ValueError: If another process is making this merge.
+        ValueError: If another process is making this merge, or there is something else in the place of the folder.
 
     Example:
         >>> import tempfile
@@ -50,6 +50,7 @@ class UnfinishedMerge:
 
     def __enter__(self) -> "UnfinishedMerge":
         if self._path.exists():
+            self._check_ours()
             self._claim()
             found = sum(file.name not in (_JOURNAL, _LOCK) for file in self._path.iterdir())
             if self._is_same():
@@ -93,6 +94,15 @@ class UnfinishedMerge:
         """Remove results that are not needed any more."""
         for path in self._path.glob(pattern):
             path.unlink()
+
+    def _check_ours(self) -> None:
+        """Refuse a folder of somebody else's, which would be removed."""
+        names = [file.name for file in self._path.iterdir()] if self._path.is_dir() else [""]
+        if _JOURNAL not in names and not all(name == _LOCK or name.startswith(f".{_JOURNAL}") for name in names):
+            raise ValueError(
+                f"{self._path}, where a merge keeps what it has computed, exists and was not left by one. Move it away, "
+                "or choose another output."
+            )
 
     def _claim(self) -> None:
         try:

@@ -136,3 +136,14 @@ def test_only_what_was_interrupted_leaves_results(error, stays, tmp_path):
     with pytest.raises(error):
         fail()
     assert FOLDER.exists() == stays
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: None], ids=["folder", "file"])
+def test_what_no_merge_has_left_is_refused_and_stays(make):
+    make(FOLDER)
+    path = FOLDER / "thesis.txt" if FOLDER.is_dir() else FOLDER
+    path.write_text("years of work")
+    with pytest.raises(ValueError, match="was not left by one"):
+        merge("opcm")
+    assert path.read_text() == "years of work"
+    assert not pathlib.Path("merged.safetensors").exists()
