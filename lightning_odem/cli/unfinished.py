@@ -100,7 +100,7 @@ class UnfinishedMerge:
         names = [file.name for file in self._path.iterdir()] if self._path.is_dir() else [""]
         if _JOURNAL not in names and not all(name == _LOCK or name.startswith(f".{_JOURNAL}") for name in names):
             raise ValueError(
-                f"{self._path}, where a merge keeps what it has computed, exists and was not left by one. Move it away, "
+                f"{self._path}, where a merge keeps what it has computed, was not left by one. Move it away, "
                 "or choose another output."
             )
 
