@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,17 @@ class Raised(NamedTuple):
 
 def run_job(function, size, *arguments, timeout=60):
     """What ``function(*arguments)`` returned, or :class:`Raised`, in each of ``size`` processes."""
+    for _ in range(3):
+        with suppress(_NotJoinedError):
+            return _run_once(function, size, arguments, timeout)
+    raise AssertionError("gloo could not join the processes")
+
+
+class _NotJoinedError(Exception):
+    """Gloo has lost a connection before the function was called, which happens on a busy machine."""
+
+
+def _run_once(function, size, arguments, timeout):
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         jobs = [
@@ -44,6 +56,9 @@ def run_job(function, size, *arguments, timeout=60):
         for job in jobs:
             job.kill()
             job.join()
+        joined = [(directory / f"joined-{rank}").exists() for rank in range(size)]
+        if not running and not any(joined):
+            raise _NotJoinedError
         assert not running, f"processes {running} of {size} were still running after {timeout} s"
         assert [job.exitcode for job in jobs] == [0] * size
         return [pickle.loads((directory / str(rank)).read_bytes()) for rank in range(size)]
@@ -52,6 +67,8 @@ def run_job(function, size, *arguments, timeout=60):
 def _run(function, rank, size, directory, arguments):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{directory / 'rendezvous'}", rank=rank, world_size=size)
+    dist.barrier()
+    (directory / f"joined-{rank}").touch()
     try:
         result = function(*arguments)
     except Exception as error:
