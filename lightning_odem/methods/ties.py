@@ -116,16 +116,20 @@ def _trim(vector: Tensor, threshold: Tensor) -> Tensor:
     return hardshrink(vector, float(torch.nextafter(threshold, torch.zeros_like(threshold) - 1)))
 
 
-def elect_sign(vectors: Sequence[Tensor]) -> Tensor:
+def elect_sign(vectors: Sequence[Tensor], majority: float | None = None) -> Tensor:
     """Return the sign of the sum of the vectors in each entry; where the sum is 0, the sign that most entries have.
+
+    Args:
+        vectors: The vectors, or parts of them.
+        majority: Sum of the signs of all entries; by default that of these.
 
     Example:
         >>> elect_sign([torch.tensor([1.0, -1.0, 2.0]), torch.tensor([2.0, 1.0, -1.0])])
         tensor([1., 1., 1.])
     """
     sign = _sign(vectors)
-    majority = sign.double().sum()
-    return sign.masked_fill_(sign == 0, float(majority.sign()))
+    majority = float(sign.double().sum()) if majority is None else majority
+    return sign.masked_fill_(sign == 0, (majority > 0) - (majority < 0))
 
 
 def _sign(vectors: Sequence[Tensor]) -> Tensor:
@@ -176,8 +180,7 @@ def ties(
     if cancel:
         cancelled = merged.isnan()
         trimmed = [_trim(vector[cancelled], threshold) for vector, threshold in zip(vectors, least, strict=True)]
-        sign = torch.full_like(trimmed[0], (majority > 0) - (majority < 0))
-        merged[cancelled] = disjoint_merge(trimmed, sign, combine)
+        merged[cancelled] = disjoint_merge(trimmed, elect_sign(trimmed, majority), combine)
     return merged
 
 
