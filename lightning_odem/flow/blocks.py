@@ -13,13 +13,11 @@ from lightning_odem.flow.deferred import Deferred, wide
 if TYPE_CHECKING:
     from lightning_odem.flow.field import Velocity
 
-# Vectors are processed in pieces that fit the cache of a CPU: no temporary is ever as long as a model.
-_PIECE = 1 << 17
+# Vectors are processed in pieces that fit the cache of a CPU. Their temporaries are so small that an allocator keeps the
+# memory: getting it anew from the system in each step would take longer than the sums.
+_PIECE = 1 << 16
 # On other devices each operation on a piece is a launch of some microseconds, so few pieces are fast.
 _PIECE_OF_DEVICE = 1 << 22
-# The sums of a single block use pieces of their own size: the last bits of gamma, and so of published merges, depend on
-# it.
-_SUM = 1 << 20
 
 # Sums numbers (fp64, on the CPU) in place over the processes that each hold a part of the vectors.
 SumOverShards = Callable[[Tensor], None]
@@ -68,8 +66,8 @@ class WholeVector:
 
     def project(self, theta: Tensor, theta1: Tensor, grad: Tensor, alpha: float) -> Deferred[Projection]:
         """Project the transport onto the gradient; no number is read from the device yet."""
-        sums, size = wide(theta.new_zeros(3)), piece_on(theta.device, _SUM)
-        # All pieces use the same temporaries: getting such memory anew takes as long as a sum.
+        sums, size = wide(theta.new_zeros(3)), piece_on(theta.device)
+        # All pieces use the same temporaries.
         narrow = theta.new_empty(min(size, len(theta)))
         temporaries = narrow, *(wide(narrow[:0]).new_empty(len(narrow)) for _ in range(2))
         for point, target, piece in _pieces(theta, theta1, grad, size=size):
@@ -233,9 +231,9 @@ def _pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor,
     return zip(*(vector.split(size) for vector in vectors), strict=True)
 
 
-def piece_on(device: torch.device, on_cpu: int | None = None) -> int:
+def piece_on(device: torch.device) -> int:
     """Entries of the pieces in which long vectors are gone through."""
-    return (on_cpu or _PIECE) if device.type == "cpu" else _PIECE_OF_DEVICE
+    return _PIECE if device.type == "cpu" else _PIECE_OF_DEVICE
 
 
 def _sums(values: Tensor, lengths: Tensor) -> Tensor:

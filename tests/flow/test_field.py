@@ -59,7 +59,6 @@ def test_pieces_do_not_change_the_result(monkeypatch, blocks):
     whole = RectifiedField(blocks)(0.1, theta, theta1, g, -1.0)
     expected = velocity_vector(whole)
     monkeypatch.setattr(flow_blocks, "_PIECE", 4)
-    monkeypatch.setattr(flow_blocks, "_SUM", 4)
     parts = RectifiedField(blocks)(0.1, theta, theta1, g, -1.0)
     torch.testing.assert_close(velocity_vector(parts), expected)
     assert (parts.alignment, parts.norm) == pytest.approx((whole.alignment, whole.norm))
@@ -224,7 +223,6 @@ def test_entries_without_gradient_are_free_and_not_along_it():
 @every_granularity
 def test_no_temporary_is_as_long_as_the_vectors(monkeypatch, blocks):
     monkeypatch.setattr(flow_blocks, "_PIECE", 50)
-    monkeypatch.setattr(flow_blocks, "_SUM", 50)
     repeats = 40
     theta, theta1, g = random_case(7, d=50 * repeats)
     rectified = RectifiedField(blocks if isinstance(blocks, str) else blocks.repeat(repeats))

@@ -76,7 +76,6 @@ def on_shards(function):
 @pytest.fixture(params=[1 << 17, 7], ids=["one piece", "many pieces"])
 def piece(request, monkeypatch):
     monkeypatch.setattr(flow_blocks, "_PIECE", request.param)
-    monkeypatch.setattr(flow_blocks, "_SUM", request.param)
 
 
 @pytest.mark.parametrize(("kind", "numbers"), [("vector", 3), ("coordinate", 5), ("lengths", 5 + 2 * 3)])
