@@ -183,17 +183,19 @@ class CalibrationBuffer:
             >>> [(batch.task, len(batch.samples[1]), batch.share) for batch in whole]
             [('digits', 3, 0.5), ('letters', 1, 0.5)]
         """
-        shares = self.shares()
-        total = sum(len(self._tasks[task]) for task in shares)
+        shares = list(self.shares().items())
+        counts = torch.tensor([len(self._tasks[task]) for task, _ in shares], dtype=torch.long)
+        ends = counts.cumsum(0)
+        total = int(counts.sum())
         for chunk in torch.randperm(total, generator=generator).split(size):
-            minibatch, first = [], 0
-            for task, share in shares.items():
+            owner = torch.searchsorted(ends, chunk, right=True)
+            minibatch = []
+            for number in owner.unique().tolist():  # those of a long stream that the chunk has samples of
+                task, share = shares[number]
                 held = self._tasks[task]
-                index = chunk[(first <= chunk) & (chunk < first + len(held))] - first
-                first += len(held)
-                if len(index):
-                    part = len(index) / len(held) * total / len(chunk)
-                    minibatch.append(held.select(index).as_batch(task, share * part))
+                index = chunk[owner == number] - (ends[number] - counts[number])
+                part = len(index) / len(held) * total / len(chunk)
+                minibatch.append(held.select(index).as_batch(task, share * part))
             yield minibatch
 
     def copy(self) -> "CalibrationBuffer":

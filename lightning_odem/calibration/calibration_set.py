@@ -13,7 +13,7 @@ from lightning_odem.calibration.placement import on_device
 from lightning_odem.calibration.prediction_loss import LogitsLoss
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.flow import NonFiniteLossError
-from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
+from lightning_odem.parameters.task_parameters import OwnParameters
 from lightning_odem.parameters.vector import ParameterVector
 
 
@@ -28,8 +28,7 @@ class CalibrationSet:
         batch_size: Samples per micro-batch.
         loss_scale: Factor on the loss while it is differentiated, as fp16 needs it; see
             :func:`~lightning_odem.calibration.scaling.loss_scale`.
-        as_task: Puts the parameters that a task keeps for itself into the module while its samples go through; see
-            :func:`~lightning_odem.parameters.own_parameters`.
+        as_task: Puts the parameters that a task keeps for itself into the module while its samples go through.
         keep_on_device: Whether an objective has its samples on the device, see
             :func:`~lightning_odem.calibration.placement.on_device`.
         finds_size: Whether the batch size is still to be found, by :meth:`fastest`.
@@ -39,7 +38,7 @@ class CalibrationSet:
     batch_loss: BatchLoss
     batch_size: int = 128
     loss_scale: float = 1.0
-    as_task: AsTask = no_task_parameters
+    as_task: OwnParameters = OwnParameters()
     keep_on_device: bool = False
     finds_size: bool = False
 

@@ -41,6 +41,9 @@ class ModuleLoss:
     Args:
         module: The module, attached to its Trainer.
 
+    Attributes:
+        joins_tasks: Whether a batch may have samples of several tasks, since the step is not told the task.
+
     Raises:
         TypeError: If a module that optimises manually has no ``calibration_step``. Its ``training_step`` would change
             the parameters.
@@ -56,6 +59,7 @@ class ModuleLoss:
         self._step = getattr(module, "calibration_step", None)
         self._metrics = [submodule for submodule in module.modules() if isinstance(submodule, Metric)]
         self._in_training: bool | None = None  # found out on the first batch
+        self.joins_tasks = self._step is None
 
     def __call__(self, batch: MicroBatch) -> Tensor | Counted:
         """Mean loss of the batch, a scalar; with its count if the module gives one.

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.buffer import CalibrationBuffer
+from lightning_odem.calibration.joint import Joining
 from lightning_odem.calibration.process_part import Piece, partition, partition_each, read_tail, tail, tail_length
 from lightning_odem.calibration.samples import MicroBatch
 from lightning_odem.calibration.scaling import LossScale
 from lightning_odem.flow.deferred import Deferred, settle
 from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.task_parameters import AsTask, no_task_parameters
+from lightning_odem.parameters.task_parameters import OwnParameters
 from lightning_odem.parameters.vector import NoGradientError, ParameterVector
 
 
@@ -45,8 +46,9 @@ class CalibrationObjective:
 
     .. math:: L(\theta) = \sum_j s_j \frac{1}{n_j} \sum_{x \in D_j} \ell_j(x; \theta), \qquad \sum_j s_j = 1
 
-    One evaluation is one pass over the whole buffer in micro-batches, or over the micro-batches given. The module stays
-    at the point evaluated last. If the losses of micro-batches are :class:`Counted`, a task's loss is the mean over all
+    One evaluation is one pass over the whole buffer in micro-batches, or over the micro-batches given. Tasks share
+    micro-batches where :class:`~lightning_odem.calibration.joint.Joining` allows it. The module stays at the point
+    evaluated last. If the losses of micro-batches are :class:`Counted`, a task's loss is the mean over all
     that is counted in its samples.
 
     In a job of several processes, all call an evaluation with the same arguments. Each runs a part of the samples, and
@@ -78,7 +80,7 @@ class CalibrationObjective:
         batch_size: int = 128,
         loss_scale: float = 1.0,
         processes: Processes | None = None,
-        as_task: AsTask = no_task_parameters,
+        as_task: OwnParameters | None = None,
     ) -> None:
         self.vector = vector
         self.buffer = buffer
@@ -86,13 +88,15 @@ class CalibrationObjective:
         self.batch_size = batch_size
         self.loss_scale = LossScale(loss_scale)
         self.processes = processes or Processes.current()
-        self.as_task = as_task
+        self.as_task = as_task or OwnParameters()
         self.gradient_evaluations = 0
         self.loss_evaluations = 0
         self.sample_gradients = 0
         self.seconds = 0.0
         self._counts: dict[str, float] = {}
         self._micro_batches: list[MicroBatch] = []
+        self._whole: Sequence[MicroBatch] | None = None
+        self._joining = Joining(getattr(batch_loss, "joins_tasks", False), self.as_task.__contains__)
 
     def micro_batches(self) -> list[MicroBatch]:
         """The whole buffer, task by task, always in the same order; shares sum to 1."""
@@ -120,7 +124,7 @@ class CalibrationObjective:
 
         In a job of several processes, their losses are read here.
         """
-        batches = self.micro_batches() if batches is None else batches
+        batches = self._in_few(theta, batches)
         shards = self.vector.shards
         return self.loss_scale.attempt(
             lambda scale: self._loss_and_grad(theta, batches, scale), None if shards is None else shards.sum_
@@ -128,7 +132,7 @@ class CalibrationObjective:
 
     def loss(self, theta: Tensor, batches: Sequence[MicroBatch] | None = None) -> float:
         """Loss at ``theta``, without a gradient; ``batches`` as in :meth:`loss_and_grad`."""
-        batches = self.micro_batches() if batches is None else batches
+        batches = self._in_few(theta, batches)
         return _sum_by_share(self.losses(theta, batches), batches)
 
     def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
@@ -148,6 +152,23 @@ class CalibrationObjective:
             if failed:
                 self._raise_everywhere(error)
             return means
+
+    def joined(self, theta: Tensor, batches: Sequence[MicroBatch], size: int) -> Sequence[MicroBatch]:
+        """The same samples in fewer micro-batches of at most ``size``, if tasks may share them; tried at ``theta``."""
+
+        def losses(tried: Sequence[MicroBatch]) -> list[float]:
+            with self.processes.together(), self._pass(theta), torch.no_grad():
+                return self.processes.broadcast_(self._losses(tried)).tolist()
+
+        return self._joining(batches, size, losses)
+
+    def _in_few(self, theta: Tensor, batches: Sequence[MicroBatch] | None) -> Sequence[MicroBatch]:
+        """Micro-batches of which only the sum matters, by default of the whole buffer."""
+        if batches is not None and batches is not self._micro_batches:
+            return self.joined(theta, batches, self.batch_size)
+        if self._whole is None:
+            self._whole = self.joined(theta, self.micro_batches(), self.batch_size)
+        return self._whole
 
     def _loss_and_grad(
         self, theta: Tensor, batches: Sequence[MicroBatch], scale: float

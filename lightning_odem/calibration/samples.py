@@ -1,8 +1,8 @@
 """Calibration samples of a task, with the logits that belong to them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -62,6 +62,10 @@ class TaskSamples:
     logits: Tensor | None = None
 
     def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
         return batches.count(self.samples)
 
     def select(self, index: Tensor | slice) -> "TaskSamples":
@@ -74,7 +78,7 @@ class TaskSamples:
 
     def state(self) -> dict[str, Any]:
         """The samples as tensors and plain containers."""
-        state = dict(vars(self))
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**state, "samples": None, "kept": self.samples.state()} if isinstance(self.samples, Kept) else state
 
     @classmethod

@@ -13,8 +13,8 @@ from lightning_odem.flow.deferred import Deferred, wide
 if TYPE_CHECKING:
     from lightning_odem.flow.field import Velocity
 
-# Vectors are processed in pieces that fit the cache of a CPU. Their temporaries are so small that an allocator keeps the
-# memory: getting it anew from the system in each step would take longer than the sums.
+# Vectors are processed in pieces that fit the cache of a CPU. Their temporaries are so small that an allocator keeps
+# their memory: getting it anew from the system in each step would take longer than the sums.
 _PIECE = 1 << 16
 # On other devices each operation on a piece is a launch of some microseconds, so few pieces are fast.
 _PIECE_OF_DEVICE = 1 << 22

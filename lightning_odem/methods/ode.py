@@ -1,6 +1,7 @@
 """The path from the base model along the flattened sum of the tasks, and the gradient flow from its best point."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -192,7 +193,8 @@ class ODEMerge(MergeMethod):
     ) -> None:
         """Follow the flow in the memory of ``theta`` while held-out samples confirm it; overwrites ``before``."""
         seen, unseen = hold_out(objective, 0.25)
-        judges = list(unseen.buffer.micro_batches(max(-(-len(unseen.buffer) // JUDGES), 1)))
+        size = max(-(-len(unseen.buffer) // JUDGES), 1)
+        judges = unseen.joined(theta, list(unseen.buffer.micro_batches(size)), size)
         minibatches = Minibatches(self.batch_size, self.seed)
         steps = minibatches.per_epoch(seen.buffer)
         length = self.descent * distance * samples_per_epoch(objective.buffer) / self.batch_size * self.epochs**0.5
@@ -224,7 +226,7 @@ class ODEMerge(MergeMethod):
         return norm(incoming - before, context.sum_) / max(size, 1) ** 0.5
 
 
-def falls(before: list[float], after: list[float], batches: list[MicroBatch]) -> bool:
+def falls(before: list[float], after: list[float], batches: Sequence[MicroBatch]) -> bool:
     """Whether the loss of micro-batches, weighted by their shares, has fallen by more than its standard error.
 
     Example:
@@ -240,7 +242,7 @@ def falls(before: list[float], after: list[float], batches: list[MicroBatch]) ->
     return fall > math.sqrt(square * count / max(count - 1, 1))
 
 
-def _mean(losses: list[float], batches: list[MicroBatch]) -> float:
+def _mean(losses: list[float], batches: Sequence[MicroBatch]) -> float:
     return math.fsum(loss * batch.share for loss, batch in zip(losses, batches, strict=True))
 
 

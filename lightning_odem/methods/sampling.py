@@ -37,6 +37,10 @@ class CalibrationPart(CalibrationObjective):
         """Loss and gradient at ``theta`` [d] on these samples, unless others are given."""
         return self._objective.differentiate(theta, self.micro_batches() if batches is None else batches)
 
+    def joined(self, theta: Tensor, batches: Sequence[MicroBatch], size: int) -> Sequence[MicroBatch]:
+        """The same samples in fewer micro-batches, if tasks may share them."""
+        return self._objective.joined(theta, batches, size)
+
     def losses(self, theta: Tensor, batches: Sequence[MicroBatch]) -> list[float]:
         """Mean loss of each of the micro-batches at ``theta`` [d], without a gradient."""
         return self._objective.losses(theta, batches)
@@ -58,13 +62,14 @@ def hold_out(objective: CalibrationObjective, fraction: float) -> tuple[Calibrat
         ValueError: If no task that counts has two samples.
     """
     buffer = objective.buffer
-    held = {task: min(max(round(fraction * n), 1), n - 1) if n else 0 for task, n in buffer.counts.items()}
+    counts = buffer.counts
+    held = {task: min(max(round(fraction * n), 1), n - 1) if n else 0 for task, n in counts.items()}
     if not any(held[task] for task in buffer.shares()):
         raise ValueError(
-            f"Holding out calibration samples needs a task with at least two of them, the buffer has {buffer.counts}. "
+            f"Holding out calibration samples needs a task with at least two of them, the buffer has {counts}. "
             "Raise calibration_size, or choose another operating_time."
         )
-    kept = {task: n - held[task] for task, n in buffer.counts.items()}
+    kept = {task: n - held[task] for task, n in counts.items()}
     return (
         _part(objective, {task: slice(n) for task, n in kept.items()}),
         _part(objective, {task: slice(n, None) for task, n in kept.items()}),
@@ -78,7 +83,8 @@ def _part(objective: CalibrationObjective, index: dict[str, slice]) -> Calibrati
 
 def samples_per_epoch(buffer: CalibrationBuffer) -> int:
     """Count the samples of tasks that have a share of the loss."""
-    return sum(buffer.counts[task] for task in buffer.shares())
+    counts = buffer.counts
+    return sum(counts[task] for task in buffer.shares())
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.shards import Shards
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot, undisturbed
-from lightning_odem.parameters.task_parameters import as_task, own_parameters, put_task_parameters
+from lightning_odem.parameters.task_parameters import OwnParameters, as_task, put_task_parameters
 from lightning_odem.parameters.vector import ParameterVector, canonical_name, is_excluded
 from lightning_odem.parameters.weights_file import load_weights
 
 __all__ = [
     "Division",
+    "OwnParameters",
     "ParameterVector",
     "Processes",
     "Shards",
@@ -20,7 +21,6 @@ __all__ = [
     "is_excluded",
     "load_snapshot",
     "load_weights",
-    "own_parameters",
     "put_task_parameters",
     "read_checkpoint",
     "take_snapshot",

@@ -1,6 +1,6 @@
 """The module as one of its tasks, with the task's own parameters in place."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,32 +13,30 @@ from lightning_odem.parameters.vector import canonical_name
 Place = tuple[nn.Module, str]
 """A submodule and the name of one of its parameters or buffers."""
 
-AsTask = Callable[[str], AbstractContextManager[None]]
-"""Puts what a task keeps for itself into a module, for a block."""
 
-
-def no_task_parameters(task: str) -> AbstractContextManager[None]:
-    """Leave the module as it is for every task."""
-    return nullcontext()
-
-
-def own_parameters(module: nn.Module, kept: Mapping[str, Mapping[str, Tensor]]) -> AsTask:
-    """Like :func:`as_task`, but by the name of the task, and fast for frequent calls.
+class OwnParameters:
+    """Puts what a task keeps for itself into a module, by the name of the task; fast for frequent calls.
 
     Args:
         module: The module.
         kept: What tasks keep for themselves. For a task that is not in it, the module stays as it is.
     """
-    found: dict[str, _Swap] = {}
 
-    def swapped(task: str) -> AbstractContextManager[None]:
-        if not kept.get(task):
+    def __init__(self, module: nn.Module | None = None, kept: Mapping[str, Mapping[str, Tensor]] = {}) -> None:  # noqa: B006
+        self._module, self._kept = module, kept
+        self._swaps: dict[str, _Swap] = {}
+
+    def __contains__(self, task: str) -> bool:
+        """Whether a task keeps anything for itself."""
+        return bool(self._kept.get(task))
+
+    def __call__(self, task: str) -> AbstractContextManager[None]:
+        """Run a block with the task's own parameters in the module, see :func:`as_task`."""
+        if task not in self or self._module is None:
             return nullcontext()
-        if task not in found:
-            found[task] = _Swap(module, kept[task])
-        return found[task].made()
-
-    return swapped
+        if task not in self._swaps:
+            self._swaps[task] = _Swap(self._module, self._kept[task])
+        return self._swaps[task].made()
 
 
 def as_task(module: nn.Module, own: Mapping[str, Tensor]) -> AbstractContextManager[None]:

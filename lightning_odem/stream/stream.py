@@ -26,7 +26,7 @@ from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.frozen_base import check_frozen_base, frozen_base
 from lightning_odem.parameters.low_rank import FactorPair
 from lightning_odem.parameters.snapshot import Snapshot, load_snapshot, take_snapshot
-from lightning_odem.parameters.task_parameters import own_parameters
+from lightning_odem.parameters.task_parameters import OwnParameters
 from lightning_odem.parameters.vector import ParameterVector, canonical_name
 from lightning_odem.report import MergeRecord
 from lightning_odem.stream.addition import Addition
@@ -283,7 +283,7 @@ class Stream:
             finds_size: Whether a merge may find the size of its micro-batches, if the stream has none yet.
         """
         loss = calibration_loss(module, self.calibration.loss)  # type: ignore[arg-type]
-        as_task = own_parameters(module, self.state.task_parameters)
+        as_task = OwnParameters(module, self.state.task_parameters)
         trainer: L.Trainer = module.trainer  # type: ignore[assignment]
         found = self.state.measured.get("batch_size")
         size = self.calibration.micro_batch_size(trainer.train_dataloader, found)

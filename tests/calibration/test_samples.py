@@ -29,3 +29,9 @@ def test_a_view_shares_memory_and_a_batch_is_all_of_it():
 def test_samples_without_logits_stay_without():
     held = TaskSamples((INPUTS,))
     assert held.select(slice(2)).logits is held.view(slice(2)).logits is held.as_batch("a", 1.0).logits is None
+
+
+def test_the_state_is_that_of_the_fields_after_samples_are_counted():
+    held = TaskSamples((INPUTS,))
+    assert len(held) == 4
+    assert set(held.state()) == {"samples", "weight", "transferred", "logits"}

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, MicroBatch
+from lightning_odem.calibration.batches import Kept
 from lightning_odem.flow import NonFiniteLossError, operating_time
 from lightning_odem.methods import IsotropicMerge, MergeContext, ODEMerge
 from lightning_odem.methods.layout import tensors
@@ -294,3 +296,26 @@ def test_without_a_task_the_running_average_stays_one(problem):
 def test_without_the_others_a_task_has_its_own_model(problem):
     _, left = taken_out(problem, ODEMerge(), 0, (1.0, 2.0))
     torch.testing.assert_close(left, problem.models[1])
+
+
+@pytest.mark.parametrize("joins_tasks", [True, False])
+def test_the_passes_of_a_merge_grow_with_the_tasks_only_if_these_cannot_share_samples(joins_tasks):
+    problem, passes = Problem(tasks=32, samples=32), []
+    for count in (4, 32):
+        seen = []
+
+        def batch_loss(batch, seen=seen):
+            seen.append(batch.task)
+            samples = batch.samples
+            inputs, labels = next(samples.batches())[0] if isinstance(samples, Kept) else samples
+            return cross_entropy(problem.net(inputs), labels)
+
+        batch_loss.joins_tasks = joins_tasks
+        method, context = ODEMerge(batch_size=32), problem.context(count, capacity=128)
+        objective = CalibrationObjective(problem.vector, context[Calibration].buffer, batch_loss, 32)
+        context = replace(context, needed={**context.needed, Calibration: objective})
+        method.start(problem.models[0], context)
+        method.merge(problem.models[0].clone(), problem.models[1], 0.5, context)
+        passes.append(len(seen))
+    few, many = passes
+    assert (many < 1.5 * few) if joins_tasks else (many > 3 * few)

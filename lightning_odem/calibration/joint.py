@@ -1,0 +1,182 @@
+"""Micro-batches of several tasks, for samples that count the same in the calibration loss."""
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lightning_odem.calibration import batches
+from lightning_odem.calibration.batches import Kept
+from lightning_odem.calibration.samples import MicroBatch
+
+# Two samples of each task are enough to tell a mean over samples from one over tokens, or over pairs of samples.
+_TRIED = 2
+# Relative difference of losses that is rounding in fp32. Half precision may round by more: then nothing is joined.
+_ROUNDING = 1e-4
+
+
+class JointSamples(Kept):
+    """Samples of several tasks. They share the tasks' memory until a batch is made of them.
+
+    Args:
+        parts: The samples of each task, as tensors [n, ...] in containers of one structure.
+
+    Attributes:
+        parts: The same.
+
+    Example:
+        >>> joint = JointSamples([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])
+        >>> (batch, index), = joint.view(slice(1, 3)).batches()
+        >>> batch[1], index
+        (tensor([0., 1.]), tensor([0, 1]))
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self._bounds = list(accumulate(map(batches.count, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def select(self, index: Tensor | slice) -> "JointSamples":
+        """The samples at ``index``, as a copy."""
+        return JointSamples([batches.select(batches.concatenate(self.parts), index, device=None)])
+
+    def view(self, index: slice) -> "JointSamples":
+        """The samples of a range."""
+        first, last, _ = index.indices(len(self))
+        cut = [
+            batches.view(part, slice(max(first - begin, 0), last - begin))
+            for part, (begin, end) in zip(self.parts, pairwise(self._bounds), strict=True)
+            if first < end and begin < last
+        ]
+        return JointSamples(cut)
+
+    def labels(self) -> Tensor | None:
+        """Class labels, int [n]; None if there are none."""
+        return batches.labels(batches.concatenate(self.parts))
+
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """All samples in one batch with memory of its own."""
+        yield batches.concatenate(self.parts), torch.arange(len(self))
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: what is stored are the samples of each task."""
+        raise TypeError("Joint samples are made for a pass and not stored; store those of each task.")
+
+
+class Joining:
+    """Lets tasks share micro-batches, if that gives each of them its share of the loss.
+
+    Otherwise a gradient would take as many passes as there are tasks, however few samples they have. Samples share a
+    micro-batch if they count the same in the loss, their tasks keep no parameters for themselves, and the loss is a
+    mean over samples. Whether it is one is tried once, on two samples of each task, together and apart.
+
+    Args:
+        is_allowed: Whether the loss may get samples of several tasks.
+        apart: Whether a task's samples have to stay by themselves.
+    """
+
+    def __init__(self, is_allowed: bool, apart: Callable[[str], bool]) -> None:
+        # None: it has not been tried yet.
+        self._is_mean: bool | None = None if is_allowed else False
+        self._apart = apart
+
+    def __call__(
+        self, batches: Sequence[MicroBatch], size: int, losses: Callable[[Sequence[MicroBatch]], list[float]]
+    ) -> Sequence[MicroBatch]:
+        """The same samples in fewer micro-batches, if the loss allows it.
+
+        Args:
+            batches: The micro-batches.
+            size: Samples per micro-batch at most.
+            losses: Mean loss of each of some micro-batches, the same numbers in all processes.
+        """
+        if self._is_mean is False:
+            return batches
+        joined = join(batches, size, self._apart)
+        if self._is_mean is None and len(joined) < len(batches):
+            self._is_mean = _is_mean(losses, joined)
+        return joined if self._is_mean else batches
+
+
+def _is_mean(losses: Callable[[Sequence[MicroBatch]], list[float]], joined: Sequence[MicroBatch]) -> bool:
+    """Whether the loss of several tasks' samples is the mean of their losses."""
+    try:
+        for together, apart in trials(joined):
+            whole, *parts = losses([together, *apart])
+            mean = math.fsum(loss * batch.share for loss, batch in zip(parts, apart, strict=True))
+            if not math.isclose(whole, mean, rel_tol=_ROUNDING):
+                return False
+    except Exception:  # it may need more samples than are tried
+        return False
+    return True
+
+
+def join(found: Sequence[MicroBatch], size: int, apart: Callable[[str], bool] = lambda task: False) -> list[MicroBatch]:
+    """Cut micro-batches anew, so that samples of several tasks share one if they count the same in the loss.
+
+    Samples can share a micro-batch if they have the same share of the loss and the same shapes and dtypes. The sum over
+    all micro-batches of share times mean loss stays the same if losses are means over samples, see :func:`trials`.
+
+    Args:
+        found: The micro-batches.
+        size: Samples per micro-batch at most.
+        apart: Whether a task's samples have to stay by themselves.
+
+    Returns:
+        The micro-batches; those given if there would not be fewer of them.
+
+    Example:
+        >>> whole = [MicroBatch((torch.ones(2),), task, share=0.25, transferred=False) for task in "abcd"]
+        >>> [(batch.task, len(batch.samples), batch.share) for batch in join(whole, size=4)]
+        [('a, b', 4, 0.5), ('c, d', 4, 0.5)]
+    """
+    groups: dict[Hashable, list[MicroBatch]] = {}
+    for number, batch in enumerate(found):
+        groups.setdefault(number if apart(batch.task) else _kind(batch) or number, []).append(batch)
+    joined = [batch for group in groups.values() for batch in _cut(group, size)]
+    return joined if len(joined) < len(found) else list(found)
+
+
+def trials(joined: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, list[MicroBatch]]]:
+    """The first samples of all tasks of each joint micro-batch, together and apart.
+
+    If a loss is a mean over samples, the first one's is the sum of share times loss of the others.
+    """
+    for batch in joined:
+        if isinstance(batch.samples, JointSamples):
+            first = [batches.view(part, slice(_TRIED)) for part in batch.samples.parts]
+            together = replace(batch, samples=JointSamples(first), share=1.0)
+            counts = [batches.count(part) / len(together.samples) for part in first]
+            yield together, [replace(batch, samples=part, share=n) for part, n in zip(first, counts, strict=True)]
+
+
+def _kind(batch: MicroBatch) -> Hashable:
+    """What has to agree for samples to share a micro-batch; None if these cannot share one."""
+    if isinstance(batch.samples, Kept) or batch.logits is not None:
+        return None
+    leaves, structure = tree_flatten(batch.samples)
+    share = f"{batch.share / len(leaves[0]):.12g}"  # equal shares may differ in their last bits
+    return share, batch.transferred, str(structure), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves)
+
+
+def _cut(group: Sequence[MicroBatch], size: int) -> Iterator[MicroBatch]:
+    """The samples of a group in their order, in micro-batches of ``size`` and a last one with the rest."""
+    if len(group) == 1:
+        yield group[0]
+        return
+    whole = JointSamples([batch.samples for batch in group])
+    share = sum(batch.share for batch in group) / len(whole)
+    tasks = [batch.task for batch in group for _ in range(batches.count(batch.samples))]
+    for start in range(0, len(whole), size):
+        samples = whole.view(slice(start, start + size))
+        names = list(dict.fromkeys(tasks[start : start + size]))
+        task = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        found: Any = samples.parts[0] if len(samples.parts) == 1 else samples
+        yield replace(group[0], samples=found, task=task, share=share * len(samples))
