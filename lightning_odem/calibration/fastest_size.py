@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_odem.calibration.batches import count
 from lightning_odem.calibration.objective import CalibrationObjective
+from lightning_odem.calibration.samples import MicroBatch
 
 _START = 16
 _REPEATS = 3
@@ -54,19 +56,22 @@ def fastest_size(seconds: Callable[[int], float], largest: int, start: int = _ST
 def fastest_micro_batches(objective: CalibrationObjective) -> int:
     """The fastest size for gradients of a calibration loss; the choice of the first process, in all processes.
 
-    It is tried on the task with most samples, since all samples of a micro-batch are of one task.
+    The largest one is the most samples that may share a micro-batch: those of one task, or of several.
 
     Args:
         objective: The loss. The module stays at the point that it is at.
     """
     buffer, vector, processes = objective.buffer, objective.vector, objective.processes
-    task = max(buffer.counts, key=buffer.counts.__getitem__)
     theta = vector.read()
+
+    def micro_batch(size: int) -> MicroBatch:
+        batches = objective.joined(theta, list(buffer.micro_batches(size)), size)
+        return max(batches, key=lambda batch: count(batch.samples))
 
     def seconds(size: int) -> float:
         held = torch.empty(_HELD, len(vector), dtype=vector.dtype, device=vector.device)
         # Each process gets one of these, or a part of each.
-        batches = processes.size * [next(buffer.micro_batches_of(task, size))]
+        batches = processes.size * [micro_batch(size)]
         times = []
         for _ in range(1 + _REPEATS):  # the first one is slow
             started = time.perf_counter()
@@ -76,7 +81,7 @@ def fastest_micro_batches(objective: CalibrationObjective) -> int:
         fastest = torch.tensor([min(times[1:])], dtype=torch.float32, device=vector.device)
         return max(processes.broadcast_(fastest).item(), math.ulp(1.0))
 
-    size = fastest_size(seconds, buffer.counts[task])
+    size = fastest_size(seconds, count(micro_batch(len(buffer)).samples))
     rank_zero_info(
         f"Calibration in micro-batches of {size} samples, the fastest size that was tried (batch_size='auto'). The "
         "stream keeps it."

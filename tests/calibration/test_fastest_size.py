@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_odem.calibration import CalibrationBuffer, CalibrationObjective, CalibrationOptions
 from lightning_odem.calibration.fastest_size import fastest_micro_batches, fastest_size
+from lightning_odem.calibration.joint import JointSamples
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.parameters.vector import ParameterVector
 from lightning_odem.stream.stream import Stream
@@ -130,3 +131,21 @@ def together():
 
 def test_processes_agree_on_a_size_that_fits_in_all_of_them():
     assert run_job(together, 2) == [4, 4]
+
+
+@pytest.mark.parametrize(("joins_tasks", "largest"), [(True, 48), (False, 4)])
+def test_the_largest_size_is_that_of_the_samples_that_may_share_a_micro_batch(joins_tasks, largest):
+    torch.manual_seed(0)
+    net, buffer, sizes = nn.Linear(3, 2), CalibrationBuffer(48), []
+    for number in range(12):
+        buffer.add(f"task {number}", (torch.randn(4, 3), torch.arange(4) % 2))
+
+    def batch_loss(batch):
+        sizes.append(len(batch.samples if isinstance(batch.samples, JointSamples) else batch.samples[1]))
+        found = next(batch.samples.batches())[0] if isinstance(batch.samples, JointSamples) else batch.samples
+        return cross_entropy(net(found[0]), found[1])
+
+    batch_loss.joins_tasks = joins_tasks
+    fastest_micro_batches(CalibrationObjective(ParameterVector(net), buffer, batch_loss))
+    assert max(sizes) <= largest
+    assert largest == 4 or max(sizes) > 4
