@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_odem.cli.files_in_pieces import Advance, FilesInPieces, Incoming, empty_like
+from lightning_odem.cli.files_in_pieces import Advance, FilesInPieces, empty_like
+from lightning_odem.cli.inputs import Incoming
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.cli.unfinished import UnfinishedMerge
 from lightning_odem.methods import MergeMethod
