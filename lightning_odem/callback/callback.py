@@ -175,7 +175,7 @@ class ContinualMergeCallback(L.Callback):
         return self._directory.path
 
     def remaining(self, tasks: Iterable[_Data]) -> Iterator[_Data]:
-        """Those of a stream's tasks that are not merged yet; the others' data serves to measure accuracies.
+        """The tasks of a stream that are not merged yet; the data of the others is used to measure accuracies.
 
         A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
 
@@ -209,8 +209,8 @@ class ContinualMergeCallback(L.Callback):
 
         Nothing is trained and no samples are needed. The removal is written as a merge is, in one step; besides it the
         last generation of the state and older files of the directory still hold the task. :meth:`load_task` writes the
-        merged weights into a module. Tasks merged later count as if the task had never been there; it may be merged
-        again itself, under the same name, as :meth:`remaining` will have it.
+        merged weights into a module. Tasks merged later count as if the task had never been there. :meth:`remaining`
+        gives the task again, and it may be merged again under the same name.
 
         Nothing is measured: the report says which of its numbers are of models with the task. Batch-norm statistics
         are put right where they are averaged; kept or recalibrated ones stay. Method ``"ode"`` takes the last scale,
@@ -337,7 +337,7 @@ class ContinualMergeCallback(L.Callback):
         return vars(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put whole tensors into the checkpoint, and of the calibration samples where they are on disk."""
+        """Put whole tensors into the checkpoint, and the place of the calibration samples if they are on disk."""
         state = checkpoint["callbacks"][self.state_key]
         state.update(self._state.whole(pl_module).state_dict())
         if not self.calibration.in_checkpoints and (reference := self._directory.refer_to_samples()) is not None:

@@ -35,7 +35,7 @@ class Fit:
         phase: How far it has come.
         resumed: Whether one of Lightning's checkpoints was loaded.
         settled: Whether the last fit that trained has merged, so that the module held the merged model at its end.
-        sampling: The task's calibration samples, where the method looks at any.
+        sampling: The task's calibration samples, if a merge reads any.
         collection: What the method needs of the training.
     """
 

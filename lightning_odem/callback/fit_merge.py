@@ -118,9 +118,9 @@ class FitMerge:
 
 @contextmanager
 def _rescuing(trainer: L.Trainer, directory: Path | None, name: str) -> Iterator[None]:
-    """Save the module's weights if the block fails, in the first place that takes them, and say where.
+    """Save the module's weights if the block fails, in the first of three places that takes them, and say where.
 
-    Tried are ``directory``, the Trainer's root directory and the system's directory for temporary files. Nothing is
+    These are ``directory``, the Trainer's root directory and the system's directory for temporary files. Nothing is
     written under ``fast_dev_run``.
 
     Args:

@@ -163,7 +163,7 @@ class Session:
             self.measurement.check(module, due, self.report.measured, state.task_parameters)
 
     def abort(self, module: L.LightningModule) -> None:
-        """Leave the module and the stream as they were before a fit that was refused; others may go on with it."""
+        """Leave the module and the stream as they were before a fit that was refused, and let others use it."""
         self._start.take_back(module)
         self.directory.release()
 

@@ -65,7 +65,7 @@ def check_lists(
 def find_adapters(
     inputs: Sequence[str], output: str, model: object, rank: int | None = None, energy: float | None = None
 ) -> AdapterFolders | None:
-    """The inputs of a merge as adapters, of which a rank or an energy is to be kept; None of whole models.
+    """The inputs of a merge as adapters, with the rank or energy to keep; None if they are whole models.
 
     Raises:
         ValueError: If only some are adapters, adapters are to be merged with a module or into a file, or whole models

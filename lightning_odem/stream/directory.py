@@ -82,6 +82,58 @@ class RunDirectory:
         self._number = number
         return stored
 
+    @property
+    def holds_stream(self) -> bool:
+        """Whether a state is on disk."""
+        return self._store is not None and self._store.number is not None
+
+    def read(self, like: StreamState) -> StreamState:
+        """The state on disk; settings that it does not contain are those of ``like``."""
+        before, stored = self._number, self.load()
+        assert stored is not None, "there is one"
+        state = replace(like, buffer=like.buffer.copy())
+        state.load_state_dict(stored)
+        if self._number == before:
+            state.random = like.random  # the process recognises its own dict by identity
+        return state
+
+    def rewrite(self, state: StreamState) -> None:
+        """Write a state of whole tensors, and the report, between two fits.
+
+        Raises:
+            OSError: If the state cannot be written. The state before is still there.
+        """
+        assert self._store is not None, "the directory is known"
+        self._store.save(state.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.map(self._store.map)
+        self._files.write(state.report, first_path=len(state.report.merges))
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the file of the base model is damaged, and the stream was read without it."""
+        return self._store is not None and "base" in self._store.lacking
+
+    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
+        """Write the base model again, from a module that still holds it.
+
+        Raises:
+            StreamStateError: If the module holds another one; the hash of the damaged file tells.
+        """
+        assert self._store is not None, "it was read"
+        whole = whole_snapshot(module, base)
+        mended = trainer.is_global_zero and self._store.mend("base", whole)
+        if not trainer.strategy.broadcast(mended):
+            raise StreamStateError(
+                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
+                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
+                "stream began with, which are written again then, or put a copy of the file back."
+            )
+        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
+
+    # ------------------------------------------------------------------------------------------- one process at a time
+
     def lock(self, trainer: L.Trainer) -> None:
         """Keep other processes from fitting tasks of the stream until :meth:`release`.
 
@@ -111,65 +163,12 @@ class RunDirectory:
         finally:
             self._lock.release()
 
-    @property
-    def holds_stream(self) -> bool:
-        """Whether a state is on disk."""
-        return self._store is not None and self._store.number is not None
-
-    def read(self, like: StreamState) -> StreamState:
-        """The state on disk; settings that it does not contain are those of ``like``."""
-        before, stored = self._number, self.load()
-        assert stored is not None, "there is one"
-        state = replace(like, buffer=like.buffer.copy())
-        state.load_state_dict(stored)
-        if self._number == before:
-            state.random = like.random  # the process recognises its own dict by identity
-        return state
-
-    @property
-    def lacks_base(self) -> bool:
-        """Whether the file of the base model is damaged, and the stream was read without it."""
-        return self._store is not None and "base" in self._store.lacking
-
-    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
-        """Write the base model again, from a module that still holds it.
-
-        Raises:
-            StreamStateError: If the module holds another one; the hash of the damaged file tells.
-        """
-        assert self._store is not None, "it was read"
-        whole = whole_snapshot(module, base)
-        mended = trainer.is_global_zero and self._store.mend("base", whole)
-        if not trainer.strategy.broadcast(mended):
-            raise StreamStateError(
-                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
-                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
-                "stream began with, which are written again then, or put a copy of the file back."
-            )
-        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
-
-    def at(self, name: str) -> Path:
-        """The path of a file in the directory."""
-        assert self._directory is not None, "the directory is known"
-        return self._directory / name
-
-    def rewrite(self, state: StreamState) -> None:
-        """Write a state of whole tensors, and the report, between two fits.
-
-        Raises:
-            OSError: If the state cannot be written. The state before is still there.
-        """
-        assert self._store is not None, "the directory is known"
-        self._store.save(state.state_dict())
-        self._number = self._store.number
-        if self._mapped:
-            state.map(self._store.map)
-        self._files.write(state.report, first_path=len(state.report.merges))
-
     def release(self) -> None:
         """Let other processes use the stream."""
         if self._lock is not None:
             self._lock.release()
+
+    # ----------------------------------------------------------------------------------------------- the fit of a task
 
     def claim(self, trainer: L.Trainer, state: StreamState, resumed: bool = False) -> dict[str, Any] | None:
         """Take the directory for the stream of a fit and lock it; under ``fast_dev_run`` nothing is written.
@@ -246,6 +245,13 @@ class RunDirectory:
         """
         return resolve(reference, *([] if self._store is None else [self._store.directory]))
 
+    # ------------------------------------------------------------------------------------------------ beside the state
+
+    def at(self, name: str) -> Path:
+        """The path of a file in the directory."""
+        assert self._directory is not None, "the directory is known"
+        return self._directory / name
+
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests | None = None) -> str | None:
         """Save the module's weights, see :func:`~lightning_odem.stream.merged_files.save_merged`."""
         if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -288,6 +294,8 @@ class RunDirectory:
                     files.mend(report)
         except StreamInUseError:
             return  # who has the stream writes its report
+
+    # --------------------------------------------------------------------------------------------------------- details
 
     def _open(self, directory: Path) -> None:
         directory = directory.absolute()  # wherever the process goes from here

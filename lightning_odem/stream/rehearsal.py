@@ -21,7 +21,7 @@ _CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
 def rehearse(stream: Stream, module: nn.Module, sampling: SampleCollector) -> None:
     """Run the calibration loss on two samples of a task and of each earlier one; the module stays as it is.
 
-    A module without a loss is refused so before training, and one that cannot use the parameters of earlier tasks any
+    So a module without a loss is refused before training, and one that cannot use the parameters of earlier tasks any
     more. Samples that could not be saved after the merge are refused too, and labels for which the loss has no class.
 
     Args:
