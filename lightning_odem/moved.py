@@ -21,6 +21,7 @@ MOVED = {
     "evaluation": "stream.evaluation",
     "files": "parameters.files",
     "measurement": "stream.measurement",
+    "methods.arguments": "arguments",
     "merging": "stream.merging",
     "offline": "cli",
     "offline.checkpoint": "parameters.checkpoint",

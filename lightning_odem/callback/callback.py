@@ -21,9 +21,7 @@ from lightning_odem.calibration.batch_norm import POLICIES
 from lightning_odem.callback.guards import check_no_spawning
 from lightning_odem.callback.session import Session
 from lightning_odem.callback.settings import Settings
-from lightning_odem.callback.start import FINETUNE_FROM
 from lightning_odem.methods import MergeMethod
-from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.frozen_base import keep_frozen_when_loading
 from lightning_odem.parameters.snapshot import load_snapshot
 from lightning_odem.report import MergeRecord, StreamReport, render_summary
@@ -39,7 +37,6 @@ from lightning_odem.stream.stream import Stream
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
 
 OFFLOADS = ("cpu", "disk")
-MERGE_WEIGHTS = ("last", "best")
 
 
 class ContinualMergeCallback(L.Callback):
@@ -99,20 +96,12 @@ class ContinualMergeCallback(L.Callback):
         evaluation_data: dict[str, L.LightningDataModule | int | str] | None = None,
         keep_checkpoints: int | None = 3,
     ) -> None:
-        check_choice("finetune_from", finetune_from, FINETUNE_FROM)
+        if keep_checkpoints is not None:
+            keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints, 1)
+        settings = Settings(weights, finetune_from, merge_weights, evaluate, keep_checkpoints)
         check_choice("batch_norm", batch_norm, POLICIES)
         check_choice("offload", offload, OFFLOADS)
-        check_choice("merge_weights", merge_weights, MERGE_WEIGHTS)
         check_instance("calibration", calibration, CalibrationOptions, "CalibrationOptions")
-        if evaluate not in ("every", "last") and evaluate is not False and not (type(evaluate) is int and evaluate > 0):
-            raise ValueError(
-                "evaluate is 'every' (all tasks after each merge), a number n (all tasks after every n-th merge, "
-                f"otherwise the merged one), 'last' (all tasks after the last merge), or False; got {evaluate!r}."
-            )
-        if weights is not None:
-            check_instance("weights", weights, (Mapping, list, tuple), "a list, or a dictionary by task name,")
-            check_names("weights", list(weights) if isinstance(weights, Mapping) else ())
-            check_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
         if evaluation_data is not None:
             check_instance("evaluation_data", evaluation_data, Mapping, "a dictionary by task name")
             check_names("evaluation_data", list(evaluation_data))
@@ -130,8 +119,6 @@ class ContinualMergeCallback(L.Callback):
             calibration=calibration,
         )
         self.keep_checkpoints = keep_checkpoints
-        if keep_checkpoints is not None:
-            self.keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints, 1)
         self.weights = weights
         self.finetune_from = finetune_from
         self.division = self._stream.division
@@ -144,7 +131,6 @@ class ContinualMergeCallback(L.Callback):
             monitor=Monitor(monitor, mode) if monitor is not None else None,
         )
         self._measurement.given.update(evaluation_data or {})
-        settings = Settings(weights, finetune_from, merge_weights, evaluate, self.keep_checkpoints)
         self._session = Session(self._stream, self._directory, self._measurement, settings)
         self._stage: str | None = None  # of the Trainer's run that is going on
         if dirpath is not None and (stored := self._directory.load()) is not None:
@@ -189,7 +175,7 @@ class ContinualMergeCallback(L.Callback):
         return self._directory.path
 
     def remaining(self, tasks: Iterable[_Data]) -> Iterator[_Data]:
-        """Those of a stream's tasks that are not merged yet; the others' data serves to measure accuracies.
+        """The tasks of a stream that are not merged yet; the data of the others is used to measure accuracies.
 
         A script that fits ``merge.remaining(tasks)`` can be started again, whatever ended it.
 
@@ -223,8 +209,8 @@ class ContinualMergeCallback(L.Callback):
 
         Nothing is trained and no samples are needed. The removal is written as a merge is, in one step; besides it the
         last generation of the state and older files of the directory still hold the task. :meth:`load_task` writes the
-        merged weights into a module. Tasks merged later count as if the task had never been there; it may be merged
-        again itself, under the same name, as :meth:`remaining` will have it.
+        merged weights into a module. Tasks merged later count as if the task had never been there. :meth:`remaining`
+        gives the task again, and it may be merged again under the same name.
 
         Nothing is measured: the report says which of its numbers are of models with the task. Batch-norm statistics
         are put right where they are averaged; kept or recalibrated ones stay. Method ``"ode"`` takes the last scale,
@@ -303,7 +289,7 @@ class ContinualMergeCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
-        self._session.see(batch)
+        self._session.fit.see(batch)
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -351,7 +337,7 @@ class ContinualMergeCallback(L.Callback):
         return vars(self)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put whole tensors into the checkpoint, and of the calibration samples where they are on disk."""
+        """Put whole tensors into the checkpoint, and the place of the calibration samples if they are on disk."""
         state = checkpoint["callbacks"][self.state_key]
         state.update(self._state.whole(pl_module).state_dict())
         if not self.calibration.in_checkpoints and (reference := self._directory.refer_to_samples()) is not None:

@@ -1,40 +1,31 @@
 """One stream in this process, from fit to fit."""
 
-import math
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_odem.calibration.sample_collector import SampleCollector
-from lightning_odem.callback.best import find_ranking, hint_at_best, load_best
+from lightning_odem.callback.best import find_ranking
 from lightning_odem.callback.fit import Fit, Phase
-from lightning_odem.callback.guards import FreshStart, check_trainer, finish_averages, release_averages
-from lightning_odem.callback.publication import publish
-from lightning_odem.callback.rescue import rescuing
+from lightning_odem.callback.fit_merge import FitMerge
+from lightning_odem.callback.guards import FreshStart, check_trainer, finish_averages
 from lightning_odem.callback.roster import Roster
 from lightning_odem.callback.settings import Settings
 from lightning_odem.callback.start import StartWeights
-from lightning_odem.methods import method_name
 from lightning_odem.parameters.processes import Processes
-from lightning_odem.parameters.shards import copy_from_first_process
 from lightning_odem.parameters.snapshot import take_snapshot
 from lightning_odem.report import MergeRecord, StreamReport
-from lightning_odem.report.progress import progress
 from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.measurement import Measurement
-from lightning_odem.stream.naming import file_name
 from lightning_odem.stream.random_state import RandomContinuation, load_random_state
 from lightning_odem.stream.rehearsal import rehearse
 from lightning_odem.stream.restoration import is_ready, restore_task_parameters
 from lightning_odem.stream.state import StreamState
 from lightning_odem.stream.stream import Stream
-from lightning_odem.stream.trace import Collection
 
 _Data = TypeVar("_Data", bound=L.LightningDataModule)
 
@@ -59,7 +50,7 @@ class Session:
         self._random = RandomContinuation()
         self._taken_up = False  # from the directory, and not fitted on yet
         self._roster = Roster(settings.weights, settings.evaluate)
-        self._settled = False  # whether the last fit has merged, so that the module held the merged model
+        self._fit_merge = FitMerge(stream, directory, measurement, settings, self._roster, self._random)
 
     @property
     def state(self) -> StreamState:
@@ -113,7 +104,7 @@ class Session:
 
     def begin_fit(self, trainer: L.Trainer, module: L.LightningModule, callback: L.Callback) -> None:
         """Refuse Trainers that would lose the merge; let a Trainer that has trained before train again."""
-        self.fit = Fit()
+        self.fit = Fit(settled=self.fit.settled)
         check_trainer(trainer, callback)
         if self.settings.merge_weights == "best":
             find_ranking(trainer)
@@ -130,7 +121,7 @@ class Session:
             self._go_on(module)
         self._start.reset()
         if is_whole:
-            self._start.begin(module, is_new_process=self._taken_up, is_merged=self._settled)
+            self._start.begin(module, is_new_process=self._taken_up, is_merged=self.fit.settled)
 
     def prepare(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Go on with the stream where the module was not built before, and refuse a task that has no name or weight."""
@@ -149,9 +140,9 @@ class Session:
                 self.stream.calibration.check(self.state.buffer)
             if not (self.fit.resumed and self.state.started):
                 self._begin(trainer, module)
-            self._collect(trainer, module)
+            self.fit.collect(trainer, module, self.stream)
             self._find_data(trainer)
-        self._settled = False
+        self.fit.settled = False
         self._start.keep()
 
     def check(self, module: L.LightningModule) -> None:
@@ -172,16 +163,9 @@ class Session:
             self.measurement.check(module, due, self.report.measured, state.task_parameters)
 
     def abort(self, module: L.LightningModule) -> None:
-        """Leave the module and the stream as they were before a fit that was refused; others may go on with it."""
+        """Leave the module and the stream as they were before a fit that was refused, and let others use it."""
         self._start.take_back(module)
         self.directory.release()
-
-    def see(self, batch: Any) -> None:
-        """Sample a stream of batches that cannot be drawn from by index; keep weights of the run if they are needed."""
-        if self.fit.sampling is not None:
-            self.fit.sampling.see(batch)
-        if self.fit.collection is not None:
-            self.fit.collection.see()
 
     # ---------------------------------------------------------------------------------------------- after the training
 
@@ -192,7 +176,7 @@ class Session:
         if self.fit.resumed and self.state.started:
             with Processes.current().together():
                 self._claim(trainer, module)
-                self._collect(trainer, module)
+                self.fit.collect(trainer, module, self.stream)
                 self._find_data(trainer)
             module.to(trainer.strategy.root_device)
             finish_averages(trainer, module)
@@ -206,9 +190,10 @@ class Session:
         )
 
     def merge(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
-        """Merge the module's weights into the stream, evaluate, and write the results; all processes or none."""
-        with Processes.current().together():
-            return self._merge(trainer, module)
+        """Merge the module's weights, see :class:`~lightning_odem.callback.fit_merge.FitMerge`."""
+        record = self._fit_merge.merge(trainer, module, self.fit)
+        self.last_merged_path = record.checkpoint
+        return record
 
     def merge_late(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
         """Merge after the fit, where the merge at its end has failed.
@@ -225,63 +210,6 @@ class Session:
         finally:
             module.cpu()  # where Lightning leaves a module after fit
             self.directory.release()
-
-    def _merge(self, trainer: L.Trainer, module: L.LightningModule) -> MergeRecord:
-        state, fit = self.state, self.fit
-        task, weight, number = state.started["task"], state.started["weight"], len(self.report.tasks) + 1
-        buffer = fit.sampling.buffer() if fit.sampling is not None else None
-        assert fit.collection is not None, "set up when the training started"
-        trace = fit.collection.trace()
-        with rescuing(trainer, self.directory.path, f"fine-tuned-{number:02d}-{file_name(task)}.ckpt"):
-            epoch = self._choose_weights(trainer)
-            copy_from_first_process(module)
-            started = time.perf_counter()
-            fine_tuned = self.measurement.current(module, task)
-            spent = time.perf_counter() - started
-            with (
-                progress(trainer, f"merging {task}") as on_step,
-                self.stream.merging(
-                    module, task, weight, buffer=buffer, trace=trace, on_step=on_step, fingerprint=True
-                ) as addition,
-            ):
-                record = addition.record
-                record.epoch = epoch
-                copy_from_first_process(module)
-                own = addition.task_parameters
-                due = own if self._roster.is_due(trainer, number) else {task: own[task]}
-                started = time.perf_counter()
-                scores = self.measurement.every_task(trainer, module, due)
-                record.evaluation_seconds = spent + time.perf_counter() - started
-                record.further = {name: score.further for name, score in scores.items() if score.further}
-                record.checkpoint = self.directory.save_checkpoint(trainer, number, task, state.frozen)
-                state = addition.state(
-                    accuracy=[scores[name].value if name in scores else math.nan for name in own],
-                    metrics={name: score.metric for name, score in scores.items() if score.metric is not None},
-                    fine_tuned=fine_tuned,
-                    pretrained=state.started["pretrained"],
-                    before_training=state.started["before_training"],
-                )
-                state.random = self._random.after_merge(state.random)
-                named = state.report
-                if self.settings.keep_checkpoints is not None:
-                    state.report = named.keeping_checkpoints(self.settings.keep_checkpoints)
-                self.directory.commit(trainer, module, state)
-        # From here on the stream has one task more.
-        self.stream.state = state
-        self.directory.remove_checkpoints(trainer, named, state.report)
-        fit.collection = fit.sampling = None
-        self._settled = True
-        release_averages(trainer)
-        publish(trainer, self.directory, self.report)
-        self.last_merged_path = record.checkpoint
-        return record
-
-    def _choose_weights(self, trainer: L.Trainer) -> int | None:
-        """Put the weights in the module that are to be merged; returns their epoch unless they are the last ones."""
-        if self.settings.merge_weights == "best":
-            return load_best(trainer)
-        hint_at_best(trainer)
-        return None
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -323,20 +251,9 @@ class Session:
         self.stream.load_method()
         self.state.started = started
 
-    def _collect(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        collection = self.fit.collection = Collection(
-            trainer,
-            module,
-            self.stream.method.needs,
-            method=method_name(self.stream.method),
-            select=self.stream.division.shared(module),
-            state=self.state.started,
-        )
-        collection.check()
-
     def _find_data(self, trainer: L.Trainer) -> None:
         """Find out where the accuracy of the task started is measured, and draw its calibration samples."""
-        task, weight = self.state.started["task"], self.state.started["weight"]
+        task = self.state.started["task"]
         named = str(getattr(trainer.datamodule, "task_name", task))  # type: ignore[attr-defined]
         if named != task:
             raise ValueError(
@@ -346,10 +263,5 @@ class Session:
         # The user's setup() and dataloaders may draw random numbers, which is not to change the training.
         with isolate_rng():
             self.measurement.find_data(trainer, task)
-            self.fit.sampling = None
-            if self.stream.needs_samples:
-                given = self.calibration_data.get(task)
-                with progress(trainer, f"samples of {task}") as on_item:
-                    self.fit.sampling = SampleCollector(trainer, task, weight, self.state.buffer, given, on_item)
-                rank_zero_info(self.fit.sampling.announcement)  # below the bar, not in its line
+            self.fit.sample(trainer, self.stream, self.calibration_data.get(task))
         self.measurement.warn_of_missing(self.report.tasks)

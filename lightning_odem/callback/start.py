@@ -11,8 +11,6 @@ from lightning_odem.stream.growth import with_own_rows
 from lightning_odem.stream.store import differences, fingerprint
 from lightning_odem.stream.stream import Stream
 
-FINETUNE_FROM = ("base", "merged", "module")
-
 
 class StartWeights:
     """Puts the base or the merged model into a module, as early as the module can take it.

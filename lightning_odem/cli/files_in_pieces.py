@@ -3,11 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
 from lightning_odem.calibration.batch_norm import BatchNormStatistics
+from lightning_odem.cli.inputs import Incoming
 from lightning_odem.cli.pieces import Piece, PieceSums, UnknownSumError
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.cli.unfinished import UnfinishedMerge
@@ -24,20 +24,6 @@ from lightning_odem.stream.merging import check_finite
 _PIECE, _SHARE = 8 << 20, 1 / 256
 # Seconds from which on the result of a piece is worth to be written, in case that the merge is interrupted.
 _LONG = 1.0
-
-
-class Incoming(NamedTuple):
-    """A checkpoint to be merged.
-
-    Args:
-        path: Path of the checkpoint.
-        task: Name of its task.
-        weight: Utility weight.
-    """
-
-    path: str
-    task: str
-    weight: float
 
 
 Advance = Callable[[str, int], None]

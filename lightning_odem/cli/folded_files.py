@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_odem.cli.files_in_pieces import Advance, FilesInPieces, Incoming, empty_like
+from lightning_odem.cli.files_in_pieces import Advance, FilesInPieces, empty_like
+from lightning_odem.cli.inputs import Incoming
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.cli.unfinished import UnfinishedMerge
 from lightning_odem.methods import MergeMethod
@@ -86,7 +87,7 @@ class FoldedFiles:
 
     @property
     def excluded(self) -> Snapshot:
-        """The tensors of all checkpoints that were not merged; of several with one name the last one."""
+        """The tensors of all checkpoints that were not merged; the last checkpoint counts if several have the name."""
         found: Snapshot = {}
         for entry in self._incoming:
             found |= self._files.read_excluded(entry.path)
@@ -116,14 +117,19 @@ class FoldedFiles:
         self.records = self.records if pieces is None else pieces.records
 
     def unfinished(self, output: str | os.PathLike, identity: Mapping[str, Any]) -> UnfinishedMerge:
-        """What an interrupted merge into this output has left, if it was the same one; ``identity`` is added to."""
+        """What an interrupted merge into this output has left, if it was the same one.
+
+        Args:
+            output: The output.
+            identity: What distinguishes the merge, besides what is known here.
+        """
         output = Path(output).absolute()
         groups = None if self._in_pieces is None else self._in_pieces.groups
         own = {"device": self._device, "dtype": str(self._dtype), "batch_norm": self._batch_norm, "pieces": groups}
         return UnfinishedMerge(output.with_name(f".{output.name}.merging"), {**identity, **own})
 
     def updates(self, advance: Advance) -> Snapshot:
-        """Merge, and give all merged tensors at once; of adapters the whole updates."""
+        """Merge, and give all merged tensors at once; for adapters these are the whole updates."""
         return {name: each for piece in self.merged(advance) for name, each in piece.items()}
 
     def merged_adapter(self, advance: Advance) -> Snapshot:

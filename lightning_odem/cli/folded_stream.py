@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_odem.cli.folded_files import Incoming
+from lightning_odem.cli.inputs import Incoming
 from lightning_odem.methods import MergeMethod
 from lightning_odem.parameters.division import Division
 from lightning_odem.parameters.model_files import ModelFiles

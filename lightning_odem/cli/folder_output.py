@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_odem.cli.load_check import check_by_loading
 from lightning_odem.cli.model_card import CARD, model_card
 from lightning_odem.cli.output import Write
-from lightning_odem.parameters.adapter_folders import AdapterFolders, is_adapter_folder
+from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.files import make_writable, replacing_folder
-from lightning_odem.parameters.lora_files import LORA_FILE, LoraFiles, is_lora_file
+from lightning_odem.parameters.lora_files import LORA_FILE
 from lightning_odem.parameters.model_files import match_names
 from lightning_odem.parameters.model_folder import ADAPTER_CONFIG, ModelFolder
 from lightning_odem.parameters.vector import canonical_name
@@ -186,44 +186,6 @@ class FolderOutput:
                 ".safetensors file instead of a folder."
             )
         return names
-
-
-def find_adapters(
-    inputs: Sequence[str], output: str, model: object, rank: int | None = None, energy: float | None = None
-) -> AdapterFolders | None:
-    """The inputs of a merge as adapters, of which a rank or an energy is to be kept; None of whole models.
-
-    Raises:
-        ValueError: If only some are adapters, adapters are to be merged with a module or into a file, or whole models
-            get a rank.
-    """
-    found = [path for path in inputs if is_adapter_folder(path)]
-    files = [] if found else [path for path in inputs if is_lora_file(path)]
-    found = found or files
-    if not found:
-        if rank is not None or energy is not None:
-            raise ValueError(f"rank and energy are for folders of adapters; {inputs[0]} is none. Leave them out.")
-        return None
-    if others := [path for path in inputs if path not in found]:
-        raise ValueError(
-            f"{found[0]} is an adapter, {others[0]} is none. Give folders of adapters only (they need no base), or "
-            "fold each adapter into its base (in peft: merge_and_unload(), then save_pretrained) and merge these."
-        )
-    if model is not None:
-        raise ValueError(
-            f"{found[0]} is an adapter; folders of adapters are merged without model and data. To use samples, merge "
-            "in the callback, which trains the adapters."
-        )
-    if files:
-        if rank is not None or energy is not None:
-            raise ValueError(f"rank and energy are for folders of peft; {files[0]} says its rank. Leave them out.")
-        return LoraFiles(inputs)
-    if Path(output).suffix == ".safetensors":
-        raise ValueError(
-            f"The output of a merge of adapters is a folder, since a file does not say the scale of the updates. Write "
-            f"{Path(output).with_suffix('')}."
-        )
-    return AdapterFolders(inputs, rank, energy)
 
 
 def _safe_name(file: Path) -> str:

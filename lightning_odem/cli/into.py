@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from lightning_odem.calibration import CalibrationBuffer
-from lightning_odem.cli.merge import check_lists, task_names
+from lightning_odem.cli.inputs import check_lists, task_names
 from lightning_odem.cli.remove import method_of
 from lightning_odem.cli.state_module import StateModule
 from lightning_odem.methods import MergeMethod

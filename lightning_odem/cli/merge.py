@@ -1,70 +1,31 @@
 """``lightning-odem merge``: folds existing checkpoints into one."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from lightning_odem import version
 from lightning_odem.cli.class_paths import UntrustedPathError, check_class_paths
-from lightning_odem.cli.folded_files import FoldedFiles, Incoming
+from lightning_odem.cli.folded_files import FoldedFiles
 from lightning_odem.cli.folded_stream import FoldedStream, choose_tasks
-from lightning_odem.cli.folder_output import FolderOutput, find_adapters
+from lightning_odem.cli.folder_output import FolderOutput
+from lightning_odem.cli.folding import Output, fold_adapters, fold_files, fold_in_module
+from lightning_odem.cli.inputs import Incoming, check_lists, check_sources, find_adapters, task_names
+from lightning_odem.cli.merged import Merged, metadata_of
 from lightning_odem.cli.output import MergeOutput
 from lightning_odem.methods import MergeMethod, resolve_method
-from lightning_odem.methods.describe import describe_method
-from lightning_odem.methods.needs import Offer
-from lightning_odem.metrics import check_weights
 from lightning_odem.parameters.adapted_base import AdaptedBase
+from lightning_odem.parameters.adapter_folders import AdapterFolders
 from lightning_odem.parameters.aligned_folders import AlignedFolders, check_same_vocabularies
-from lightning_odem.parameters.checkpoint import hash_checkpoint
 from lightning_odem.parameters.folder_comparison import compare_folders
 from lightning_odem.parameters.weights_shards import read_size
-from lightning_odem.report import MergeRecord
 from lightning_odem.report.plain import plain
-from lightning_odem.stream.merging import check_needs
 from lightning_odem.tasks import TaskStream
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The result of an offline merge.
-
-    Args:
-        incoming: The checkpoints in order.
-        records: The record of each merge.
-        paths: The files written.
-        notes: What a user should know about the result, a line each.
-        checked: What loading a merged folder with its library has shown, in a line.
-    """
-
-    incoming: list[Incoming]
-    records: list[MergeRecord]
-    paths: list[Path]
-    notes: list[str] = field(default_factory=list)
-    checked: str = ""
-
-    def table(self) -> str:
-        """Task, utility weight, operating time and seconds of each merge, as text."""
-        table = Table("task", "weight", "t", "seconds", box=None, pad_edge=False, padding=(0, 2))
-        for entry, record in zip(self.incoming, self.records, strict=True):
-            table.add_row(plain(entry.task), f"{entry.weight:g}", f"{record.t:.3f}", f"{record.merge_seconds:.2f}")
-        console = Console(markup=False, emoji=False, highlight=False)
-        with console.capture() as captured:
-            console.print(table)
-        return captured.get()
 
 
 def merge_checkpoints(
@@ -86,7 +47,7 @@ def merge_checkpoints(
     adapter_into: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
-) -> "Merged":
+) -> Merged:
     """Fold checkpoints into one, in the order given, and write it.
 
     Mismatches are found before the first merge. Without a ``model``, half precision is merged in fp32 and rounded at
@@ -144,9 +105,7 @@ def merge_checkpoints(
     adapters = find_adapters(inputs, output, model, rank, energy)
     notes = compare_folders(inputs) if adapters is None else []
     has_base = base is not None or (adapters is not None and adapters.no_update() is not None)
-    _check_needs(method, has_base, batch_norm, model, data)
-    place: MergeOutput | FolderOutput
-    size = None if shard_size is None else read_size(shard_size)
+    check_sources(method, has_base, batch_norm, model, data)
     whole = None
     if adapter_into is not None:
         if adapters is None:
@@ -154,14 +113,7 @@ def merge_checkpoints(
         if dtype is not None or rank is not None or energy is not None:
             raise ValueError("adapter_into goes without dtype, rank and energy: the output is like the base model.")
         whole = AdaptedBase(adapter_into, adapters)
-        place = FolderOutput(output, [adapter_into, *inputs], overwrite, shard_size=size)
-    elif Path(output).suffix == ".safetensors":
-        if shard_size is not None:
-            raise ValueError(f"shard_size={shard_size!r} divides the weights of a folder, but {output} is one file.")
-        place = MergeOutput(output, inputs, overwrite)
-    else:
-        place = FolderOutput(output, inputs, overwrite, adapters, size, dtype)
-    metadata = _metadata(method, adapter_into or base)
+    place = _place(output, inputs, overwrite, adapters, shard_size, dtype, adapter_into)
     if model is not None and data is not None:
         if dtype is not None:
             raise ValueError("dtype goes without model and data: with them, the output has the dtypes of the module.")
@@ -174,13 +126,7 @@ def merge_checkpoints(
             model, chosen, incoming, base, device, method, exclude, batch_norm, calibration_size=calibration_size
         )
         place.prepare()
-        sources = _sources(incoming, base)
-        records = []
-        with _progress(len(incoming)) as advance:
-            for number, entry in enumerate(incoming):
-                records.append(stream.fold(entry, partial(_step, advance, entry.task, number)))
-        state = stream.merged() if isinstance(place, FolderOutput) else stream.state()
-        place.write(state, metadata | sources, stream.hyper_parameters)
+        records = fold_in_module(stream, incoming, place, metadata_of(method, incoming, base))
         return Merged(incoming, records, place.paths, [*notes, *stream.notes], place.checked)
     incoming = list(map(Incoming, checkpoints, names, weights or [1.0] * len(names)))
     kind = None if dtype is None else getattr(torch, dtype)
@@ -191,38 +137,14 @@ def merge_checkpoints(
         notes += aligned.notes
     files = FoldedFiles(incoming, base, device, exclude, adapters, read, kind, method=method, batch_norm=batch_norm)
     place.prepare()
-    metadata |= _sources(incoming, adapter_into or base)
-    with _progress(files.size, in_bytes=True) as advance:
-        if whole is not None:
-            place.write(whole.state(files.updates(advance)), metadata, files.hyper_parameters)
-        elif adapters is not None:
-            place.write(files.merged_adapter(advance), {**adapters.header, **metadata}, files.hyper_parameters)
-        else:
-            excluded = {} if isinstance(place, FolderOutput) else files.excluded
-            with (
-                files.unfinished(output, {**metadata, "exclude": list(exclude)}) as unfinished,
-                place.writing({**files.like, **excluded}, metadata, files.hyper_parameters) as write,
-            ):
-                for piece in files.merged(advance, unfinished):
-                    write(piece)
-                write(excluded)
-            notes += [unfinished.note] if unfinished.note else []
-    return Merged(incoming, files.records, place.paths, [*notes, *files.notes], place.checked)
-
-
-def task_names(checkpoints: Sequence[str]) -> list[str]:
-    """Names of files without their suffix, and of folders; repeated names are numbered.
-
-    Example:
-        >>> task_names(["runs/a/last.ckpt", "runs/b/last.ckpt", "clip-dtd/"])
-        ['last', 'last_2', 'clip-dtd']
-    """
-    names: list[str] = []
-    for path in map(Path, checkpoints):
-        stem = path.resolve().name if path.is_dir() else path.stem
-        candidates = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(checkpoints) + 1))
-        names.append(next(name for name in candidates if name not in names))
-    return names
+    metadata = metadata_of(method, incoming, adapter_into or base)
+    if adapters is not None:
+        records = fold_adapters(files, place, metadata, adapters, whole)
+    else:
+        unfinished = files.unfinished(output, {**metadata, "exclude": list(exclude)})
+        records = fold_files(files, place, metadata, unfinished)
+        notes += [unfinished.note] if unfinished.note else []
+    return Merged(incoming, records, place.paths, [*notes, *files.notes], place.checked)
 
 
 def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None:
@@ -254,68 +176,21 @@ def main(args: Sequence[str] | None = None, trusted: Sequence[str] = ()) -> None
     print(f"Merged weights: {' and '.join(map(str, merged.paths)) if is_file else given.output}")
 
 
-def check_lists(
-    checkpoints: Sequence[str], names: Sequence[str], weights: Sequence[float] | None, exclude: object
-) -> None:
-    """Check that there is a name and a weight for each checkpoint.
-
-    Raises:
-        ValueError: If there is not.
-    """
-    if not checkpoints:
-        raise ValueError("There is nothing to merge: no checkpoint was given.")
-    if isinstance(exclude, str):
-        raise ValueError(f"exclude is a list of patterns, got the string {exclude!r}; write [{exclude!r}].")
-    for argument, values in {"tasks": names, "weights": weights}.items():
-        if values is not None and len(values) != len(checkpoints):
-            raise ValueError(f"{argument} has {len(values)} entries, but there are {len(checkpoints)} checkpoints.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"Two tasks cannot have the same name, got {', '.join(names)}.")
-    if weights is not None:
-        check_weights(weights)
-
-
-def _check_needs(method: MergeMethod, has_base: bool, batch_norm: str, model: object, data: object) -> None:
-    if (model is None) != (data is None):
-        raise ValueError("model and data go together: the one computes losses on the samples of the other.")
-    if batch_norm == "recalibrate" and data is None:
-        raise ValueError("batch_norm='recalibrate' runs samples through the model: give model and data.")
-    try:
-        check_needs(method, Offer(base=has_base, calibration=data is not None, batches=data is not None))
-    except ValueError as error:
-        raise ValueError(
-            f"{error} For finished checkpoints, base names the base model, and model and data bring samples and a loss."
-        ) from error
-
-
-def _metadata(method: MergeMethod, base: str | None) -> dict[str, str]:
-    settings = describe_method(method)
-    return {
-        "method": settings.pop("name"),
-        "settings": json.dumps(settings),
-        "base": "" if base is None else str(base),
-        "version": version.__version__,
-    }
-
-
-def _sources(incoming: Sequence[Incoming], base: str | None) -> dict[str, str]:
-    return {
-        "sha256": json.dumps({entry.task: hash_checkpoint(entry.path) for entry in incoming}),
-        "base_sha256": json.dumps({} if base is None else hash_checkpoint(base)),
-        "tasks": json.dumps([entry.task for entry in incoming]),
-        "weights": json.dumps([entry.weight for entry in incoming]),
-    }
-
-
-def _step(advance: Callable[[str, float], None], task: str, number: int, done: int, steps: int) -> None:
-    advance(task, number + done / max(steps, 1))
-
-
-@contextmanager
-def _progress(total: float, in_bytes: bool = False) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar over checkpoints and, within each of them, over the steps of its merge; or over bytes."""
-    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        line = progress.add_task("merging", total=total)
-        yield lambda what, done: progress.update(line, description=plain(f"merging {what}"), completed=done)
+def _place(
+    output: str,
+    inputs: list[str],
+    overwrite: bool,
+    adapters: AdapterFolders | None,
+    shard_size: str | None,
+    dtype: Dtype | None,
+    adapter_into: str | None,
+) -> Output:
+    """Where the merge is written: a file, or a folder like the first of the inputs."""
+    size = None if shard_size is None else read_size(shard_size)
+    if adapter_into is not None:
+        return FolderOutput(output, [adapter_into, *inputs], overwrite, shard_size=size)
+    if Path(output).suffix != ".safetensors":
+        return FolderOutput(output, inputs, overwrite, adapters, size, dtype)
+    if shard_size is not None:
+        raise ValueError(f"shard_size={shard_size!r} divides the weights of a folder, but {output} is one file.")
+    return MergeOutput(output, inputs, overwrite)

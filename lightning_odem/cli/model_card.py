@@ -15,7 +15,7 @@ def model_card(first: Path, metadata: Mapping[str, str]) -> str:
     """A model card that names sources, method and weights.
 
     Args:
-        first: README of the first model; of its front matter the entries stay that are true of a merged model.
+        first: README of the first model; the entries of its front matter that are true of a merged model stay.
         metadata: How the model was made, as the weights' metadata say it.
 
     Example:

@@ -4,13 +4,22 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_odem.arguments import check_choice, check_instance, check_step
 from lightning_odem.calibration import CalibrationObjective
-from lightning_odem.flow import ReusedGradient, Solver, StepControl, Trajectory, integrate, resolve_solver
+from lightning_odem.flow import (
+    RectifiedField,
+    ReusedGradient,
+    Solver,
+    StepControl,
+    Trajectory,
+    integrate,
+    resolve_solver,
+)
+from lightning_odem.flow.blocks import alone
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
-from lightning_odem.methods.granularity import GRANULARITIES, rectified_field
 from lightning_odem.methods.needs import Calibration
 from lightning_odem.methods.operating_times import OperatingTime, Path, resolve_operating_time
 from lightning_odem.methods.sampling import Gradient, Minibatches
@@ -19,6 +28,7 @@ ODE_STATE = {"mean", "sums", "concentration", "scale"}
 """Keys of the state of :class:`~lightning_odem.ODEMerge`."""
 EARLIER_ODE_STATE = {"average", "departure_a", "departure_b", "gradient", "samples"}
 """Keys that its state had in version 0.4 and before, the first one always."""
+GRANULARITIES = ("vector", "tensor", "row", "coordinate")
 
 
 class PaperODEMerge(MergeMethod):
@@ -133,3 +143,26 @@ class PaperODEMerge(MergeMethod):
 def is_earlier_ode_state(state: dict[str, Any]) -> bool:
     """Whether a state was written by the ODEMerge of version 0.4 or before."""
     return "average" in state and state.keys() <= EARLIER_ODE_STATE
+
+
+def rectified_field(context: MergeContext, granularity: str, device: torch.device) -> RectifiedField:
+    """The field whose blocks are the vector, the entries, or the parameters or their rows.
+
+    Args:
+        context: The parameters' shapes, and how processes share them.
+        granularity: One of :data:`GRANULARITIES`, see :class:`~lightning_odem.PaperODEMerge`.
+        device: Where the vectors are.
+    """
+    sum_ = context.sum_ or alone
+    if granularity not in ("tensor", "row"):
+        return RectifiedField(granularity, sum_)
+    shards = context.shards
+    lengths, split = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
+    for shape, part in zip(context.shapes, context.local_shapes, strict=True):
+        size, by_row = math.prod(part), granularity == "row" and len(shape) > 1
+        # Shards are cut between rows: a row lies in one shard, a parameter without rows may lie in all of them.
+        if size or (shards is not None and not by_row):
+            rows = part[0] if by_row else 1
+            lengths.append(torch.full((rows,), size // rows))
+            split.append(torch.full((rows,), not by_row))
+    return RectifiedField(torch.cat(lengths).to(device), sum_, torch.cat(split) if shards is not None else None)

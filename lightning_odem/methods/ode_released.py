@@ -14,8 +14,7 @@ from lightning_odem.flow.largest import admit, largest
 from lightning_odem.methods.base import MergeContext, MergeMethod, MergeResult
 from lightning_odem.methods.linalg import norm
 from lightning_odem.methods.needs import Calibration
-from lightning_odem.methods.refinement import refine
-from lightning_odem.methods.task_losses import TaskLosses
+from lightning_odem.methods.refinement import TaskLosses, refine
 
 # The constants of the released code that nobody is expected to change.
 _PROBE_BATCHES = 8

@@ -61,7 +61,7 @@ class StreamReport:
     removed: list[RemovalRecord] = field(default_factory=list)
     metrics: dict[str, TaskMetric] = field(default_factory=dict)
 
-    # Of earlier merges, so that one more costs its own numbers alone.
+    # Kept from earlier merges, so that one more costs its own numbers alone.
     _known = Summaries()
     _written = Lines(), Lines()
 

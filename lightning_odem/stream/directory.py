@@ -1,7 +1,5 @@
 """The directory of a stream."""
 
-import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,18 +10,25 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_odem.parameters.files import make_writable, remove_drafts
 from lightning_odem.parameters.frozen_base import Digests
 from lightning_odem.parameters.processes import Processes
 from lightning_odem.parameters.snapshot import Snapshot, whole_snapshot
 from lightning_odem.report import StreamReport, save
+from lightning_odem.stream.claim import (
+    check_room,
+    check_same_path,
+    is_same_stream,
+    is_taken_further,
+    make_next_version,
+    other_stream,
+)
 from lightning_odem.stream.merged_files import remove_unnamed, save_merged
 from lightning_odem.stream.report_files import ReportFiles
 from lightning_odem.stream.sections import check_sections
 from lightning_odem.stream.state import StreamState
-from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStateError, StreamStore, differences
+from lightning_odem.stream.store import StreamInUseError, StreamLock, StreamStateError, StreamStore
 from lightning_odem.stream.store.reference import refer, resolve
 
 
@@ -71,10 +76,63 @@ class RunDirectory:
         stored, number = self._load()
         if stored is None:
             return None
-        if not _is_same_stream(stored, state):
-            raise self._other_stream(StreamReport.from_dict(stored["report"]), state)
+        if not is_same_stream(stored, state):
+            assert self._directory is not None, "it was read"
+            raise other_stream(self._directory, StreamReport.from_dict(stored["report"]), state)
         self._number = number
         return stored
+
+    @property
+    def holds_stream(self) -> bool:
+        """Whether a state is on disk."""
+        return self._store is not None and self._store.number is not None
+
+    def read(self, like: StreamState) -> StreamState:
+        """The state on disk; settings that it does not contain are those of ``like``."""
+        before, stored = self._number, self.load()
+        assert stored is not None, "there is one"
+        state = replace(like, buffer=like.buffer.copy())
+        state.load_state_dict(stored)
+        if self._number == before:
+            state.random = like.random  # the process recognises its own dict by identity
+        return state
+
+    def rewrite(self, state: StreamState) -> None:
+        """Write a state of whole tensors, and the report, between two fits.
+
+        Raises:
+            OSError: If the state cannot be written. The state before is still there.
+        """
+        assert self._store is not None, "the directory is known"
+        self._store.save(state.state_dict())
+        self._number = self._store.number
+        if self._mapped:
+            state.map(self._store.map)
+        self._files.write(state.report, first_path=len(state.report.merges))
+
+    @property
+    def lacks_base(self) -> bool:
+        """Whether the file of the base model is damaged, and the stream was read without it."""
+        return self._store is not None and "base" in self._store.lacking
+
+    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
+        """Write the base model again, from a module that still holds it.
+
+        Raises:
+            StreamStateError: If the module holds another one; the hash of the damaged file tells.
+        """
+        assert self._store is not None, "it was read"
+        whole = whole_snapshot(module, base)
+        mended = trainer.is_global_zero and self._store.mend("base", whole)
+        if not trainer.strategy.broadcast(mended):
+            raise StreamStateError(
+                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
+                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
+                "stream began with, which are written again then, or put a copy of the file back."
+            )
+        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
+
+    # ------------------------------------------------------------------------------------------- one process at a time
 
     def lock(self, trainer: L.Trainer) -> None:
         """Keep other processes from fitting tasks of the stream until :meth:`release`.
@@ -105,65 +163,12 @@ class RunDirectory:
         finally:
             self._lock.release()
 
-    @property
-    def holds_stream(self) -> bool:
-        """Whether a state is on disk."""
-        return self._store is not None and self._store.number is not None
-
-    def read(self, like: StreamState) -> StreamState:
-        """The state on disk; settings that it does not contain are those of ``like``."""
-        before, stored = self._number, self.load()
-        assert stored is not None, "there is one"
-        state = replace(like, buffer=like.buffer.copy())
-        state.load_state_dict(stored)
-        if self._number == before:
-            state.random = like.random  # the process recognises its own dict by identity
-        return state
-
-    @property
-    def lacks_base(self) -> bool:
-        """Whether the file of the base model is damaged, and the stream was read without it."""
-        return self._store is not None and "base" in self._store.lacking
-
-    def mend_base(self, trainer: L.Trainer, module: nn.Module, base: Snapshot) -> None:
-        """Write the base model again, from a module that still holds it.
-
-        Raises:
-            StreamStateError: If the module holds another one; the hash of the damaged file tells.
-        """
-        assert self._store is not None, "it was read"
-        whole = whole_snapshot(module, base)
-        mended = trainer.is_global_zero and self._store.mend("base", whole)
-        if not trainer.strategy.broadcast(mended):
-            raise StreamStateError(
-                f"The file of the base model in {self.at('stream')} is damaged, and {type(module).__name__} does not "
-                "hold that model: the hash is another one. Build the module with the pretrained weights that the "
-                "stream began with, which are written again then, or put a copy of the file back."
-            )
-        rank_zero_warn(f"The base model in {self.at('stream')} was damaged and is written again from the module.")
-
-    def at(self, name: str) -> Path:
-        """The path of a file in the directory."""
-        assert self._directory is not None, "the directory is known"
-        return self._directory / name
-
-    def rewrite(self, state: StreamState) -> None:
-        """Write a state of whole tensors, and the report, between two fits.
-
-        Raises:
-            OSError: If the state cannot be written. The state before is still there.
-        """
-        assert self._store is not None, "the directory is known"
-        self._store.save(state.state_dict())
-        self._number = self._store.number
-        if self._mapped:
-            state.map(self._store.map)
-        self._files.write(state.report, first_path=len(state.report.merges))
-
     def release(self) -> None:
         """Let other processes use the stream."""
         if self._lock is not None:
             self._lock.release()
+
+    # ----------------------------------------------------------------------------------------------- the fit of a task
 
     def claim(self, trainer: L.Trainer, state: StreamState, resumed: bool = False) -> dict[str, Any] | None:
         """Take the directory for the stream of a fit and lock it; under ``fast_dev_run`` nothing is written.
@@ -185,37 +190,18 @@ class RunDirectory:
         if self._store is None:
             wanted = state.dirpath or ""
             if not wanted and trainer.is_global_zero:
-                wanted = str(_make_next_version(Path(trainer.default_root_dir) / "merge_runs"))
+                wanted = str(make_next_version(Path(trainer.default_root_dir) / "merge_runs"))
             self._open(Path(trainer.strategy.broadcast(wanted)))
-        with Processes.current().together():
-            if str(self._directory) != (first := trainer.strategy.broadcast(str(self._directory))):
-                raise MisconfigurationException(
-                    f"Process {trainer.global_rank} has dirpath {self._directory}, process 0 has {first}. Give all "
-                    "processes the same one, without the time or a number of the process in it."
-                )
-        self.lock(trainer)
         assert self._store is not None, "opened"
+        assert self._directory is not None, "opened"
+        with Processes.current().together():
+            check_same_path(trainer, self._directory)
+        self.lock(trainer)
         newer, on_disk = None, state.report
         number = trainer.strategy.broadcast(self._store.number)
         if resumed or number != self._number or number is None:
-            report, newer, number = self._held(number)
-            on_disk = report
-            held, known = report.tasks, state.report.tasks
-            same = held == known and len(report.removed) == len(state.report.removed)
-            # The process that wrote the checkpoint may have merged the task that it had begun.
-            here = state.dirpath is not None and Path(state.dirpath).absolute() == self._directory
-            again = here and held == [*known, state.started.get("task")]
-            further = not resumed and newer is not None and _is_same_stream(newer, state)
-            if held and not (same or again or further):
-                raise self._other_stream(report, state)
-            if resumed and again and getattr(trainer.datamodule, "task_name", None) is None:  # type: ignore[attr-defined]
-                task = state.started["task"]
-                raise MisconfigurationException(
-                    f"The checkpoint was saved while task {task!r} was trained, and {self._directory} has merged "
-                    f"{task!r} already. Fit the next task without ckpt_path. To merge {task!r} once more, give its "
-                    "datamodule a task_name, which says that the data is that of this task."
-                )
-            newer = newer if further and not same else None
+            on_disk, stored, number = self._held(number)
+            newer = stored if is_taken_further(self._directory, on_disk, stored, state, trainer, resumed) else None
             self._number = number
         if number is not None and number != self._written and trainer.is_global_zero:
             self._files.keep_evidence(on_disk)
@@ -223,25 +209,9 @@ class RunDirectory:
         return newer
 
     def check_room(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
-        """Refuse to train a task where the disk has no room for what its merge writes.
-
-        That is the merged model twice, in the state and as a checkpoint, and the base model if it is not there yet.
-
-        Raises:
-            OSError: With what is free and what is needed.
-        """
-        if self.path is None or trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
-            return
-        tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        needed = size * (2 if state.report.tasks else 3)
-        place = next(path for path in (self.path, *self.path.parents) if path.exists())
-        if (free := shutil.disk_usage(place).free) < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"The merge of this task writes {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free for "
-                f"{self.path}. Make room, or choose another dirpath.",
-            )
+        """Refuse to train a task without room for its merge, see :func:`~lightning_odem.stream.claim.check_room`."""
+        if self.path is not None and not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
+            check_room(self.path, module, state)
 
     def commit(self, trainer: L.Trainer, module: nn.Module, state: StreamState) -> None:
         """Write the stream's state; a task counts as merged once this is done.
@@ -274,6 +244,13 @@ class RunDirectory:
             StreamStateError: If they are not there any more.
         """
         return resolve(reference, *([] if self._store is None else [self._store.directory]))
+
+    # ------------------------------------------------------------------------------------------------ beside the state
+
+    def at(self, name: str) -> Path:
+        """The path of a file in the directory."""
+        assert self._directory is not None, "the directory is known"
+        return self._directory / name
 
     def save_checkpoint(self, trainer: L.Trainer, number: int, task: str, frozen: Digests | None = None) -> str | None:
         """Save the module's weights, see :func:`~lightning_odem.stream.merged_files.save_merged`."""
@@ -318,6 +295,8 @@ class RunDirectory:
         except StreamInUseError:
             return  # who has the stream writes its report
 
+    # --------------------------------------------------------------------------------------------------------- details
+
     def _open(self, directory: Path) -> None:
         directory = directory.absolute()  # wherever the process goes from here
         if directory.exists() and not directory.is_dir():
@@ -340,42 +319,3 @@ class RunDirectory:
         state, number = self._load()
         assert state is not None, "it has a number"
         return StreamReport.from_dict(state["report"]), state, number
-
-    def _other_stream(self, held: StreamReport, state: StreamState) -> MisconfigurationException:
-        return MisconfigurationException(
-            f"{self._directory} holds another stream already (tasks merged there: {', '.join(held.tasks)}; in this "
-            f"stream: {', '.join(state.report.tasks) or 'none'}). Choose another dirpath, or move that one away."
-        )
-
-
-def _make_next_version(root: Path) -> Path:
-    """Make the next free directory; two processes at the same time get different ones."""
-    make_writable(root)
-    while True:
-        taken = [int(entry.name[8:]) for entry in root.glob("version_*") if entry.name[8:].isdigit()]
-        path = root / f"version_{max(taken, default=-1) + 1}"
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        return path
-
-
-def _is_same_stream(stored: dict[str, Any], state: StreamState) -> bool:
-    """Whether a stream that was read is the one in memory, or that one taken further."""
-    rows = {**state.rows, **stored.get("rows", {})}  # further rows change with every merge
-    known, found = (
-        {name: tensor[: rows[name]] if name in rows else tensor for name, tensor in (base or {}).items()}
-        for base in (state.base if state.report.tasks else {}, stored["base"])
-    )
-    # Shards, which processes hold instead of whole tensors, are not compared.
-    known = {name: tensor for name, tensor in known.items() if name not in found or tensor.shape == found[name].shape}
-    same_base = not differences(known, {name: found[name] for name in known if name in found})
-    return same_base and _goes_on(StreamReport.from_dict(stored["report"]), state.report)
-
-
-def _goes_on(newer: StreamReport, older: StreamReport) -> bool:
-    """Whether a stream may continue an older one; tasks that were taken out of it are not compared."""
-    removed = {record.task for record in newer.removed}
-    known, found = ([task for task in report.tasks if task not in removed] for report in (older, newer))
-    return len(newer.removed) >= len(older.removed) and found[: len(known)] == known

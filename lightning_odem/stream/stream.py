@@ -135,12 +135,12 @@ class Stream:
         check_frozen_base(module, self.state.frozen)
 
     def begin(self, module: nn.Module) -> None:
-        """Take a module's weights as the base model; of a model with adapters, the frozen ones by fingerprint."""
+        """Take a module's weights as the base model; the frozen base under adapters is known by its fingerprints."""
         self.state.frozen = frozen_base(module, self.division.patterns(module))
         self.state.base = take_snapshot(module, self.division.shared(module))
 
     def thaw(self, module: nn.Module) -> None:
-        """Take into the base and the merged model what was frozen so far and is trained from now on."""
+        """Add parameters that were frozen so far and are trained from now on to the base and the merged model."""
         state, frozen = self.state, self.state.frozen
         trained = {canonical_name(name) for name, tensor in module.named_parameters() if tensor.requires_grad}
         new = take_snapshot(module, lambda name: name in frozen and name in trained)

@@ -1,16 +1,15 @@
 """One task of a stream."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_odem.arguments import check_instance, check_integer, check_range, check_seed, shown
-from lightning_odem.tasks.sampler import EpochSampler
 from lightning_odem.tasks.selection import Selection
 from lightning_odem.tasks.splits import LabelledDataset, Splits
 
@@ -133,7 +132,7 @@ class Task(LightningDataModule):
         """Test batches in fixed order."""
         return self._dataloader(self.splits.test)
 
-    def _dataloader(self, dataset: LabelledDataset, sampler: EpochSampler | None = None) -> DataLoader:
+    def _dataloader(self, dataset: LabelledDataset, sampler: "EpochSampler | None" = None) -> DataLoader:
         return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=self.batch_size,
@@ -156,3 +155,32 @@ class Task(LightningDataModule):
             raise ValueError(
                 f"{where} has label {targets[index].item()} at index {index}; labels must be 0..{self.num_classes - 1}."
             )
+
+
+class EpochSampler(RandomSampler):
+    """A shuffle that depends only on the seed and the epoch.
+
+    Lightning calls :meth:`set_epoch` before every epoch, so a run resumed between two epochs reads its samples in the
+    order of the uninterrupted one. Without a Trainer the generator continues from epoch to epoch. Because this is a
+    ``RandomSampler``, Lightning replaces it by a shuffling ``DistributedSampler`` if it needs one.
+
+    Args:
+        dataset: The training samples.
+        seed: Seed of the generator; the global random state is neither read nor changed.
+
+    Example:
+        >>> sampler = EpochSampler(range(100), seed=0)
+        >>> first, second = list(sampler), list(sampler)
+        >>> sampler.set_epoch(0)
+        >>> first == second, first == list(sampler)
+        (False, True)
+    """
+
+    def __init__(self, dataset: Sized, seed: int) -> None:
+        super().__init__(dataset, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the shuffle of an epoch (0-based)."""
+        self.generator.manual_seed(self.seed + epoch)

@@ -17,7 +17,7 @@ from toy import Classifier, Task, close, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback, TaskClassifier
 from lightning_odem.cli.command_line import main
-from lightning_odem.cli.merge import merge_checkpoints, task_names
+from lightning_odem.cli.merge import merge_checkpoints
 from lightning_odem.methods import ClosedFormMerge, MergeMethod, MergeResult, OPCMMerge, SecondMoments, Snapshots
 from lightning_odem.tasks import DigitsStream
 
@@ -295,10 +295,6 @@ def test_a_merge_that_fails_leaves_the_old_output(monkeypatch):
         merge_checkpoints(["a.pt", "a.pt"], "merged.safetensors", overwrite=True)
     assert sorted(pathlib.Path().iterdir()) == files
     assert same(load_file("merged.safetensors"), state(0))
-
-
-def test_task_names_are_unique_even_where_a_file_has_a_number():
-    assert task_names(["x/a.pt", "y/a.pt", "a_2.pt", "z/a.pt"]) == ["a", "a_2", "a_2_2", "a_3"]
 
 
 def test_the_command_line_takes_everything_and_prints_a_table(capsys):

@@ -1,5 +1,4 @@
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from toy import Classifier, Task, fit, make_trainer
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration import CalibrationBuffer
 from lightning_odem.report import MergeRecord, StreamReport
-from lightning_odem.stream.directory import RunDirectory, _make_next_version
+from lightning_odem.stream.directory import RunDirectory
 from lightning_odem.stream.state import StreamState
 
 nan = float("nan")
@@ -50,12 +49,6 @@ def test_versions_count_on_from_the_highest_and_other_entries_do_not_matter(trai
     for name in ("version_7", "version_x", "version_", "notes"):
         (tmp_path / "merge_runs" / name).mkdir(parents=True)
     assert claimed(trainer, state_of()).path.name == "version_8"
-
-
-def test_streams_started_at_the_same_time_get_different_directories(tmp_path):
-    with ThreadPoolExecutor(16) as pool:
-        paths = list(pool.map(lambda _: _make_next_version(tmp_path / "runs"), range(64)))
-    assert sorted(path.name for path in paths) == sorted(f"version_{number}" for number in range(64))
 
 
 def test_the_directory_asked_for_is_taken_and_holds_nothing_but_a_lock_before_there_is_something_to_write(

@@ -5,7 +5,7 @@ from toy import Classifier, Task, Watching, fit
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.stream.trace import Epochs
-from lightning_odem.tasks.sampler import EpochSampler
+from lightning_odem.tasks.task import EpochSampler
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchvision.transforms import v2
 
 from lightning_odem.tasks import ArrayDataset, Splits
+from lightning_odem.tasks.task import EpochSampler
 
 
 def values(loader):
@@ -161,3 +162,32 @@ def test_a_run_resumed_between_epochs_reads_the_same_order_as_an_uninterrupted_o
     epochs = [sum(whole[epoch : epoch + 4], []) for epoch in (0, 4, 8)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(40))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_every_epoch_reads_each_sample_once_in_another_order():
+    sampler = EpochSampler(range(50), seed=3)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_an_epoch_has_the_same_order_whatever_was_read_before():
+    straight, resumed = EpochSampler(range(50), seed=3), EpochSampler(range(50), seed=3)
+    for epoch in range(3):
+        straight.set_epoch(epoch)
+        order = list(straight)
+    resumed.set_epoch(2)
+    assert list(resumed) == order
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_global_generator():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    order = list(EpochSampler(range(50), seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert order == list(EpochSampler(range(50), seed=3))
+    assert order != list(EpochSampler(range(50), seed=4))

@@ -6,9 +6,8 @@ from lightning_odem.methods.needs.input_moments import InputMoments
 from lightning_odem.methods.needs.need import Need, combine
 from lightning_odem.methods.needs.second_moments import SecondMoments
 from lightning_odem.methods.needs.snapshots import Snapshots
-from lightning_odem.methods.needs.sources import Offer, Sources
+from lightning_odem.methods.needs.sources import Offer, Sources, TrainingRun
 from lightning_odem.methods.needs.training_data import TrainingData
-from lightning_odem.methods.needs.training_run import TrainingRun
 
 __all__ = [
     "BaseModel",

@@ -4,8 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from lightning_odem.methods.needs.sources import Offer, Sources
-from lightning_odem.methods.needs.training_run import TrainingRun
+from lightning_odem.methods.needs.sources import Offer, Sources, TrainingRun
 
 if TYPE_CHECKING:
     from lightning_odem.report.record import MergeRecord

@@ -9,8 +9,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from lightning_odem.methods.needs.need import Need
-from lightning_odem.methods.needs.sources import Offer, Sources
-from lightning_odem.methods.needs.training_run import TrainingRun
+from lightning_odem.methods.needs.sources import Offer, Sources, TrainingRun
 from lightning_odem.parameters.snapshot import Snapshot
 from lightning_odem.parameters.vector import canonical_name
 

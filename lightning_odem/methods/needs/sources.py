@@ -1,4 +1,4 @@
-"""What is available when a merge starts."""
+"""What a need sees: the training of an incoming model, and what is available when a merge starts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +11,27 @@ from lightning_odem.parameters.vector import ParameterVector
 
 if TYPE_CHECKING:
     from lightning_odem.methods.needs.need import Need
+
+from collections.abc import Callable
+
+import lightning as L
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One fit, from which a need may collect something.
+
+    Args:
+        trainer: The Trainer, with its optimizers set up.
+        module: The module that is trained.
+        method: Name of the merge method, for errors.
+        select: Which parameters are trained and merged, by name.
+    """
+
+    trainer: L.Trainer
+    module: L.LightningModule
+    method: str
+    select: Callable[[str], bool]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_odem import version
-from lightning_odem.parameters.files import remove_folder, sync
-from lightning_odem.stream.store.encoding import decode, encode
-from lightning_odem.stream.store.error import DamagedFileError, StreamStateError
-from lightning_odem.stream.store.manifest import TENSOR_FILE, Manifest, Section, tensor_files
-from lightning_odem.stream.store.tensor_file import TensorFile, checksums
+from lightning_odem.parameters.files import sync
+from lightning_odem.stream.store.encoding import encode
+from lightning_odem.stream.store.error import StreamStateError
+from lightning_odem.stream.store.generations import Generations
+from lightning_odem.stream.store.manifest import Manifest, Section
+from lightning_odem.stream.store.tensor_file import TensorFile
 
-_MANIFEST = re.compile(r"(\d{6,})\.json")
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
@@ -47,8 +47,7 @@ class StreamStore:
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.directory = Path(directory)
-        # safetensors puts temporary files of its own beside the given one; all files in here are drafts.
-        self._drafts = self.directory / "drafts"
+        self._files = Generations(directory)
         self._known: dict[str, tuple[Any, Section]] = {}
         self._current: int | None = None
         self._lacking: dict[str, Section] = {}
@@ -56,7 +55,7 @@ class StreamStore:
     @property
     def number(self) -> int | None:
         """Number of the newest generation on disk, damaged or not; None if there is none. Only names are read."""
-        return max(self._numbers(), default=None)
+        return max(self._files.numbers(), default=None)
 
     def save(self, state: dict[str, Any]) -> int:
         """Write the next generation, then remove files that the two newest do not need.
@@ -83,17 +82,17 @@ class StreamStore:
         number = (newest or 0) + 1
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_drafts()
-            self._drafts.mkdir()
+            self._files.remove_drafts()
+            self._files.drafts.mkdir()
             sections = {
-                name: self._write_section(name, *encoded[name]) if name in encoded else self._known[name][1]
+                name: self._files.write_section(name, *encoded[name]) if name in encoded else self._known[name][1]
                 for name in state
             }
-            self._write_manifest(Manifest(number, sections, version.__version__))
+            self._files.write_manifest(Manifest(number, sections, version.__version__))
         except BaseException as error:
             with suppress(OSError):
-                self._manifest_path(number).unlink(missing_ok=True)
-                self._remove_unused()
+                self._files.manifest(number).unlink(missing_ok=True)
+                self._files.remove_unused()
             if not isinstance(error, OSError):
                 raise
             what = f"{error.strerror or error} ({error.filename or self.directory})"
@@ -103,15 +102,15 @@ class StreamStore:
                 "What was saved there before is intact.",
             ) from error
         finally:
-            self._remove_drafts()
+            self._files.remove_drafts()
         self._known = {name: (value, sections[name]) for name, value in state.items()}
         # The generation before this is the one that was loaded; a newer damaged one is removed.
         before, self._current = self._current or newest, number
         with suppress(OSError):
-            for other in self._numbers():
+            for other in self._files.numbers():
                 if other not in (before, number):
-                    self._manifest_path(other).unlink()
-            self._remove_unused()
+                    self._files.manifest(other).unlink()
+            self._files.remove_unused()
         return number
 
     def load(
@@ -136,11 +135,11 @@ class StreamStore:
             StreamStateError: If all generations are damaged, a newer version of the package wrote one, or a file exists
                 but cannot be read.
         """
-        numbers = sorted(self._numbers(), reverse=True)
+        numbers = sorted(self._files.numbers(), reverse=True)
         damage: list[str] = []
         for number in numbers:
-            state, broken, sections = self._read_generation(number, mapped)
-            if broken and sorted(self._numbers(), reverse=True) != numbers:
+            state, broken, sections = self._files.read(number, mapped)
+            if broken and sorted(self._files.numbers(), reverse=True) != numbers:
                 return self.load(mapped, check, mendable)  # a writer went on while this was read
             if broken.keys() - set(mendable):
                 whole = f" Whole are {', '.join(state)}." if state else ""
@@ -151,7 +150,7 @@ class StreamStore:
                 check(state)
             except ValueError as error:
                 raise StreamStateError(
-                    f"{self._manifest_path(number)} is no state of a stream that can be taken up: {error}."
+                    f"{self._files.manifest(number)} is no state of a stream that can be taken up: {error}."
                 ) from error
             if damage:
                 rank_zero_warn(
@@ -186,10 +185,10 @@ class StreamStore:
             OSError: If it cannot be written.
         """
         lacking = self._lacking[section]
-        self._drafts.mkdir(parents=True, exist_ok=True)
+        self._files.drafts.mkdir(parents=True, exist_ok=True)
         try:
             structure, tensors = encode(value, section)
-            draft = self._drafts / f"{section}.safetensors"
+            draft = self._files.drafts / f"{section}.safetensors"
             file = TensorFile.write(tensors, section, draft) if tensors else None
             if structure != lacking.structure or file != lacking.file:
                 return False
@@ -197,7 +196,7 @@ class StreamStore:
             os.replace(draft, self.directory / file.name)
             sync(self.directory)
         finally:
-            self._remove_drafts()
+            self._files.remove_drafts()
         del self._lacking[section]
         self._known[section] = (value, lacking)
         return True
@@ -212,10 +211,10 @@ class StreamStore:
         number = self.number
         if number is None:
             raise StreamStateError(f"{self.directory} holds no state of a stream.")
-        sections = self._read_manifest(number).sections
+        sections = self._files.sections(number)
         if section not in sections:
             raise ValueError(f"Generation {number} in {self.directory} has {', '.join(sections)}, but no {section!r}.")
-        value = self._read_section(number, section, sections[section], mapped=True)
+        value = self._files.read_section(number, section, sections[section], mapped=True)
         self._known[section] = (value, sections[section])
         return value
 
@@ -223,88 +222,6 @@ class StreamStore:
         """A section as it was saved, loaded or mapped last, by this object; None if there is none."""
         return self._known[name][1] if name in self._known else None
 
-    def _numbers(self) -> list[int]:
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
-        except NotADirectoryError:
-            raise NotADirectoryError(f"{self.directory} is no directory, so it holds no state of a stream.") from None
-        return [int(found[1]) for name in names if (found := _MANIFEST.fullmatch(name))]
-
-    def _manifest_path(self, number: int) -> Path:
-        return self.directory / f"{number:06d}.json"
-
     def _is_written(self, name: str, value: Any) -> bool:
         known, section = self._known.get(name, (None, Section(None)))
         return known is value and section.file is not None and section.file.is_in(self.directory)
-
-    def _write_section(self, name: str, structure: Any, tensors: dict[str, Any]) -> Section:
-        if not tensors:
-            return Section(structure)
-        draft = self._drafts / f"{name}.safetensors"
-        file = TensorFile.write(tensors, name, draft)
-        os.replace(draft, self.directory / file.name)
-        return Section(structure, file, checksums(tensors))
-
-    def _write_manifest(self, manifest: Manifest) -> None:
-        draft = self._drafts / "manifest.json"
-        draft.write_text(manifest.to_text(), encoding="utf-8")
-        sync(draft)
-        # The files that it names are on disk under their names before it is.
-        sync(self.directory)
-        os.replace(draft, self._manifest_path(manifest.number))
-        sync(self.directory)
-
-    def _read_manifest(self, number: int) -> Manifest:
-        path = self._manifest_path(number)
-        try:
-            return Manifest.read(path, number)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-
-    def _read_generation(self, number: int, mapped: bool) -> tuple[dict[str, Any], dict[str, str], dict[str, Section]]:
-        """The sections of a generation that are whole, what is wrong with the others, and all from the manifest."""
-        try:
-            sections = self._read_manifest(number).sections
-        except DamagedFileError as error:
-            return {}, {"manifest": str(error)}, {}
-        state, broken = {}, {}
-        for name, section in sections.items():
-            try:
-                state[name] = self._read_section(number, name, section, mapped)
-            except DamagedFileError as error:
-                broken[name] = str(error)
-        return state, broken, sections
-
-    def _read_section(self, number: int, name: str, section: Section, mapped: bool) -> Any:
-        try:
-            tensors = {} if section.file is None else section.file.read(self.directory, mapped)
-            return decode(section.structure, tensors)
-        except FileNotFoundError as error:  # since it was looked for
-            raise DamagedFileError(f"{error.filename} is missing.") from error
-        except DamagedFileError as error:
-            assert section.file is not None, "it was read"
-            raise DamagedFileError(f"{error}{section.file.describe(self.directory, section.crc32)}") from error
-        except OSError as error:
-            raise _unreadable(self.directory / (section.file.name if section.file else ""), error) from error
-        except StreamStateError:
-            raise
-        except ValueError as error:
-            raise DamagedFileError(f"{self._manifest_path(number)}, section {name!r}: {error}") from error
-
-    def _remove_drafts(self) -> None:
-        remove_folder(self._drafts)
-
-    def _remove_unused(self) -> None:
-        """Remove tensor files that no manifest names; damaged manifests are searched for names too."""
-        manifests = [path for path in self.directory.iterdir() if _MANIFEST.fullmatch(path.name) and path.is_file()]
-        used = {name for path in manifests for name in tensor_files(path.read_text("utf-8", "replace"))}
-        for path in self.directory.iterdir():
-            if TENSOR_FILE.fullmatch(path.name) and path.name not in used:
-                path.unlink()
-
-
-def _unreadable(path: Path, error: OSError) -> StreamStateError:
-    # Not damaged, so an older generation must not replace it: an unreachable file system comes back.
-    return StreamStateError(f"{path} cannot be read: {error.strerror or error}.")

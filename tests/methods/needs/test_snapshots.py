@@ -5,6 +5,7 @@ from toy import Classifier, Task, Watching, fit, weights
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.methods.needs import Snapshots
+from lightning_odem.methods.needs.snapshots import Trail
 
 pytestmark = pytest.mark.usefixtures("small_stream")
 
@@ -56,3 +57,31 @@ def test_a_run_too_short_for_snapshots_is_refused_and_not_merged():
     with pytest.raises(ValueError, match="needs weights from the training run"):
         fit(Classifier(), Task(0), merge, max_steps=1, max_epochs=-1)
     assert merge.report.tasks == []
+
+
+def trail_of(steps, capacity):
+    trail = Trail(capacity)
+    for step in range(1, steps + 1):
+        trail.see(step, lambda step=step: {"step": torch.tensor(step)})
+    return [int(snapshot["step"]) for snapshot in trail.before(steps)]
+
+
+@pytest.mark.parametrize("capacity", [2, 4, 7])
+@pytest.mark.parametrize("steps", [2, 3, 8, 9, 50, 257])
+def test_snapshots_are_evenly_spaced_and_as_many_as_fit(steps, capacity):
+    kept = trail_of(steps, capacity)
+    stride = kept[0]
+    assert kept == [stride * (index + 1) for index in range(len(kept))]
+    assert len(kept) <= capacity
+    # One more place of half the stride would have been too many, but for the last step, which is the incoming model.
+    assert stride == 1 or steps // (stride // 2) > capacity
+
+
+def test_a_trail_goes_on_from_its_state():
+    whole, first = Trail(4), Trail(4)
+    for step in range(1, 31):
+        whole.see(step, lambda step=step: {"step": torch.tensor(step)})
+        if step == 13:
+            first = Trail(4, first.state)
+        first.see(step, lambda step=step: {"step": torch.tensor(step)})
+    assert [s["step"] for s in whole.before(31)] == [s["step"] for s in first.before(31)]

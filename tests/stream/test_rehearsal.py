@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_odem.stream.class_labels import ClassLabels
+from lightning_odem.stream.rehearsal import ClassLabels
 
 
 def test_one_sample_of_each_label_outside_is_doubtful():
