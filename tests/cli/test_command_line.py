@@ -254,6 +254,7 @@ class Counted(ContinualCLI):
         ("fit_tasks --print_config", 1),
         ("--config top.yaml fit", 8),
         ("--config top.yaml --help", 8),
+        ("--print_shtab=bash", 8),
         ("nothing", 8),
         ("", 8),
     ],
