@@ -8,7 +8,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -164,6 +163,9 @@ def weights_checkpoint(trainer: L.Trainer) -> dict[str, Any]:
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
     module = trainer.lightning_module
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        # here, since it brings a hundred modules that only shards need
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         checkpoint["state_dict"] = get_model_state_dict(module, options=options)
     return checkpoint

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator
@@ -23,6 +22,8 @@ LONG = 30  # tasks; more of them cannot be told apart by name, number and colour
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure with a size in inches, without matplotlib's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, since only drawing needs it
+
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

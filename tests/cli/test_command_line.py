@@ -1,17 +1,20 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 from pydoc import locate
 
+import lightning as L
 import pytest
 import torch
 import yaml
 
 from lightning_odem import ContinualMergeCallback, PaperODEMerge
-from lightning_odem.cli.command_line import main
+from lightning_odem.cli.command_line import ContinualCLI, main
 from lightning_odem.methods import method_name, resolve_method
 from lightning_odem.studies import Comparison
-from lightning_odem.tasks import SUITE_8, SUITE_14, SUITE_20, DigitsStream
+from lightning_odem.studies.trainer import ContinualTrainer
+from lightning_odem.tasks import SUITE_8, SUITE_14, SUITE_20, DigitsStream, TaskStream
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -218,6 +221,68 @@ def test_a_misspelt_option_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         main(["fit_tasks", *SMALL, *DIGITS, *callback])
     assert "metod" in capsys.readouterr().err
+
+
+FITTED = {
+    "model": "lightning.pytorch.demos.boring_classes.BoringModel",
+    "data": {"class_path": "DigitsStream", "init_args": {"tasks": ["rotated"]}},
+}
+
+
+class Counted(ContinualCLI):
+    """Counts the parsers that get options, and makes nothing of what was parsed."""
+
+    def __init__(self, args, **options):
+        self.filled = []
+        classes = {"subclass_mode_model": True, "subclass_mode_data": True, "trainer_class": ContinualTrainer}
+        with contextlib.suppress(SystemExit, StopIteration):
+            super().__init__(L.LightningModule, TaskStream, args=args, **classes, **options)
+
+    def add_arguments_to_parser(self, parser):
+        self.filled.append(parser)
+
+    def instantiate_classes(self):
+        raise StopIteration
+
+
+@pytest.mark.parametrize(
+    ("line", "filled"),
+    [
+        ("--help", 0),
+        ("-h", 0),
+        ("fit --help", 1),
+        ("fit_tasks --print_config", 1),
+        ("--config top.yaml fit", 8),
+        ("--config top.yaml --help", 8),
+        ("--print_shtab=bash", 8),
+        ("nothing", 8),
+        ("", 8),
+    ],
+)
+def test_parsers_of_other_subcommands_stay_empty_if_the_first_argument_is_one(line, filled):
+    Path("top.yaml").write_text(yaml.safe_dump({"fit": FITTED}))
+    assert len(Counted(line.split()).filled) == filled
+
+
+def test_what_is_no_command_line_may_name_any_subcommand():
+    cli = Counted({"subcommand": "fit", "fit": FITTED})
+    assert len(cli.filled) == 8
+    assert cli.config.subcommand == "fit"
+
+
+@pytest.mark.parametrize("line", ["--config top.yaml", "--config top.yaml fit"])
+def test_a_configuration_of_the_whole_command_line_has_sections_of_subcommands(line):
+    Path("top.yaml").write_text(yaml.safe_dump({"subcommand": "fit", "fit": FITTED, "validate": FITTED}))
+    cli = Counted(line.split())
+    assert cli.config.subcommand == "fit"
+    assert cli.config.fit.data.init_args.tasks == ["rotated"]
+
+
+@pytest.mark.parametrize("line", ["fit", "validate"])
+def test_default_configurations_have_sections_of_other_subcommands(line):
+    Path("top.yaml").write_text(yaml.safe_dump({"fit": FITTED, "validate": FITTED}))
+    cli = Counted([line], parser_kwargs={"default_config_files": ["top.yaml"]})
+    assert cli.config[line].data.init_args.tasks == ["rotated"]
 
 
 def test_an_unknown_method_lists_the_known_ones(capsys):
