@@ -25,9 +25,11 @@ class JointSamples(Kept):
 
     Args:
         parts: The samples of each task, as tensors [n, ...] in containers of one structure.
+        counts: Their numbers; by default they are counted.
 
     Attributes:
-        parts: The same.
+        parts: The samples of each task.
+        counts: Their numbers.
 
     Example:
         >>> joint = JointSamples([(torch.zeros(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.ones(1))])
@@ -36,9 +38,10 @@ class JointSamples(Kept):
         (tensor([0., 1.]), tensor([0, 1]))
     """
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+    def __init__(self, parts: Sequence[Any], counts: Sequence[int] | None = None) -> None:
         self.parts = list(parts)
-        self._bounds = list(accumulate(map(batches.count, parts), initial=0))
+        self.counts = list(map(batches.count, parts)) if counts is None else list(counts)
+        self._bounds = list(accumulate(self.counts, initial=0))
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -50,12 +53,13 @@ class JointSamples(Kept):
     def view(self, index: slice) -> "JointSamples":
         """The samples of a range."""
         first, last, _ = index.indices(len(self))
-        cut = [
-            batches.view(part, slice(max(first - begin, 0), last - begin))
-            for part, (begin, end) in zip(self.parts, pairwise(self._bounds), strict=True)
-            if first < end and begin < last
+        cuts = [(max(first - begin, 0), min(last, end) - begin) for begin, end in pairwise(self._bounds)]
+        found = [
+            (batches.view(part, slice(*cut)), cut[1] - cut[0])
+            for part, cut in zip(self.parts, cuts, strict=True)
+            if cut[0] < cut[1]
         ]
-        return JointSamples(cut)
+        return JointSamples([part for part, _ in found], [count for _, count in found])
 
     def labels(self) -> Tensor | None:
         """Class labels, int [n]; None if there are none."""
@@ -152,9 +156,12 @@ def trials(joined: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, list[Micr
     for batch in joined:
         if isinstance(batch.samples, JointSamples):
             first = [batches.view(part, slice(_TRIED)) for part in batch.samples.parts]
-            together = replace(batch, samples=JointSamples(first), share=1.0)
-            counts = [batches.count(part) / len(together.samples) for part in first]
-            yield together, [replace(batch, samples=part, share=n) for part, n in zip(first, counts, strict=True)]
+            whole = JointSamples(first)
+            apart = [
+                replace(batch, samples=part, share=count / len(whole))
+                for part, count in zip(first, whole.counts, strict=True)
+            ]
+            yield replace(batch, samples=whole, share=1.0), apart
 
 
 def _kind(batch: MicroBatch) -> Hashable:
@@ -173,7 +180,7 @@ def _cut(group: Sequence[MicroBatch], size: int) -> Iterator[MicroBatch]:
         return
     whole = JointSamples([batch.samples for batch in group])
     share = sum(batch.share for batch in group) / len(whole)
-    tasks = [batch.task for batch in group for _ in range(batches.count(batch.samples))]
+    tasks = [batch.task for batch, count in zip(group, whole.counts, strict=True) for _ in range(count)]
     for start in range(0, len(whole), size):
         samples = whole.view(slice(start, start + size))
         names = list(dict.fromkeys(tasks[start : start + size]))
