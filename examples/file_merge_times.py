@@ -3,19 +3,18 @@
 Run it with ``python examples/file_merge_times.py``. It writes a base model and three models of random weights and
 merges them by each method, in a process of its own. Memory is what a merge takes at most above what the process holds
 before it, in sizes of one model's file. With ``--mergekit /path/to/mergekit-pytorch``, that program merges the same
-files too; what it takes to print its help is subtracted.
+files too; what it takes to print its help is subtracted. ``--fusionbench`` measures FusionBench, if it is installed.
 """
 
 import argparse
-import json
 import resource
-import subprocess
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import timm
 import torch
+from file_merge_peers import FUSION_BENCH, MERGEKIT, measure_fusionbench, measure_mergekit, resident
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -24,11 +23,6 @@ from torch import multiprocessing
 from lightning_odem.cli.merge import merge_checkpoints
 from lightning_odem.methods import BaseModel, resolve_method
 
-MERGEKIT = {
-    "average": {"merge_method": "linear", "parameters": {"weight": 1.0}},
-    "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"weight": 0.1}},
-    "ties": {"merge_method": "ties", "parameters": {"weight": 0.3, "density": 0.2}},
-}
 METHODS = ("average", "interpolation", "task_arithmetic", "ties", "magmax", "opcm", "isotropic", "closed_form")
 
 
@@ -56,34 +50,13 @@ def measure_files(place: Path, label: str) -> tuple[float, float]:
     return time.process_time() - started, peak / size
 
 
-def measure_mergekit(place: Path, label: str, program: str, dtype: str) -> tuple[float, float]:
-    """The same of mergekit, as JSON is YAML."""
-    files = {name: str(place / name / "model.safetensors") for name in ("base", "first", "second", "third")}
-    size = Path(files["base"]).stat().st_size
-    base = {} if label == "average" else {"base_model": files.pop("base")}
-    files.pop("base", None)
-    models = [{"model": file} for file in files.values()]
-    config = place / "mergekit.yml"
-    config.write_text(json.dumps({"models": models, "dtype": "float32", "out_dtype": dtype, **base, **MERGEKIT[label]}))
-    subprocess.run([program, "--help"], check=True, capture_output=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([program, "--quiet", str(config), str(place / "mergekit")], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, (after.ru_maxrss - before.ru_maxrss) * 1024 / size
-
-
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vit_base_patch32_clip_224", help="timm model")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--mergekit", metavar="PROGRAM", help="path of mergekit-pytorch, measured beside")
+    parser.add_argument("--fusionbench", action="store_true", help="measure FusionBench beside")
     given = parser.parse_args()
     table = Table("method", "CPU s", "peak, in files", title=f"three files of {given.model}")
     with TemporaryDirectory() as folder:
@@ -99,6 +72,10 @@ def main() -> None:
                 with alone(1) as pool:
                     seconds, peak = pool.apply(measure_mergekit, (Path(folder), label, given.mergekit, given.dtype))
                 table.add_row(f"{label}, mergekit", f"{seconds:.1f}", f"{peak:.2f}")
+            if given.fusionbench and label in FUSION_BENCH:
+                with alone(1) as pool:
+                    seconds, peak = pool.apply(measure_fusionbench, (Path(folder), label, given.model))
+                table.add_row(f"{label}, FusionBench", f"{seconds:.1f}", f"{peak:.2f}")
     Console().print(table)
 
 
