@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +15,18 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
+
+
+def pytest_configure(config):
+    """Leave the order of files to what follows; pytest-xdist puts those with few tests last, however long they take."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Put files of slow tests first, so that at the end no worker has a long one while the others have nothing."""
+    tests = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] / tests[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)

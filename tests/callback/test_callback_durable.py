@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from scripts import Script
 from torch import nn
 from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
 
@@ -304,8 +304,7 @@ def test_a_newer_format_is_refused():
 
 
 FITTING = """
-    import sys, time
-    sys.path.insert(0, {helpers!r})
+    import time
     import lightning as L
     from toy import Classifier, Task, fit
     from lightning_odem import ContinualMergeCallback
@@ -319,17 +318,16 @@ FITTING = """
 """
 
 
-@pytest.mark.slow  # imports torch once more
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_owner_named_until_the_first_has_ended():
-    code = textwrap.dedent(FITTING.format(helpers=str(Path(__file__).parents[1] / "helpers")))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline().strip() == "training"
-        merge = ContinualMergeCallback(dirpath="run")
-        with pytest.raises(StreamInUseError, match=rf"in use by process {other.pid} on .* since"):
-            fit(Classifier(), Task(0), merge)
-        other.kill()
-        other.wait()
+    Path("fitting.py").write_text(textwrap.dedent(FITTING))
+    other = Script("fitting.py")
+    other.wait_for("training")
+    merge = ContinualMergeCallback(dirpath="run")
+    with pytest.raises(StreamInUseError, match=rf"in use by process {other.pid} on .* since"):
         fit(Classifier(), Task(0), merge)
+    other.kill()
+    fit(Classifier(), Task(0), merge)
     assert merge.report.tasks == ["task_1"]
 
 

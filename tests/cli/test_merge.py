@@ -1,7 +1,6 @@
 import hashlib
 import json
 import pathlib
-import subprocess
 import sys
 import weakref
 
@@ -12,6 +11,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch import nn
 from toy import Classifier, Task, close, fit, make_trainer, same
 
@@ -356,8 +356,7 @@ def test_the_help_of_the_program_mentions_merge(capsys):
 def test_the_console_script_merges():
     three("a.pt", "b.pt")
     script = pathlib.Path(sys.executable).parent / "lightning-odem"
-    command = [script, "merge", "a.pt", "b.pt", "--output", "out/merged.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(script, "merge", "a.pt", "b.pt", "--output", "out/merged.safetensors")
     assert done.returncode == 0, done.stderr
     assert_mean(load_file("out/merged.safetensors"), weighted_mean([1, 1]))
 
