@@ -13,6 +13,10 @@ import torch
 # The tests have no package of their own (importlib mode); what several files share lies here.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from entry_points import read_once
+
+read_once()
+
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
 

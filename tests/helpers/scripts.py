@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from entry_points import read_once
 from job import CONTEXT
 
 
@@ -82,6 +83,7 @@ def _run(command, directory, environment, outputs) -> None:
     os.environ.update(environment)
     os.chdir(directory)
     torch.set_num_threads(1)
+    read_once()
     if command[0] == "-m":
         sys.argv[:] = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
