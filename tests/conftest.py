@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from collections import Counter
@@ -15,8 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from entry_points import read_once
 
-read_once()
-
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
 
@@ -24,6 +23,7 @@ _PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
 def pytest_configure(config):
     """Leave the order of files to what follows; pytest-xdist puts those with few tests last, however long they take."""
     config.option.loadscopereorder = False
+    gc.disable()  # until all is collected: a third of that time goes into looking for garbage among what stays
 
 
 def pytest_collection_modifyitems(items):
@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items):
     tests = Counter(item.path for item in items)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path] / tests[item.path])
+
+
+def pytest_collection_finish():
+    """From here on garbage is collected, but not looked for among what is imported."""
+    gc.freeze()
+    gc.enable()
+    read_once()
 
 
 @pytest.hookimpl(tryfirst=True)
