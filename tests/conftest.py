@@ -52,11 +52,9 @@ def pytest_runtest_setup():
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leave the figures out of the run directory: drawing them takes longer than all the rest of a small fit."""
+    from figures import save_report_alone
 
-    def save(report, directory, first_path=0, scores=True):
-        return [report.save(directory / "report.json")]
-
-    monkeypatch.setattr("lightning_odem.stream.report_files.save", save)
+    monkeypatch.setattr("lightning_odem.stream.report_files.save", save_report_alone)
 
 
 @pytest.fixture

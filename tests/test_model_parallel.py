@@ -54,7 +54,9 @@ def test_files_hold_whole_tensors(directory):
 
 
 @pytest.mark.parametrize("name", ["closed_form", "task_singular_vectors"])
-def test_whole_parameters_of_shards_are_merged_and_resumed_as_where_each_process_holds_all(tmp_path, name):
+def test_whole_parameters_of_shards_are_merged_and_resumed_as_where_each_process_holds_all(
+    tmp_path, name, without_figures
+):
     run("model_parallel.py", tmp_path, name)
     whole, shards = (torch.load(tmp_path / f"{kind}-0.pt") for kind in ("whole", "shards"))
     assert whole["tasks"] == shards["tasks"] == ["task_1", "task_2", "task_3"]
