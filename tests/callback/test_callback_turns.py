@@ -40,6 +40,7 @@ def test_a_second_process_is_refused_with_the_owner_named_until_the_first_has_en
     with pytest.raises(StreamInUseError, match=rf"in use by process {other.pid} on .* since"):
         fit(Classifier(), Task(0), merge)
     other.kill()
+    other.wait()
     fit(Classifier(), Task(0), merge)
     assert merge.report.tasks == ["task_1"]
 

@@ -37,6 +37,11 @@ class Script:
         self._process.start()
         self.pid = self._process.pid
 
+    @property
+    def status(self) -> int | None:
+        """As of :class:`Ended`; None while the script runs."""
+        return self._process.exitcode
+
     def wait_for(self, text: str, seconds: float = 100.0) -> None:
         """Wait until the script has printed a text."""
         deadline = time.monotonic() + seconds
@@ -65,14 +70,21 @@ def run_script(path, *arguments, **options) -> Ended:
     return Script(path, *arguments, **options).wait()
 
 
-def run_processes(path, *arguments, size: int = 2, cwd=None) -> None:
+def run_processes(path, *arguments, size: int = 2, cwd=None, seconds: float = 300.0) -> None:
     """Run a script in several processes that train together, as ``torchrun`` does; all have to succeed."""
     common = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(size)}
     scripts = [
         Script(path, *arguments, cwd=cwd, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
-    for ended in [script.wait() for script in scripts]:
+    deadline = time.monotonic() + seconds
+    while None in (found := [script.status for script in scripts]) and not any(found) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    failed = [script for script in scripts if script.status]
+    for script in scripts:
+        script.kill()
+    for script in failed + scripts:  # the others may only have waited for one that failed
+        ended = script.wait()
         assert ended.returncode == 0, ended.stderr[-4000:]
 
 
