@@ -85,7 +85,7 @@ def run_processes(path, *arguments, size: int = 2, cwd=None, seconds: float = 30
         script.kill()
     for script in failed + scripts:  # the others may only have waited for one that failed
         ended = script.wait()
-        assert ended.returncode == 0, ended.stderr[-4000:]
+        assert ended.returncode == 0, f"ended with {ended.returncode}: {ended.stderr[-4000:]}"
 
 
 def _run(command, directory, environment, outputs) -> None:
