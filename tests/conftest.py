@@ -1,5 +1,7 @@
+import gc
 import os
 import sys
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
@@ -12,8 +14,30 @@ import torch
 # The tests have no package of their own (importlib mode); what several files share lies here.
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
+from entry_points import read_once
+
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PORTS = cycle(range(20000 + 1000 * _WORKER, 21000 + 1000 * _WORKER))
+
+
+def pytest_configure(config):
+    """Leave the order of files to what follows; pytest-xdist puts those with few tests last, however long they take."""
+    config.option.loadscopereorder = False
+    gc.disable()  # until all is collected: a third of that time goes into looking for garbage among what stays
+
+
+def pytest_collection_modifyitems(items):
+    """Put files of slow tests first, so that at the end no worker has a long one while the others have nothing."""
+    tests = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] / tests[item.path])
+
+
+def pytest_collection_finish():
+    """From here on garbage is collected, but not looked for among what is imported."""
+    gc.freeze()
+    gc.enable()
+    read_once()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,11 +52,9 @@ def pytest_runtest_setup():
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leave the figures out of the run directory: drawing them takes longer than all the rest of a small fit."""
+    from figures import save_report_alone
 
-    def save(report, directory, first_path=0, scores=True):
-        return [report.save(directory / "report.json")]
-
-    monkeypatch.setattr("lightning_odem.stream.report_files.save", save)
+    monkeypatch.setattr("lightning_odem.stream.report_files.save", save_report_alone)
 
 
 @pytest.fixture

@@ -197,7 +197,9 @@ def faster_rcnn():
 
 
 def ssdlite():
-    return Detector(ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, width_mult=0.25))
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, width_mult=0.25)
+    model.transform.fixed_size = (96, 96)  # for 320, of which the model itself knows nothing
+    return Detector(model)
 
 
 MODELS = {

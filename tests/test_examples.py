@@ -1,8 +1,7 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,8 +26,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 )
 def test_an_example_runs_as_it_stands(script, expected, tmp_path):
     name, *arguments = script.split()
-    command = [sys.executable, EXAMPLES / name, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script(EXAMPLES / name, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
 

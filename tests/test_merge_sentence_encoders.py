@@ -1,9 +1,8 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "merge_sentence_encoders.py"
 
@@ -22,7 +21,7 @@ def test_two_encoders_are_trained_merged_and_loaded(tmp_path):
     transformers.BertTokenizerFast(vocab=tokens).save_pretrained(tmp_path / "bert")
     modules = [models.Transformer(str(tmp_path / "bert")), models.Pooling(16)]
     library.SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "tiny"))
-    done = subprocess.run([sys.executable, SCRIPT, "tiny"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_script(SCRIPT, "tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "are those of the merged weights." in done.stdout
     assert done.stdout.splitlines()[-1].startswith("tiny-both")

@@ -1,13 +1,11 @@
 """Streams whose parameters two processes share (FSDP2 by ModelParallelStrategy), beside those that each holds whole."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_processes
 from torch.utils._pytree import tree_flatten_with_path
 from toy import Classifier, Task, close, everything, fit, same
 
@@ -19,9 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(script, *arguments):
-    path = Path(__file__).parent / "helpers" / script
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, path, *arguments], check=True, timeout=300, env=environment)
+    run_processes(Path(__file__).parent / "helpers" / script, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,9 @@ def test_files_hold_whole_tensors(directory):
 
 
 @pytest.mark.parametrize("name", ["closed_form", "task_singular_vectors"])
-def test_whole_parameters_of_shards_are_merged_and_resumed_as_where_each_process_holds_all(tmp_path, name):
+def test_whole_parameters_of_shards_are_merged_and_resumed_as_where_each_process_holds_all(
+    tmp_path, name, without_figures
+):
     run("model_parallel.py", tmp_path, name)
     whole, shards = (torch.load(tmp_path / f"{kind}-0.pt") for kind in ("whole", "shards"))
     assert whole["tasks"] == shards["tasks"] == ["task_1", "task_2", "task_3"]

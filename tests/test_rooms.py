@@ -29,6 +29,11 @@ ORDER = [
     "studies",
     "cli",
 ]
+IMPORTS = [
+    "import lightning.pytorch.cli",
+    "from lightning_odem import ContinualMergeCallback",
+    "import lightning_odem.cli",
+]
 
 
 def imported_rooms(file):
@@ -86,16 +91,18 @@ def test_a_path_that_never_was_is_not_found():
         import_module("lightning_odem.nothing")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ["from lightning_odem import ContinualMergeCallback", "import lightning_odem.cli"])
-def test_an_import_brings_nothing_heavy_that_lightning_does_not(line):
+@pytest.fixture(scope="module")
+def imported():
+    """What heavy modules there are in a fresh process after each of some imports."""
     heavy = {"timm", "torchvision", "matplotlib", "sklearn", "transformers", "peft"}
     heavy |= {"torch.distributed.checkpoint.state_dict", "matplotlib.backends.backend_agg"}
-    show = f"import sys; print(sorted({heavy} & set(sys.modules)))"
-    found = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", f"{line}; {show}"], capture_output=True, text=True, check=True
-        ).stdout
-        for line in ("import lightning.pytorch.cli", line)
-    ]
-    assert found[0] == found[1]
+    code = "import sys\n" + "".join(f"{line}\nprint(sorted({heavy} & set(sys.modules)))\n" for line in IMPORTS)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(zip(IMPORTS, shown, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", IMPORTS[1:])
+def test_an_import_brings_nothing_heavy_that_lightning_does_not(imported, line):
+    assert imported[line] == imported["import lightning.pytorch.cli"]

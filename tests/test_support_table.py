@@ -1,9 +1,9 @@
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "support_table.py"
 
@@ -24,8 +24,7 @@ def test_a_launcher_that_spawns_is_refused_with_the_way_out(table):
 
 @pytest.mark.slow
 def test_the_script_prints_a_row_per_strategy_and_the_errors_below():
-    command = [sys.executable, SCRIPT, "fsdp", "ddp_notebook"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script(SCRIPT, "fsdp", "ddp_notebook")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "│ cpu" in line]
     assert [row[3] for row in rows] == ["fsdp", "ddp_notebook"]

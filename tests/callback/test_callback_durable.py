@@ -1,46 +1,26 @@
-"""Streams that go on in their directory: in a new process, after damage, beside other processes."""
+"""Streams that go on in their directory: in a new process, under other settings."""
 
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
 import sys
-import textwrap
-import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from streams import process, tasks
 from torch import nn
-from toy import Classifier, Failing, Task, accuracy, everything, fit, make_trainer, same
+from toy import Classifier, Task, accuracy, everything, fit, make_trainer, same
 
 from lightning_odem import ContinualMergeCallback
 from lightning_odem.calibration import CalibrationOptions
 from lightning_odem.report import StreamReport
-from lightning_odem.stream.store import StreamInUseError, StreamStateError, StreamStore
+from lightning_odem.stream.store import StreamStore
 
 pytestmark = pytest.mark.usefixtures("small_stream")
-
-
-def tasks(count=3, **options):
-    return [Task(number, shuffle=True, **options) for number in range(count)]
-
-
-def process(directory, count=3, seed=3, stop_after=None, strategy="auto", **options):
-    """What one process does of a stream; returns its module and callback."""
-    L.seed_everything(seed, verbose=False)
-    module = Classifier(dropout=0.2, batch_norm=True)
-    merge = ContinualMergeCallback(dirpath=directory, calibration_size=12, **options)
-    for done, task in enumerate(merge.remaining(tasks(count))):
-        if done == stop_after:
-            break
-        fit(module, task, merge, strategy=strategy)
-    return module, merge
 
 
 @pytest.fixture(params=["auto", "ddp"])
@@ -234,193 +214,6 @@ def test_a_base_model_is_not_there_before_the_first_fit():
         ContinualMergeCallback().load_base(Classifier())
 
 
-def test_a_damaged_newest_state_falls_back_to_the_one_before_and_says_so():
-    module, whole = process("run")
-    newest = max(Path("run/stream").glob("*.json"))
-    newest.write_text(newest.read_text().replace("task_3", "task_4"))
-    with pytest.warns(UserWarning, match=rf"damaged: .*{newest.name}.*goes on from generation 2"):
-        other, merge = process("run")
-    assert merge.report.tasks == ["task_1", "task_2", "task_3"]
-    assert same(everything(other), everything(module))
-
-
-def test_a_state_without_any_whole_generation_is_refused():
-    process("run", stop_after=1)
-    for path in Path("run/stream").glob("*.safetensors"):
-        path.write_bytes(b"")
-    with pytest.raises(StreamStateError, match=r"No state of the stream in \S*run.stream is whole: .*safetensors"):
-        ContinualMergeCallback(dirpath="run")
-
-
-@pytest.fixture
-def damaged_base():
-    """A stream of one task in which one bit of the only copy of the base model is wrong."""
-    process("run", stop_after=1)
-    (path,) = Path("run/stream").glob("base-*")
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    yield path
-    assert path.read_bytes() == content
-
-
-def test_a_damaged_base_model_is_mended_from_a_module_that_holds_it(damaged_base):
-    whole, _ = process("whole")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        process("run")
-    told = [str(warning.message) for warning in caught if "damaged" in str(warning.message)]
-    whole_tensors, tensors = re.search(r"(\d+) of its (\d+) tensors verify; damaged are \S+\. ", told[0]).groups()
-    assert int(whole_tensors) == int(tensors) - 1
-    assert told[1].endswith("was damaged and is written again from the module.")
-    assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2", "task_3"]
-    module = Classifier(dropout=0.2, batch_norm=True)
-    ContinualMergeCallback(dirpath="run").load_task(module, "task_3")
-    assert same(everything(module), everything(whole))
-
-
-def test_a_damaged_base_model_is_not_taken_from_another_module(damaged_base):
-    with pytest.warns(UserWarning, match="damaged"):
-        merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    other = Classifier(dropout=0.2, batch_norm=True)
-    torch.nn.init.zeros_(other.head.bias)
-    damaged = damaged_base.read_bytes()
-    for _ in range(2):
-        with pytest.raises(StreamStateError, match=r"base model in \S*stream is damaged, and Classifier does not hold"):
-            fit(other, Task(1), merge)
-    with pytest.raises(ValueError, match="file of the base model is damaged"):
-        merge.load_base(other)
-    assert damaged_base.read_bytes() == damaged
-    fit(Classifier(dropout=0.2, batch_norm=True), Task(1), merge)
-    assert merge.report.tasks == ["task_1", "task_2"]
-
-
-def test_a_newer_format_is_refused():
-    process("run", stop_after=1)
-    store = StreamStore("run/stream")
-    state = store.load()
-    store.save({**state, "version": 3})
-    with pytest.raises(ValueError, match="has version 3; this package reads 1 and 2"):
-        ContinualMergeCallback(dirpath="run")
-
-
-FITTING = """
-    import sys, time
-    sys.path.insert(0, {helpers!r})
-    import lightning as L
-    from toy import Classifier, Task, fit
-    from lightning_odem import ContinualMergeCallback
-
-    class Waiting(L.Callback):
-        def on_train_batch_end(self, *arguments):
-            print("training", flush=True)
-            time.sleep(60)
-
-    fit(Classifier(), Task(0), ContinualMergeCallback(dirpath="run"), Waiting())
-"""
-
-
-@pytest.mark.slow  # imports torch once more
-def test_a_second_process_is_refused_with_the_owner_named_until_the_first_has_ended():
-    code = textwrap.dedent(FITTING.format(helpers=str(Path(__file__).parents[1] / "helpers")))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline().strip() == "training"
-        merge = ContinualMergeCallback(dirpath="run")
-        with pytest.raises(StreamInUseError, match=rf"in use by process {other.pid} on .* since"):
-            fit(Classifier(), Task(0), merge)
-        other.kill()
-        other.wait()
-        fit(Classifier(), Task(0), merge)
-    assert merge.report.tasks == ["task_1"]
-
-
-@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end", "on_train_end"])
-def test_a_fit_that_fails_lets_others_go_on(hook):
-    with pytest.raises(RuntimeError, match="power cut"):
-        fit(Classifier(), Task(0), ContinualMergeCallback(dirpath="run"), Failing(hook, RuntimeError("power cut")))
-    fit(Classifier(), Task(1), ContinualMergeCallback(dirpath="run"))
-
-
-def test_a_stream_that_another_process_took_further_is_read_again():
-    module, first = process("run", stop_after=1)
-    second = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    first_data = Task(0)
-    second.evaluation_data["task_1"] = first_data
-    fit(module, Task(1), second)
-    fit(module, Task(2), first)
-    assert first.report.tasks == ["task_1", "task_2", "task_3"]
-    assert first.report.accuracy[1][0] == second.report.accuracy[1][0]
-    assert first.report.merges[2].calibration.keys() == {"task_1", "task_2", "task_3"}
-
-
-def test_a_task_that_another_process_merged_since_the_callback_was_made_is_not_given_again():
-    late = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    process("run", stop_after=1)  # as another process would
-    given = []
-    for task in late.remaining(data := tasks()):
-        given.append(task)
-        fit(Classifier(dropout=0.2, batch_norm=True), task, late)
-    assert given == data[1:]
-    assert late.report.tasks == ["task_1", "task_2", "task_3"]
-
-
-def test_a_task_that_another_process_merged_since_it_was_given_is_refused_before_training():
-    late = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    first, second, third = tasks()
-    remaining = late.remaining([first, second, third])
-    assert next(remaining) is first
-    process("run", stop_after=1)  # as another process would
-    module = Classifier(dropout=0.2, batch_norm=True)
-    with pytest.raises(ValueError, match="Task 'task_1' has been merged already"):
-        fit(module, first, late)
-    assert next(remaining) is second
-    fit(module, second, late)
-    assert late.report.tasks == ["task_1", "task_2"]
-
-
-def test_names_belong_to_the_datamodules_they_were_given_to_whatever_their_order():
-    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    first, second, third = merge.remaining(tasks())
-    module = Classifier(dropout=0.2, batch_norm=True)
-    for task in (third, first):
-        fit(module, task, merge)
-    assert merge.report.tasks == ["task_3", "task_1"]
-
-
-def test_processes_that_take_turns_keep_their_modules():
-    callbacks = [ContinualMergeCallback(dirpath="run", calibration_size=12) for _ in range(2)]
-    modules = [Classifier(dropout=0.2, batch_norm=True) for _ in range(2)]
-    for number in range(4):
-        fit(modules[number % 2], Task(number, f"task_{number}"), callbacks[number % 2])
-    assert callbacks[1].report.tasks == [f"task_{number}" for number in range(4)]
-
-
-def test_a_stream_that_was_put_in_the_place_of_another_is_refused():
-    module, merge = process("run", stop_after=1)
-    shutil.rmtree("run")
-    with torch.random.fork_rng():
-        other = Classifier(dropout=0.2, batch_norm=True)
-        torch.nn.init.zeros_(other.head.bias)
-        another = ContinualMergeCallback(dirpath="run", calibration_size=12)
-        for task in tasks(2):
-            fit(other, task, another)
-    for _ in range(2):  # the second time as the first
-        with pytest.raises(MisconfigurationException, match="holds another stream already"):
-            fit(module, Task(1), merge)
-    assert ContinualMergeCallback(dirpath="run").report.tasks == ["task_1", "task_2"]
-
-
-def test_a_relative_directory_stays_where_it_was_when_the_callback_was_made(tmp_path, monkeypatch):
-    merge = ContinualMergeCallback(dirpath="run", calibration_size=12)
-    there = tmp_path / "elsewhere"
-    there.mkdir()
-    where = Path.cwd()
-    monkeypatch.chdir(there)
-    fit(Classifier(), Task(0), merge)
-    assert merge.dirpath == where / "run"
-    assert Path(merge.last_merged_path).exists()
-    assert not list(there.iterdir())
-
-
 def test_a_report_that_tells_more_than_the_state_is_kept_beside_and_warned_of():
     process("run", count=2)
     told = Path("run/report.json").read_text()
@@ -438,17 +231,6 @@ def test_a_report_that_tells_more_than_the_state_is_kept_beside_and_warned_of():
     newest.unlink()
     with pytest.warns(UserWarning, match="kept as report.json.ahead.2"):
         fit(module, Task(1), merge)
-    assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2"]
-
-
-def test_pipes_in_the_directory_are_replaced_or_named():
-    process("run", stop_after=1)
-    for path in (Path("run/report.json"), Path(f"run/.report.json.{os.getpid()}")):
-        path.unlink(missing_ok=True)
-        os.mkfifo(path)
-    os.mkfifo("run/stream/000007.json")
-    with pytest.warns(UserWarning, match="000007.json is no regular file"):
-        process("run", stop_after=1)
     assert StreamReport.load("run/report.json").tasks == ["task_1", "task_2"]
 
 

@@ -1,13 +1,11 @@
 """Other arithmetic, compiled modules, several processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from scripts import run_processes
 from torch import nn
 from toy import Classifier, Incoming, Task, close, everything, fit, make_trainer, same, weights
 
@@ -111,14 +109,7 @@ def test_compiled_modules_are_merged_under_their_own_names(what):
 def two_processes(tmp_path_factory):
     """What two processes made of streams of two tasks, and where."""
     directory = tmp_path_factory.mktemp("two_processes")
-    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
-    paths = os.pathsep.join([str(script.parent), str(script.parents[2])])
-    done = subprocess.run(
-        [sys.executable, str(script), str(directory)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        cwd=directory, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_processes(Path(__file__).parents[1] / "helpers" / "two_processes.py", directory, cwd=directory)
     return directory
 
 

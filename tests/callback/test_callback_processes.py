@@ -1,14 +1,12 @@
 """Streams of several processes: what they measure, and what becomes of them if one fails."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from measured import Data, Net, total
+from scripts import run_processes, run_script
 from torchmetrics.regression import R2Score
 
 from lightning_odem.stream.store import StreamStore
@@ -22,11 +20,8 @@ pytestmark = pytest.mark.slow
 )
 def test_an_error_in_one_process_ends_all_with_it_and_leaves_the_stream(tmp_path, what, message):
     script = Path(__file__).parents[1] / "helpers" / "failing_process.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, what], capture_output=True, text=True, timeout=240, env=environment
-    )
+    done = run_script(script, tmp_path, what)  # which starts the second one
     assert done.returncode != 0
     # Both told, neither waited for the other until a timeout of torch.distributed, half an hour.
     assert time.monotonic() - started < 200
@@ -37,9 +32,7 @@ def test_an_error_in_one_process_ends_all_with_it_and_leaves_the_stream(tmp_path
 
 
 def test_scores_are_those_of_one_process_in_all_of_them(tmp_path):
-    script = Path(__file__).parents[1] / "helpers" / "measured_processes.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=240, env=environment)
+    run_processes(Path(__file__).parents[1] / "helpers" / "measured_processes.py", tmp_path)
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in range(2))
     assert first["accuracy"] == second["accuracy"]
     assert first["further"] == second["further"]

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from scripts import run_script
 
 from lightning_odem import ContinualMergeCallback, PaperODEMerge
 from lightning_odem.cli.command_line import ContinualCLI, main
@@ -313,10 +314,13 @@ def test_the_installed_command_is_there_and_the_same_seed_gives_the_same_weights
     command = [script, "fit_tasks", "--config", str(CONFIGS / "digits.yaml")]
     limits = ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--pretrain_epochs=1", *DIGITS]
     weights = []
-    for run in range(2):
-        folder = tmp_path / str(run)
+    for fresh in (True, False):
+        folder = tmp_path / str(fresh)
         folder.mkdir()
-        done = subprocess.run([*command, *limits], cwd=folder, capture_output=True, text=True, check=False)
+        if fresh:
+            done = subprocess.run([*command, *limits], cwd=folder, capture_output=True, text=True, check=False)
+        else:
+            done = run_script(*command, *limits, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "after inverted" in done.stdout
         checkpoint = folder / "merge_runs" / "version_0" / "merged-02-inverted.ckpt"

@@ -1,9 +1,8 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 from toy import Classifier, Incoming, Task, close, everything, fit
 
 from lightning_odem import ContinualMergeCallback
@@ -26,13 +25,11 @@ def stream(*names, dirpath="streams/shop", **options):
     return merge
 
 
-@pytest.mark.slow  # imports torch once more
+@pytest.mark.slow
 def test_the_command_takes_a_task_out_and_says_so():
     stream("shoes", "hats", "sweater")
-    command = [sys.executable, "-m", "lightning_odem", "remove", "streams/shop", "shoes"]
-    done = subprocess.run(
-        [*command, "--checkpoint", "fine_tuned/shoes.ckpt"], capture_output=True, text=True, check=False
-    )
+    command = ["-m", "lightning_odem", "remove", "streams/shop", "shoes"]
+    done = run_script(*command, "--checkpoint", "fine_tuned/shoes.ckpt")
     assert done.returncode == 0, done.stderr
     assert "Taken out: shoes. It was in what was measured after hats, sweater." in done.stdout
     written = Path("streams/shop/merged-02-without-shoes.ckpt").absolute()

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-# One process imports what takes long, once; those of the jobs are forks of it.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_odem"])
+# One process imports what takes long, once; those of jobs and scripts are forks of it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["lightning.pytorch", "lightning_odem"])
 
 
 class Raised(NamedTuple):
@@ -44,7 +44,7 @@ def _run_once(function, size, arguments, timeout):
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         jobs = [
-            _CONTEXT.Process(target=_run, args=(function, rank, size, directory, arguments), daemon=True)
+            CONTEXT.Process(target=_run, args=(function, rank, size, directory, arguments), daemon=True)
             for rank in range(size)
         ]
         for job in jobs:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from figures import leave_figures_out
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -73,6 +74,7 @@ def fit(directory: Path, stop_after: int = TASKS) -> None:
 
 
 def main(directory: Path) -> None:
+    leave_figures_out()
     if (directory / "parts").exists():
         fit(directory / "parts")
     else:

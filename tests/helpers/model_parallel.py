@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from figures import leave_figures_out
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +33,7 @@ METHODS = {
 
 
 def main(directory: Path, name: str) -> None:
+    leave_figures_out()
     method = METHODS[name]()
     options = {"calibration_size": 12}  # of 24 samples a task
     for kind, strategy, kind_of_module in (

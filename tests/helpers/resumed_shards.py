@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from figures import leave_figures_out
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -65,7 +66,7 @@ def fit(directory: Path, exclusion: str, precision: str, stop_after: int = TASKS
     module = Sharded(exclusion == "frozen")
     tasks = merge.remaining([Task(number, f"task_{number + 1}", batch_size=4) for number in range(TASKS)])
     for _, task in zip(range(stop_after), tasks, strict=False):
-        trainer = start(merge, precision=precision)
+        trainer = start(merge, precision=precision, max_epochs=1)
         trainer.fit(module, datamodule=task)
     save(trainer, module, merge, directory)
 
@@ -90,6 +91,7 @@ def fit_in_parts(directory: Path, part: int | None = None) -> None:
 
 
 def main(directory: Path) -> None:
+    leave_figures_out()
     whole, parts = directory / "whole", directory / "parts"
     resumed = parts.exists()
     for case in product(EXCLUSIONS, PRECISIONS):

@@ -1,13 +1,12 @@
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from scripts import Script
 
 from lightning_odem.parameters import heartbeat
 from lightning_odem.parameters.heartbeat import Heartbeat, LostProcessError
@@ -68,33 +67,30 @@ def test_a_beat_ends_with_its_store_and_when_it_is_told_to(fast):
 
 def run(tmp_path, victim, where, scheme):
     store = f"file://{tmp_path}/store" if scheme == "file" else f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), store]
-    both = [
-        subprocess.Popen([*command, str(rank), str(victim), where], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    return [process.communicate(timeout=120)[0] for process in both], both
+    both = [Script(SCRIPT, store, rank, victim, where) for rank in range(2)]
+    return [process.wait(120) for process in both]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["tcp", "file"])
 @pytest.mark.parametrize("where", ["block", "sum", "between", "stopped"])
 def test_a_killed_process_is_named_by_the_other_one(tmp_path, where, scheme):
-    (said, _), (_, killed) = run(tmp_path, 1, where, scheme)
+    alive, killed = run(tmp_path, 1, where, scheme)
     assert killed.returncode < 0
-    found = re.match(rf"LostProcessError after (\d+) s: Lost of 2 processes.*: 1 \(process {killed.pid} on", said)
-    assert found, said
+    found = re.match(
+        rf"LostProcessError after (\d+) s: Lost of 2 processes.*: 1 \(process {killed.pid} on", alive.stdout
+    )
+    assert found, alive.stdout
     assert int(found[1]) < 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["block", "sum"])
 def test_the_loss_of_the_process_with_the_store_is_told_at_once(tmp_path, where):
-    (_, said), _ = run(tmp_path, 0, where, "tcp")
-    assert re.match(r"LostProcessError after \d s: Lost of 2 processes.*common store", said), said
+    _, alive = run(tmp_path, 0, where, "tcp")
+    assert re.match(r"LostProcessError after \d s: Lost of 2 processes.*common store", alive.stdout), alive.stdout
 
 
 @pytest.mark.slow
 def test_a_process_that_is_busy_for_longer_is_waited_for(tmp_path):
-    (first, second), _ = run(tmp_path, 1, "busy", "tcp")
-    assert (first, second) == ("went on", "went on")
+    assert [ended.stdout for ended in run(tmp_path, 1, "busy", "tcp")] == ["went on", "went on"]

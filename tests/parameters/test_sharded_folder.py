@@ -1,14 +1,12 @@
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
+from scripts import run_processes, run_script
 from toy import Classifier, Task, close, everything, fit
 
 from lightning_odem.parameters.checkpoint import read_checkpoint
@@ -46,14 +44,15 @@ def write_files(folder, *names):
         pytest.param("deepspeed3", marks=needs_deepspeed),
     ],
 )
-def test_the_command_named_makes_a_file_of_what_two_processes_saved(kind, tmp_path):
+def test_the_command_named_makes_a_file_of_what_two_processes_saved(kind, tmp_path, monkeypatch):
     folder = tmp_path / "epoch=1 step=6.ckpt"
     script = Path(__file__).parents[1] / "helpers" / "sharded_folders.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, script, kind, folder], check=True, timeout=300, env=environment)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run_processes(script, kind, folder)
     command = command_for(folder)
     assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True, timeout=300, env=environment)
+    done = run_script(*command[1:])
+    assert done.returncode == 0, done.stderr
 
     class Alone(Classifier):
         def configure_optimizers(self):

@@ -55,7 +55,7 @@ METHODS = ["average", "ode", "ode_paper", "trm_style", "second_moment", MEASURED
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cell_is_the_stream_that_the_callback_merges(tmp_path, method):
+def test_a_cell_is_the_stream_that_the_callback_merges(tmp_path, method, without_figures):
     cell = compare(tmp_path, methods={"it": method}, orders=1, weighting=["uniform"], seeds=[0], joint=False).cells[0]
     stream = make_stream()
     torch.manual_seed(0)

@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from identical import identical
+from scripts import Script
 
 from lightning_odem.stream.store import StreamStateError, StreamStore
 
@@ -72,15 +71,16 @@ def no_waiting():
     signal.signal(signal.SIGALRM, before)
 
 
-def test_a_pipe_in_the_place_of_a_file_of_tensors_is_damage(directory):
+def test_a_pipe_in_the_place_of_a_file_of_tensors_is_damage(directory, tmp_path):
     path = next(path for path in newest(directory) if path.suffix == ".safetensors")
     path.unlink()
     os.mkfifo(path)
-    load = "import sys; from lightning_odem.stream.store import StreamStore; print(StreamStore(sys.argv[1]).load())"
-    command = [sys.executable, "-c", load, directory]
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys; from lightning_odem.stream.store import StreamStore; print(StreamStore(sys.argv[1]).load())"
+    )
     # In a process, since nothing else ends what waits for a pipe in safetensors.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert f"{path.name} is no regular file" in done.stderr
+    assert f"{path.name} is no regular file" in Script(script, directory).wait(100).stderr
 
 
 @pytest.mark.parametrize(
