@@ -5,7 +5,7 @@ is not hidden by the training. By default nothing is measured, since measuring a
 proportion to their number; ``--evaluate last`` and ``--evaluate every`` show that.
 
 Run it with ``python examples/long_streams.py``; a thousand tasks by ``average`` take two minutes, two hundred by
-``ode`` four. It downloads nothing.
+``ode`` two. It downloads nothing.
 """
 
 import argparse
@@ -101,8 +101,8 @@ def main() -> None:
             axes.plot(columns[0], columns[index], marker="o", label=method)
             axes.set(xlabel="tasks", ylabel=names[index])
     for axes in panels.values():
-        axes.set_ylim(bottom=0)
-    panels[1].legend()
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    panels[1].legend(loc="center right")
     figure.savefig("long_streams.png", dpi=100)
 
 
