@@ -99,7 +99,7 @@ class Processes:
 
         If an error occurs while others wait in a sum, that sum never finishes and the group cannot be used for another
         one. After other errors the processes can go on. Blocks may be nested. Errors travel through the key-value store
-        of the group. Without errors, only a counter is exchanged at the end.
+        of the group. Without errors, only counters are exchanged at the end.
 
         Raises:
             LostProcessError: If a process that is waited for has ended without an error, as one that is killed.
@@ -130,8 +130,7 @@ class Processes:
     def _meet(self, store: dist.Store, block: str) -> None:
         """Wait for all processes at the end of a block."""
         with self._expecting_the_store():
-            if store.add(f"{block}/done", 1) == self.size:
-                return  # the last one does not look again: the one that keeps the store may be gone by then
+            store.add(f"{block}/done", 1)
 
         def is_complete() -> bool:
             self._raise_errors(store)
@@ -141,6 +140,13 @@ class Processes:
         limit: timedelta = store.timeout  # type: ignore[attr-defined]
         if not _wait(is_complete, limit.total_seconds()):
             raise TimeoutError(f"Within {limit} not all of {self.size} processes came to the end of a block.")
+        if len(_entered) > 2:
+            return
+        with suppress(RuntimeError):  # the store is gone: no one needs it any more
+            store.add(f"{block}/left", 1)
+            if self.rank == 0:
+                # The store may end with this process, so wait until all have seen that the block is complete.
+                _wait(lambda: store.add(f"{block}/left", 0) >= self.size, _GRACE)
 
     def _finish(self, work: dist.Work | None, on_cpu: bool) -> None:
         """Wait for a collective, or for an error that keeps others from taking part in it."""

@@ -324,7 +324,7 @@ def test_micro_batches_keep_the_size_that_was_found_in_another_process(tmp_path)
     options = CalibrationOptions(batch_size="auto")
     _, merge = process(tmp_path, stop_after=2, calibration=options)
     found = merge._state.measured
-    assert found["batch_size"] <= 6  # samples of a task
+    assert found["batch_size"] <= 12  # samples of both tasks, which may share a micro-batch
     _, again = process(tmp_path, calibration=options)
     assert len(again.report.tasks) == 3
     assert again._state.measured == found

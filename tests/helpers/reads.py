@@ -20,6 +20,8 @@ class Reads(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "tensor":  # made of numbers of Python
             return result.as_subclass(OnHost)
+        if name == "__getitem__" and not isinstance(args[0], OnHost):  # whatever the index is
+            return result.as_subclass(torch.Tensor)
         if name not in READS or isinstance(args[0], OnHost):
             return result
         self.number += 1
