@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import sharded
 import torch
 from job import run_job
+from scripts import run_processes
 
 from lightning_odem.parameters.processes import Processes
 
@@ -46,3 +49,7 @@ def test_an_error_reaches_processes_that_wait_in_an_inner_block_or_for_a_tensor(
     raised = run_job(sharded.fail_before_others_enter, 3, rank, wait_for_tensor)
     assert [error[:2] for error in raised] == [("Rare", "outside at 2")] * 3
     assert [error.cause == "None" for error in raised] == [number == rank for number in range(3)]
+
+
+def test_the_process_that_keeps_the_store_stays_until_all_have_left_the_block():
+    run_processes(Path(__file__).parents[1] / "helpers" / "leaving_first.py")
