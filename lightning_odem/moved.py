@@ -1,4 +1,4 @@
-"""Modules under the paths they had until version 0.5 or 0.6; to be removed with version 1.0."""
+"""Modules under the paths they had in earlier versions; to be removed with version 1.0."""
 
 import sys
 import warnings
@@ -14,6 +14,7 @@ MOVED = {
     "attach": "stream.attach",
     "batch_norm": "calibration.batch_norm",
     "classifier": "classifiers.classifier",
+    "classifiers.clip_text": "classifiers.clip",
     "clip": "classifiers",
     "comparison": "studies",
     "division": "parameters.division",
@@ -44,6 +45,11 @@ MOVED = {
     "trace": "stream.trace",
     "trainer": "studies.trainer",
     "weights": "parameters.weights_file",
+    "methods.granularity": "methods.ode_paper",
+    "methods.needs.trail": "methods.needs.snapshots",
+    "methods.needs.training_run": "methods.needs.sources",
+    "methods.task_losses": "methods.refinement",
+    "tasks.sampler": "tasks.task",
 }
 
 

@@ -14,8 +14,10 @@ from lightning_odem.calibration import batches
 from lightning_odem.calibration.batches import Kept
 from lightning_odem.calibration.samples import MicroBatch
 
-# Two samples of each task are enough to tell a mean over samples from one over tokens, or over pairs of samples.
-_TRIED = 2
+# Samples of each task that tell a mean over samples from one over tokens, or over pairs of samples.
+_TRIED = 8
+# The label that torch's losses leave out of their means, which then are no means over samples.
+_IGNORED = -100
 # Relative difference of losses that is rounding in fp32. Half precision may round by more: then nothing is joined.
 _ROUNDING = 1e-4
 
@@ -79,7 +81,8 @@ class Joining:
 
     Otherwise a gradient would take as many passes as there are tasks, however few samples they have. Samples share a
     micro-batch if they count the same in the loss, their tasks keep no parameters for themselves, and the loss is a
-    mean over samples. Whether it is one is tried once, on two samples of each task, together and apart.
+    mean over samples. Whether it is one is tried once, on some samples of each task, together and apart. Samples with
+    labels that torch's losses ignore (-100) are never joined.
 
     Args:
         is_allowed: Whether the loss may get samples of several tasks.
@@ -169,6 +172,8 @@ def _kind(batch: MicroBatch) -> Hashable:
     if isinstance(batch.samples, Kept) or batch.logits is not None:
         return None
     leaves, structure = tree_flatten(batch.samples)
+    if any(bool((leaf == _IGNORED).any()) for leaf in leaves if leaf.dtype == torch.int64):  # that of labels
+        return None
     share = f"{batch.share / len(leaves[0]):.12g}"  # equal shares may differ in their last bits
     return share, batch.transferred, str(structure), *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in leaves)
 

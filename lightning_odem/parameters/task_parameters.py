@@ -32,8 +32,9 @@ class OwnParameters:
 
     def __call__(self, task: str) -> AbstractContextManager[None]:
         """Run a block with the task's own parameters in the module, see :func:`as_task`."""
-        if task not in self or self._module is None:
+        if task not in self:
             return nullcontext()
+        assert self._module is not None, "tasks keep parameters of a module"
         if task not in self._swaps:
             self._swaps[task] = _Swap(self._module, self._kept[task])
         return self._swaps[task].made()

@@ -93,6 +93,13 @@ def test_samples_that_differ_stay_in_micro_batches_of_their_own(change):
     assert join(batches, size=100) == batches
 
 
+def test_samples_with_a_label_that_losses_ignore_stay_apart_wherever_it_is():
+    batches = batches_of([12, 12, 12])
+    batches[1].samples[1][11] = -100  # a trial would not come to it
+    joined = join(batches, size=24)
+    assert sorted(batch.task for batch in joined) == ["task 0, task 2", "task 1"]
+
+
 def test_micro_batches_stay_as_they_are_if_there_would_not_be_fewer():
     batches = batches_of([5, 5, 5])
     assert join(batches, size=5) == batches
@@ -129,11 +136,11 @@ def test_joint_samples_are_selected_and_labelled_as_those_of_one_task():
         joint.state()
 
 
-def test_trials_hold_two_samples_of_each_task():
-    (together, apart), *others = trials(join(batches_of([4, 1, 4], share=None), size=100))
+def test_trials_hold_a_few_samples_of_each_task():
+    (together, apart), *others = trials(join(batches_of([10, 1, 12], share=None), size=100))
     assert not others
-    assert len(together.samples) == 5
-    assert [len(batch.samples[1]) for batch in apart] == [2, 1, 2]
+    assert len(together.samples) == 17
+    assert [len(batch.samples[1]) for batch in apart] == [8, 1, 8]
     assert sum(batch.share for batch in apart) == pytest.approx(1.0)
 
 
@@ -202,10 +209,10 @@ def test_tasks_stay_apart_if_the_loss_is_no_mean_over_samples(function):
 
 
 def test_tasks_stay_apart_if_the_loss_fails_on_as_few_samples_as_are_tried():
-    loss = Loss(fewest=3)
-    objective = objective_of(loss)
-    assert objective.loss(objective.vector.read()) == task_by_task(loss)[0]
-    assert loss.sizes[-6:] == [4] * 6
+    loss, sizes = Loss(fewest=9), {"sizes": (12,) * 6, "batch_size": 24}
+    objective = objective_of(loss, **sizes)
+    assert objective.loss(objective.vector.read()) == task_by_task(loss, **sizes)[0]
+    assert loss.sizes[-6:] == [12] * 6
 
 
 def test_tasks_stay_apart_if_the_loss_does_not_say_that_it_may_be_given_several():
